@@ -1,0 +1,3 @@
+from laid.cli import main
+
+raise SystemExit(main())

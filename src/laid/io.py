@@ -1,0 +1,98 @@
+"""Reading and writing files: JSON only, written beside and renamed, paths kept inside their root."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Iterator
+
+from laid.errors import LaidError
+
+
+@contextmanager
+def atomic_path(target: str | Path) -> Iterator[Path]:
+    """Yield a fresh path beside `target`; on success it becomes `target`, on an error it is removed.
+
+    Serves files and folders alike. A folder that exists is replaced whole.
+    """
+    target = Path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    beside = scratch / target.name
+    try:
+        yield beside
+        if not beside.exists():
+            raise RuntimeError(f"nothing was written for {target}")
+        if target.is_dir() and not target.is_symlink():
+            os.rename(target, scratch / "replaced")
+        os.replace(beside, target)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write UTF-8 text atomically."""
+    with atomic_path(path) as beside:
+        beside.write_text(text, encoding="utf-8")
+
+
+def dumps(value: Any, indent: int | None = 1) -> str:
+    """The JSON text of `value` in the one form laid writes: UTF-8, sorted keys, no NaN."""
+    return json.dumps(value, indent=indent, sort_keys=True, ensure_ascii=False, allow_nan=False)
+
+
+def write_json(path: str | Path, value: Any, indent: int | None = 1) -> None:
+    """Write `value` as JSON atomically; the same value always gives the same bytes."""
+    write_text(path, dumps(value, indent) + "\n")
+
+
+def read_json(path: str | Path) -> Any:
+    """Read a JSON file. Raises LaidError where it is missing, broken or cut short."""
+    path = Path(path)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise LaidError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise LaidError(f"{path}: is a folder, expected a JSON file") from None
+    except UnicodeDecodeError as error:
+        raise LaidError(f"{path}: not UTF-8 text (byte {error.start})") from None
+    except json.JSONDecodeError as error:
+        raise LaidError(
+            f"{path}: not valid JSON, line {error.lineno} column {error.colno}: {error.msg}"
+            " (cut short or edited? make it again)"
+        ) from None
+
+
+def sha256_file(path: str | Path) -> str:
+    """Hex SHA-256 of a file's bytes."""
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def sha256_json(value: Any) -> str:
+    """Hex SHA-256 of a value's compact, key-sorted JSON."""
+    return hashlib.sha256(dumps(value, indent=None).encode()).hexdigest()
+
+
+def sha256_folder(path: str | Path) -> str:
+    """Hex SHA-256 over the names and contents of all files below a folder, in name order."""
+    digest = hashlib.sha256()
+    root = Path(path)
+    for file in sorted(p for p in root.rglob("*") if p.is_file()):
+        digest.update(f"{file.relative_to(root).as_posix()}\0{sha256_file(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def safe_join(root: str | Path, name: str) -> Path:
+    """`root`/`name`, where `name` comes from a data file. Raises LaidError if it leaves `root`."""
+    base = Path(root).resolve()
+    path = (base / name).resolve()
+    if path != base and base not in path.parents:
+        raise LaidError(f"{name!r} leaves its folder {root}: paths in data files must stay inside it")
+    return Path(root) / name
