@@ -1,0 +1,149 @@
+"""Where a result came from, and what it cost.
+
+`collect` is deterministic: the same code, configuration, inputs and libraries give the same record, so that it can
+stand in a cell that must be byte-identical between builds. `cost` is not, and goes into a file beside it.
+"""
+
+from __future__ import annotations
+
+import ast
+import datetime
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Mapping
+
+from laid import __version__
+from laid.config import slice_for
+from laid.errors import LaidError
+from laid.io import sha256_file, sha256_folder, sha256_json
+
+PACKAGE = Path(__file__).resolve().parent
+LIBRARIES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors", "numpy", "pillow")
+
+
+def collect(step: str, config: Mapping[str, Any], inputs: Mapping[str, str | Path], **wildcards: Any) -> dict:
+    """The record of one step: code, configuration slice, input hashes, seeds (if a wildcard), libraries.
+
+    `inputs` maps a name to a file or folder; choose its path below <results>/<scale>/ as the name
+    ("models/small", "haystacks/test/visual_haystack_5.json"), which is where `laid verify` looks again. A model given
+    by hub id is passed as a plain string that is no path ("hub:Qwen/...@<revision>") and recorded as it is.
+    Wildcards (student, method, seed, size, member) choose the slice and are recorded. Raises LaidError for an input
+    that is missing.
+    """
+    settings = slice_for(step, dict(config), **wildcards)
+    return {
+        "step": step,
+        "wildcards": {key: value for key, value in sorted(wildcards.items())},
+        "code": code(),
+        "config": sha256_json(settings),
+        "settings": settings,
+        "data": {name: fingerprint(value) for name, value in sorted(inputs.items())},
+        "libraries": libraries(),
+    }
+
+
+def fingerprint(value: str | Path) -> str:
+    """Hex SHA-256 of a file or of a folder's names and contents; a "hub:..." string stands for itself."""
+    if isinstance(value, str) and value.startswith("hub:"):
+        return value
+    path = Path(value)
+    if path.is_file():
+        return sha256_file(path)
+    if path.is_dir():
+        return sha256_folder(path)
+    raise LaidError(f"{path}: no such file or folder, needed as an input")
+
+
+@cache
+def code() -> dict[str, Any]:
+    """Version, git commit (None outside git), dirty (tracked files changed), and a hash of the package's syntax trees.
+
+    The hash leaves comments, docstrings and layout out: it changes when the code's meaning may have changed.
+    """
+    commit = _git("rev-parse", "HEAD")
+    changed = _git("status", "--porcelain", "--untracked-files=no") if commit else None
+    return {
+        "version": __version__,
+        "commit": commit,
+        "dirty": None if changed is None else bool(changed),
+        "source": source_hash(PACKAGE),
+    }
+
+
+def source_hash(package: Path) -> str:
+    """Hex SHA-256 over all modules below `package`, blind to comments, docstrings and layout."""
+    trees = {}
+    for file in sorted(package.rglob("*.py")):
+        tree = ast.parse(file.read_bytes())
+        for node in ast.walk(tree):
+            body = getattr(node, "body", None)
+            if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
+                if isinstance(body[0].value, ast.Constant) and isinstance(body[0].value.value, str):
+                    body[0].value.value = ""
+        trees[file.relative_to(package).as_posix()] = ast.dump(tree)
+    return sha256_json(trees)
+
+
+@cache
+def libraries() -> dict[str, str | None]:
+    """Versions of Python and of the libraries that can change a number."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def cost(start: float) -> dict[str, Any]:
+    """What a step cost: seconds since `start` (time.perf_counter()), peak memory in bytes, and on which hardware."""
+    gpus, gpu_peak = [], None
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        gpu_peak = max(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {
+        "wall_seconds": round(time.perf_counter() - start, 3),
+        "peak_memory_bytes": peak * (1 if sys.platform == "darwin" else 1024),
+        "peak_gpu_memory_bytes": gpu_peak,
+        "threads": torch.get_num_threads() if torch is not None else None,
+        "finished": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "hardware": {
+            "system": f"{platform.system()} {platform.machine()}",
+            "cpu": _cpu_name(),
+            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+            "gpus": gpus,
+        },
+    }
+
+
+def _git(*words: str) -> str | None:
+    """Output of a git command in this checkout, None where there is no git or no checkout."""
+    top = PACKAGE.parents[1]
+    if not (top / ".git").exists():
+        return None
+    try:
+        done = subprocess.run(["git", "-C", str(top), *words], capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+@cache
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or "unknown"
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or "unknown"
