@@ -63,14 +63,19 @@ def load_coco(root: str | Path, split: str, check: str = "none") -> CocoSplit:
     """
     source = annotation_file(root, split)
     if not Path(root).is_dir():
-        raise LaidError(f"{root}: no such folder (expected COCO's layout: annotations/, train2017/, val2017/)")
+        raise LaidError(
+            f"{root}: no such folder (expected COCO's layout: annotations/, train2017/, val2017/)"
+        )
     data = read_json(source)
     if not isinstance(data, dict) or any(not isinstance(data.get(k), list) for k in _LISTS):
         raise LaidError(f"{source}: not COCO instances: expected lists {', '.join(_LISTS)}")
 
     names: dict[int, str] = {}
     for at, entry in enumerate(data["categories"]):
-        number, name = _get(entry, "id", int, source, "categories", at), _get(entry, "name", str, source, "categories", at)
+        number, name = (
+            _get(entry, "id", int, source, "categories", at),
+            _get(entry, "name", str, source, "categories", at),
+        )
         if number in names or name in names.values():
             raise LaidError(f"{source}: category {at} repeats id {number} or name {name!r}")
         names[number] = name
@@ -82,18 +87,26 @@ def load_coco(root: str | Path, split: str, check: str = "none") -> CocoSplit:
             raise LaidError(f"{source}: image {at} repeats id {number}")
         width, height = (_get(entry, key, int, source, "images", at) for key in ("width", "height"))
         if width < 1 or height < 1:
-            raise LaidError(f"{source}: image {at} ({file_name}) is {width} x {height} pixels, expected at least 1 x 1")
+            raise LaidError(
+                f"{source}: image {at} ({file_name}) is {width} x {height} pixels, expected at least 1 x 1"
+            )
         safe_join(root, f"{split}/{file_name}")
-        images[number] = CocoImage(number, f"{split}/{file_name}", width, height, str(entry.get("coco_url", "")))
+        images[number] = CocoImage(
+            number, f"{split}/{file_name}", width, height, str(entry.get("coco_url", ""))
+        )
     if len({image.path for image in images.values()}) < len(images):
         raise LaidError(f"{source}: two images share one file_name")
     held: dict[int, set[str]] = {number: set() for number in images}
     for at, entry in enumerate(data["annotations"]):
-        image, category = (_get(entry, key, int, source, "annotations", at) for key in ("image_id", "category_id"))
+        image, category = (
+            _get(entry, key, int, source, "annotations", at) for key in ("image_id", "category_id")
+        )
         if image not in held:
             raise LaidError(f"{source}: annotation {at} names image {image}, which the file does not list")
         if category not in names:
-            raise LaidError(f"{source}: annotation {at} names category {category}, which the file does not list")
+            raise LaidError(
+                f"{source}: annotation {at} names category {category}, which the file does not list"
+            )
         held[image].add(names[category])
     order = sorted(images)
     coco = CocoSplit(
@@ -108,7 +121,9 @@ def load_coco(root: str | Path, split: str, check: str = "none") -> CocoSplit:
     return coco
 
 
-def load_labels(root: str | Path, splits: tuple[str, ...] = SPLITS) -> tuple[dict[str, frozenset[str]], tuple[str, ...]]:
+def load_labels(
+    root: str | Path, splits: tuple[str, ...] = SPLITS
+) -> tuple[dict[str, frozenset[str]], tuple[str, ...]]:
     """(labels of all images of the splits, category names). Raises LaidError where the splits disagree or overlap."""
     labels: dict[str, frozenset[str]] = {}
     categories: tuple[str, ...] | None = None
@@ -157,5 +172,7 @@ _LISTS = ("images", "annotations", "categories")
 def _get(entry: Any, key: str, kind: type, source: Path, group: str, at: int) -> Any:
     value = entry.get(key) if isinstance(entry, dict) else None
     if not isinstance(value, kind) or isinstance(value, bool):
-        raise LaidError(f"{source}: {group}[{at}] has no {key} of type {kind.__name__} (found {str(value)[:40]!r})")
+        raise LaidError(
+            f"{source}: {group}[{at}] has no {key} of type {kind.__name__} (found {str(value)[:40]!r})"
+        )
     return value

@@ -79,14 +79,20 @@ CATEGORIES: dict[str, tuple[tuple[int, int, int], list[Polygon]]] = {
     "heart": ((250, 80, 170), [_heart()]),
     "moon": (
         (240, 225, 150),
-        [_arc(0.97, math.radians(30), math.radians(330)) + _arc(0.72, math.radians(318), math.radians(42), dx=0.36)],
+        [
+            _arc(0.97, math.radians(57), math.radians(303))
+            + _arc(0.66, math.radians(323.6), math.radians(36.4), dx=0.42)
+        ],
     ),
     "arrow": (
         (110, 65, 25),
         [[(-0.95, -0.3), (0.05, -0.3), (0.05, -0.85), (0.98, 0), (0.05, 0.85), (0.05, 0.3), (-0.95, 0.3)]],
     ),
     "bar": ((12, 12, 70), [[(-0.98, -0.36), (0.98, -0.36), (0.98, 0.36), (-0.98, 0.36)]]),
-    "chevron": ((170, 240, 70), [[(-0.95, -0.1), (0, -0.95), (0.95, -0.1), (0.95, 0.75), (0, -0.1), (-0.95, 0.75)]]),
+    "chevron": (
+        (170, 240, 70),
+        [[(-0.95, -0.1), (0, -0.95), (0.95, -0.1), (0.95, 0.75), (0, -0.1), (-0.95, 0.75)]],
+    ),
     "hexagon": ((0, 120, 115), [_regular(6, 0.95, math.pi / 6)]),
     "bolt": (
         (190, 170, 255),
@@ -96,7 +102,9 @@ CATEGORIES: dict[str, tuple[tuple[int, int, int], list[Polygon]]] = {
 }
 
 
-def draw_scene(rng: np.random.Generator, canvas: int, max_objects: int) -> tuple[np.ndarray, list[dict[str, Any]]]:
+def draw_scene(
+    rng: np.random.Generator, canvas: int, max_objects: int
+) -> tuple[np.ndarray, list[dict[str, Any]]]:
     """One scene: (pixels (canvas, canvas, 3) uint8, objects [{"category": name, "polygons": [[x0, y0, x1, ...]]}]).
 
     Polygons are in pixels of the picture, the same that are drawn. The number of objects is uniform in
@@ -160,7 +168,7 @@ def _instances(split: str, scenes: list[tuple[int, int, list[dict]]]) -> dict[st
             ys = [v for polygon in entry["polygons"] for v in polygon[1::2]]
             annotations.append(
                 {
-                    "id": image_id * 10 + len(annotations) % 10,
+                    "id": (1 if split == "val2017" else 10_000_000) + len(annotations),
                     "image_id": image_id,
                     "category_id": numbers[entry["category"]],
                     "segmentation": entry["polygons"],
@@ -169,11 +177,11 @@ def _instances(split: str, scenes: list[tuple[int, int, list[dict]]]) -> dict[st
                     "iscrowd": 0,
                 }
             )
-    for number, entry in enumerate(annotations):
-        entry["id"] = (1 if split == "val2017" else 10_000_000) + number
     return {
         "info": {"description": MARK, "version": "1.0", "year": 2017, "contributor": "laid", "split": split},
-        "licenses": [{"id": 1, "name": "CC0 1.0", "url": "https://creativecommons.org/publicdomain/zero/1.0/"}],
+        "licenses": [
+            {"id": 1, "name": "CC0 1.0", "url": "https://creativecommons.org/publicdomain/zero/1.0/"}
+        ],
         "images": images,
         "annotations": annotations,
         "categories": [{"id": k, "name": name, "supercategory": "shape"} for name, k in numbers.items()],
@@ -186,24 +194,36 @@ def is_rendered(folder: str | Path) -> bool:
         data = read_json(Path(folder) / "annotations" / "instances_val2017.json")
     except LaidError:
         return False
-    return isinstance(data, dict) and isinstance(data.get("info"), dict) and data["info"].get("description") == MARK
+    return (
+        isinstance(data, dict)
+        and isinstance(data.get("info"), dict)
+        and data["info"].get("description") == MARK
+    )
 
 
-def render(out: str | Path, train: int, val: int, canvas: int = 84, max_objects: int = 4, seed: int = 0) -> None:
+def render(
+    out: str | Path, train: int, val: int, canvas: int = 84, max_objects: int = 4, seed: int = 0
+) -> None:
     """Draw `train` + `val` scenes into a fresh COCO root `out`; all of it appears at once or not at all.
 
     The same arguments give the same bytes. Ids: val2017 counts from 1, train2017 from 100001.
     Raises LaidError for sizes that make no sense, or where `out` holds something that is not rendered data.
     """
     if not 1 <= max_objects <= GRID * GRID:
-        raise LaidError(f"data.rendered.max_objects is {max_objects}: a scene has {GRID * GRID} cells, give 1 to {GRID * GRID}")
+        raise LaidError(
+            f"data.rendered.max_objects is {max_objects}: a scene has {GRID * GRID} cells, give 1 to {GRID * GRID}"
+        )
     if canvas < 28:
         raise LaidError(f"data.rendered.canvas is {canvas} pixels: give at least 28, one visual token")
     if not 1 <= train < 900_000 or not 1 <= val < 100_000:
-        raise LaidError(f"data.rendered asks for {train} train and {val} val images: give 1..899999 and 1..99999")
+        raise LaidError(
+            f"data.rendered asks for {train} train and {val} val images: give 1..899999 and 1..99999"
+        )
     out = Path(out)
     if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or is_rendered(out))):
-        raise LaidError(f"{out}: exists and is not rendered data, so it is not replaced: remove it or choose another folder")
+        raise LaidError(
+            f"{out}: exists and is not rendered data, so it is not replaced: remove it or choose another folder"
+        )
     from PIL import Image
 
     with atomic_path(out) as folder, Progress(train + val, "rendering scenes", "image") as progress:
@@ -217,4 +237,6 @@ def render(out: str | Path, train: int, val: int, canvas: int = 84, max_objects:
                 Image.fromarray(pixels).save(folder / split / f"{image_id:012d}.png", compress_level=2)
                 scenes.append((image_id, canvas, objects))
                 progress.update()
-            write_json(folder / "annotations" / f"instances_{split}.json", _instances(split, scenes), indent=None)
+            write_json(
+                folder / "annotations" / f"instances_{split}.json", _instances(split, scenes), indent=None
+            )
