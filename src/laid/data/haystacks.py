@@ -8,6 +8,7 @@ nor the anchor's usual companions, nor the distractors tell anything about the a
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +26,9 @@ from laid.data.questions import (
     read_questions,
     write_questions,
 )
+from laid.data.shortcuts import markdown, shortcuts
 from laid.errors import LaidError
-from laid.io import atomic_path
+from laid.io import atomic_path, write_json, write_text
 
 __all__ = [
     "Haystack", "HaystackSampler", "Question", "build_haystacks", "check_haystacks", "haystack_file",
@@ -300,13 +302,20 @@ def split_paths(train: CocoSplit, share: float, seed: int) -> tuple[list[str], l
 
 def build_haystacks(
     config: Mapping[str, Any], coco_root: str | Path, out: str | Path
-) -> dict[str, list[Question]]:
-    """Write train.json, validation/ and test/ below `out` as the configuration's `haystacks` section asks.
+) -> dict[str, dict[str, Any]]:
+    """Write train.json, validation/, test/ and shortcuts.{json,md} below `out`, as `config["haystacks"]` asks.
 
     Training and validation come from train2017 (disjoint images), test from val2017. Either everything is written or
-    nothing. Returns the questions by file name relative to `out`. Raises LaidError as `synthesise` does.
+    nothing; a folder that holds anything else is not replaced. Returns what shortcuts score, by file name relative to
+    `out`. Raises LaidError as `synthesise` does.
     """
     settings = config["haystacks"]
+    out = Path(out)
+    foreign = [
+        p for p in out.rglob("*") if p.is_file() and not _OURS.fullmatch(p.relative_to(out).as_posix())
+    ]
+    if foreign:
+        raise LaidError(f"{out}: holds {foreign[0]}, which is no haystack file: choose another folder")
     train, test = load_coco(coco_root, "train2017"), load_coco(coco_root, "val2017")
     if train.categories != test.categories:
         raise LaidError(f"{coco_root}: train2017 and val2017 list different categories")
@@ -315,19 +324,39 @@ def build_haystacks(
         raise LaidError(
             f"{coco_root}: {len(shared)} images are in train2017 and in val2017, first {min(shared)}"
         )
-    seed, mode = settings["seed"], settings["needles"]
+    files = _synthesise_all(settings, train, test)
+    labels = {**train.labels, **test.labels}
+    scores = {}
+    for name, questions in files.items():
+        if problems := check_haystacks(questions, labels):
+            raise AssertionError(f"{name}: {problems[0]}")
+        own = test.labels if name.startswith("test") else train.labels
+        scores[name] = shortcuts(questions, own, None if name == "train.json" else files["train.json"])
+    with atomic_path(out) as fresh:
+        for name, questions in files.items():
+            write_questions(fresh / name, questions)
+        write_json(fresh / "shortcuts.json", {"format": "laid-shortcuts/1", "files": scores})
+        write_text(fresh / "shortcuts.md", markdown(scores))
+    return scores
+
+
+_OURS = re.compile(r"train\.json|shortcuts\.(json|md)|(validation|test)/visual_haystack_\d+\.json")
+
+
+def _synthesise_all(
+    settings: Mapping[str, Any], train: CocoSplit, test: CocoSplit
+) -> dict[str, list[Question]]:
+    seed = settings["seed"]
     learn, choose = split_paths(train, settings["validation"]["share"], seed)
-    common = {"hard_negatives": settings["hard_negatives"], "mode": mode}
-    files: dict[str, list[Question]] = {}
+    common = {"hard_negatives": settings["hard_negatives"], "mode": settings["needles"]}
     low, high, count = (settings["train"][key] for key in ("min_size", "max_size", "questions"))
     if low > high:
         raise LaidError(f"haystacks.train: min_size {low} is above max_size {high}")
-    span = np.arange(low, high + 1)
-    sizes = np.random.default_rng([seed, 8]).permutation(np.resize(span, count)).tolist()
+    sizes = np.random.default_rng([seed, 8]).permutation(np.resize(np.arange(low, high + 1), count)).tolist()
     labels = {path: train.labels[path] for path in learn}
-    files["train.json"] = synthesise(
-        labels, train.categories, sizes, seed=[seed, 0], name="train.json", **common
-    )
+    files = {
+        "train.json": synthesise(labels, train.categories, sizes, seed=[seed, 0], name="train.json", **common)
+    }
     held_out = {path: train.labels[path] for path in choose}
     for code, folder, images in ((1, "validation", held_out), (2, "test", test.labels)):
         for size in settings[folder]["sizes"]:
@@ -336,7 +365,4 @@ def build_haystacks(
             files[name] = synthesise(
                 images, test.categories, sizes, seed=[seed, code, size], name=name, **common
             )
-    with atomic_path(out) as fresh:
-        for name, questions in files.items():
-            write_questions(fresh / name, questions)
     return files

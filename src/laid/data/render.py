@@ -8,13 +8,14 @@ each, of distinct categories. Every category is one bold shape in its own colour
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from laid.errors import LaidError
-from laid.io import atomic_path, read_json, write_json
+from laid.io import atomic_path, write_json
 from laid.progress import Progress
 
 GRID = 2
@@ -188,17 +189,18 @@ def _instances(split: str, scenes: list[tuple[int, int, list[dict]]]) -> dict[st
     }
 
 
+_OURS = re.compile(r"annotations/instances_(train|val)2017\.json|(train|val)2017/\d{12}\.png")
+
+
 def is_rendered(folder: str | Path) -> bool:
-    """Whether `folder` holds data that `render` made (and may therefore replace)."""
-    try:
-        data = read_json(Path(folder) / "annotations" / "instances_val2017.json")
-    except LaidError:
+    """Whether `folder` holds nothing but data that `render` made (whole or not), and may therefore be replaced."""
+    folder = Path(folder)
+    if not folder.is_dir() or folder.is_symlink():
         return False
-    return (
-        isinstance(data, dict)
-        and isinstance(data.get("info"), dict)
-        and data["info"].get("description") == MARK
-    )
+    files = [path for path in folder.rglob("*") if not path.is_dir()]
+    if any(path.is_symlink() or not _OURS.fullmatch(path.relative_to(folder).as_posix()) for path in files):
+        return False
+    return all(MARK.encode() in path.read_bytes() for path in files if path.suffix == ".json")
 
 
 def render(
@@ -220,7 +222,7 @@ def render(
             f"data.rendered asks for {train} train and {val} val images: give 1..899999 and 1..99999"
         )
     out = Path(out)
-    if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or is_rendered(out))):
+    if (out.exists() or out.is_symlink()) and not is_rendered(out):
         raise LaidError(
             f"{out}: exists and is not rendered data, so it is not replaced: remove it or choose another folder"
         )

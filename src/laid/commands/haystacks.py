@@ -1,0 +1,33 @@
+"""`laid haystacks`: build the questions from COCO labels, with what shortcuts would score beside them."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--config",
+        type=Path,
+        nargs="+",
+        default=[Path("config.yaml")],
+        metavar="FILE",
+        help="base, then overlays",
+    )
+    parser.add_argument(
+        "--coco", type=Path, required=True, help="COCO root: annotations/, train2017/, val2017/"
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for train.json, validation/, test/, shortcuts.*"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    from laid import config
+    from laid.data.haystacks import build_haystacks
+    from laid.data.shortcuts import markdown
+
+    scores = build_haystacks(config.load(args.config), args.coco, args.out)
+    print(markdown(scores))
+    return 0
