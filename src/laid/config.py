@@ -15,7 +15,7 @@ from typing import Any, Iterable
 import yaml
 
 from laid.errors import LaidError
-from laid.io import dumps, read_json
+from laid.io import dumps, read_json, sha256_json, write_text
 
 SCHEMA = Path("workflow/schemas/config.schema.json")
 
@@ -39,21 +39,24 @@ def load(paths: Iterable[str | Path]) -> dict[str, Any]:
     Mappings merge key by key; lists and scalars replace. Raises LaidError, one line with file, line, dotted key,
     value and what is allowed.
     """
-    sources = [(Path(path), _read_yaml(path)) for path in paths]
-    if not sources:
+    paths = list(paths)
+    if not paths:
         raise LaidError("no configuration file given; the default is config.yaml")
     merged: dict[str, Any] = {}
-    for _, (values, _) in sources:
-        merged = merge(merged, values)
-    return validate(merged, [(path, values, node) for path, (values, node) in sources])
+    for path in paths:
+        merged = merge(merged, _read_yaml(path)[0])
+    return validate(merged, paths)
 
 
-def validate(values: dict[str, Any], sources: list[tuple] = ()) -> dict[str, Any]:
+def validate(values: dict[str, Any], paths: Iterable[str | Path] = ()) -> dict[str, Any]:
     """Return a copy of `values` with the schema's defaults filled in. Raises LaidError as `load` does.
 
-    `sources` (path, values, yaml node) serves messages only: it says which file a bad value came from.
+    `paths` (base, then overlays) serve messages only: they say which file a bad value came from. A value that no
+    file holds came from the command line (`snakemake --config`).
     """
     import jsonschema
+
+    sources = [(Path(path), *_read_yaml(path)) for path in paths]
 
     checker = jsonschema.Draft202012Validator(schema())
     errors = sorted(checker.iter_errors(values), key=lambda e: (list(map(str, e.absolute_path)), e.validator))
@@ -61,7 +64,8 @@ def validate(values: dict[str, Any], sources: list[tuple] = ()) -> dict[str, Any
         raise LaidError(_message(errors[0], sources))
     full = fill(values, schema())
     for key, complaint in _cross_checks(full):
-        raise LaidError(f"{_where(tuple(key.split('.')), sources)}{key}: {complaint}")
+        path = tuple(key.split("."))
+        raise LaidError(f"{_where(path, sources, _lookup(values, path))}{key}: {complaint}")
     return full
 
 
@@ -120,6 +124,14 @@ def slice_for(step: str, config: dict[str, Any], **wildcards: Any) -> dict[str, 
 def slice_json(step: str, config: dict[str, Any], **wildcards: Any) -> str:
     """`slice_for` as compact JSON: one string that changes exactly when the slice does."""
     return dumps(slice_for(step, config, **wildcards), indent=None)
+
+
+def resolved_file(config: dict[str, Any], folder: str | Path) -> Path:
+    """Path of a YAML file below `folder` that holds `config`, named by its content; written if it is not there yet."""
+    path = Path(folder) / f"config-{sha256_json(config)[:12]}.yaml"
+    if not path.is_file():
+        write_text(path, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+    return path
 
 
 @cache
@@ -190,7 +202,7 @@ def _message(error: Any, sources: list[tuple]) -> str:
         hint = f"did you mean {close[0]!r}? " if close else ""
         inside = f"in {key!r}" if key else "at the top"
         full = ".".join((*path, unknown))
-        return f"{_where((*path, unknown), sources)}{full}: unknown key; {hint}keys {inside}: {', '.join(known)}"
+        return f"{_where((*path, unknown), sources, value[unknown])}{full}: unknown key; {hint}keys {inside}: {', '.join(known)}"
     allowed = {
         "enum": lambda: f"allowed: {', '.join(map(_show, bound))}",
         "type": lambda: f"expected {_types(bound)}, found {_kind(value)}",
@@ -207,17 +219,21 @@ def _message(error: Any, sources: list[tuple]) -> str:
     if rule == "enum" and isinstance(value, str):
         close = difflib.get_close_matches(value, [b for b in bound if isinstance(b, str)], n=1)
         allowed += f" (did you mean {close[0]!r}?)" if close else ""
-    return f"{_where(path, sources)}{key or 'configuration'} = {_show(value)}: {allowed}"
+    return f"{_where(path, sources, value)}{key or 'configuration'} = {_show(value)}: {allowed}"
 
 
-def _where(path: tuple[str, ...], sources: list[tuple]) -> str:
-    """`file, line N: ` of the last file that sets `path`, or the nearest key above it."""
+def _where(path: tuple[str, ...], sources: list[tuple], bad: Any) -> str:
+    """`file, line N: ` of the last file that sets `path` (or the nearest key above it) and is to blame for `bad`."""
     for depth in range(len(path), 0, -1):
-        for file, values, node in reversed(list(sources)):
-            if _lookup(values, path[:depth], default=_MISSING) is not _MISSING:
-                line = _line(node, path[:depth])
-                return f"{file}, line {line}: " if line else f"{file}: "
-    return f"{sources[-1][0]}: " if sources else "configuration: "
+        for file, values, node in reversed(sources):
+            found = _lookup(values, path[:depth], default=_MISSING)
+            if found is _MISSING:
+                continue
+            if depth == len(path) and not isinstance(bad, (dict, list)) and found != bad:
+                return "command line: "
+            line = _line(node, path[:depth])
+            return f"{file}, line {line}: " if line else f"{file}: "
+    return "command line: " if sources else "configuration: "
 
 
 def _line(node: yaml.Node | None, path: tuple[str, ...]) -> int | None:

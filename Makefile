@@ -1,0 +1,63 @@
+# `make demo` and `make test` are all a newcomer needs. Git, make and Python 3.11 or 3.12 are enough.
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format clean distclean
+
+# Any Python 3.11 or 3.12: `make demo PYTHON=/path/to/python3.12`. Left empty, it is looked for.
+PYTHON ?=
+VENV := .venv
+BIN := $(VENV)/bin
+CORES ?= all
+# What Snakemake is given besides; e.g. SNAKEMAKE_ARGS="--configfile configs/ci.yaml"
+SNAKEMAKE_ARGS ?=
+
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export PYTHONUNBUFFERED := 1
+unexport PYTHONPATH
+
+help:
+	@echo "make demo    install into .venv, run the small scale on all cores, print Tables 1, 2 and 3"
+	@echo "make test    install test tools too, run the tests"
+	@echo "make lint    ruff, snakefmt, snakemake --lint"
+	@echo "make format  let ruff and snakefmt rewrite the sources"
+	@echo "make clean   remove results; make distclean: .venv and caches too"
+
+demo: $(VENV)/.demo
+	@snakemake --cores $(CORES) $(SNAKEMAKE_ARGS)
+	@python tools/show_tables.py $(SNAKEMAKE_ARGS)
+
+test: $(VENV)/.dev
+	@OMP_NUM_THREADS=1 python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.dev
+	ruff check .
+	ruff format --check .
+	snakefmt --check Snakefile workflow/rules
+	snakemake --lint
+
+format: $(VENV)/.dev
+	ruff check --fix .
+	ruff format .
+	snakefmt Snakefile workflow/rules
+
+clean:
+	rm -rf results
+
+distclean: clean
+	rm -rf $(VENV) .snakemake .pytest_cache .ruff_cache .hypothesis
+
+# The stamps: an environment is made again when its lock (or what pyproject.toml asks for) changes.
+$(VENV)/.demo: envs/requirements.lock pyproject.toml
+	@python=$$(bash tools/find_python.sh "$(PYTHON)"); \
+	echo "Installing the pinned packages into $(VENV) with $$($$python --version) ..."; \
+	rm -rf $(VENV); \
+	"$$python" -m venv $(VENV); \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r envs/requirements.lock; \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.demo envs/requirements-dev.lock
+	@echo "Installing the test tools into $(VENV) ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r envs/requirements-dev.lock
+	@touch $@

@@ -1,0 +1,21 @@
+# laid: long-window distillation for vision-language models.
+#   snakemake --cores all                                    the small scale of config.yaml
+#   snakemake --cores all --configfile configs/ci.yaml       the same, cut down to a few minutes
+#   snakemake --cores all --profile slurm --configfile configs/paper.yaml
+
+
+configfile: "config.yaml"
+
+
+include: "workflow/rules/common.smk"
+include: "workflow/rules/data.smk"
+include: "workflow/rules/models.smk"
+include: "workflow/rules/distill.smk"
+include: "workflow/rules/evaluate.smk"
+include: "workflow/rules/tables.smk"
+
+
+rule all:
+    default_target: True
+    input:
+        rules.tables.output,

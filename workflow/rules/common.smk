@@ -1,0 +1,79 @@
+# What all rules share: the validated configuration, the folder of results, and which cells the tables need.
+from pathlib import Path
+
+from snakemake.exceptions import WorkflowError
+
+from laid.config import resolved_file, slice_json, validate
+from laid.errors import LaidError
+
+try:
+    config = validate(config, workflow.configfiles)
+except LaidError as error:
+    raise WorkflowError(str(error)) from None
+
+# Every job reads the resolved configuration, `--config` and all, from a file named by its content. It is no input of
+# any rule: what makes a rule run again is the slice of values in its params.
+shell.prefix(f"CONFIG={resolved_file(config, '.snakemake/laid')}; ")
+
+ROOT = f"{config['results']}/{config['scale']}"
+COCO = config["data"]["root"] if config["data"]["source"] == "local" else f"{ROOT}/coco"
+TEACHER, STUDENTS = config["models"]["teacher"], config["models"]["students"]
+SIZES = sorted(config["haystacks"]["test"]["sizes"])
+TRAINED = ["sft", "kd", "laid", "laid_wo_kl", "laid_wo_laid"]
+
+
+wildcard_constraints:
+    member="|".join([TEACHER, *STUDENTS]),
+    student="|".join([TEACHER, *STUDENTS]),
+    trained="|".join(TRAINED),
+    method="[a-z_]+",
+    seed=r"\d+",
+    size=r"\d+",
+
+
+def methods_of(student):
+    """The methods whose cells the tables need of one student, base first."""
+    if student == TEACHER:
+        return ["base"]
+    tables = config["tables"]
+    ablated = student in (tables["table3_students"] or STUDENTS[:1])
+    return list(
+        dict.fromkeys(tables["methods"] + (tables["ablations"] if ablated else []))
+    )
+
+
+def relevant(step):
+    """params: the values that the result of `step` depends on; another value there, and the job runs again."""
+    return lambda wildcards: slice_json(step, config, **dict(wildcards))
+
+
+def above(path, levels=1):
+    """The folder `levels` above a file."""
+    return str(Path(path).parents[levels - 1])
+
+
+def teacher_cache_for(wildcards):
+    """Every trained method but SFT learns from the teacher."""
+    return [] if wildcards.trained == "sft" else f"{ROOT}/teacher_cache"
+
+
+def runs_for(wildcards):
+    """The training runs behind a cell: one per seed for a trained method, none for base, YaRN and SelfExtend."""
+    seeds = range(config["seeds"]) if wildcards.method in TRAINED else []
+    return [
+        f"{ROOT}/runs/{wildcards.student}/{wildcards.method}/seed{seed}"
+        for seed in seeds
+    ]
+
+
+def flag(name, paths):
+    """A command line flag with its values, or nothing where there are none."""
+    return f"--{name} {paths}" if paths else ""
+
+
+def ask(rule, key):
+    """resources: what config.yaml grants a job of `rule`; memory and time grow by half with every further attempt."""
+    value = config["resources"][rule][key]
+    if key in ("mem_mb", "runtime"):
+        return lambda wildcards, attempt: int(value * (1 + 0.5 * (attempt - 1)))
+    return value

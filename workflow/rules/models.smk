@@ -1,0 +1,55 @@
+# The family: one teacher and its students, each a folder in Hugging Face format.
+
+
+rule pretrain:
+    input:
+        train=f"{COCO}/annotations/instances_train2017.json",
+    output:
+        directory(f"{ROOT}/models/{{member}}"),
+    log:
+        f"{ROOT}/logs/pretrain/{{member}}.log",
+    benchmark:
+        f"{ROOT}/benchmarks/pretrain/{{member}}.tsv"
+    # The teacher is the longest single job, and everything that distils waits for it.
+    priority: 90
+    conda:
+        "../../envs/laid.yaml"
+    threads: ask("pretrain", "threads")
+    resources:
+        cpus_per_task=ask("pretrain", "threads"),
+        mem_mb=ask("pretrain", "mem_mb"),
+        runtime=ask("pretrain", "runtime"),
+        gpu=ask("pretrain", "gpu"),
+    params:
+        relevant=relevant("pretrain"),
+        coco=lambda wildcards, input: above(input.train, 2),
+    shell:
+        "laid pretrain --config $CONFIG --member {wildcards.member} --coco {params.coco} --out {output}"
+        " 2>&1 | tee {log}"
+
+
+rule teacher_cache:
+    input:
+        teacher=f"{ROOT}/models/{TEACHER}",
+        questions=f"{ROOT}/haystacks/train.json",
+    output:
+        directory(f"{ROOT}/teacher_cache"),
+    log:
+        f"{ROOT}/logs/teacher_cache.log",
+    benchmark:
+        f"{ROOT}/benchmarks/teacher_cache.tsv"
+    priority: 80
+    conda:
+        "../../envs/laid.yaml"
+    threads: ask("teacher_cache", "threads")
+    resources:
+        cpus_per_task=ask("teacher_cache", "threads"),
+        mem_mb=ask("teacher_cache", "mem_mb"),
+        runtime=ask("teacher_cache", "runtime"),
+        gpu=ask("teacher_cache", "gpu"),
+    params:
+        relevant=relevant("teacher_cache"),
+        coco=COCO,
+    shell:
+        "laid teacher-cache --config $CONFIG --teacher {input.teacher} --coco {params.coco}"
+        " --questions {input.questions} --out {output} 2>&1 | tee {log}"
