@@ -1,0 +1,208 @@
+"""Head-level alignment of student queries and keys to learned mixtures of teacher heads (paper, eq. 3, 5, 7)."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from laid.errors import LaidError
+
+KEY_WEIGHTS = ("shared", "own")
+NORMS = ("mean", "frobenius")
+INITS = ("uniform", "blocks")
+
+
+class HeadAlignment(nn.Module):
+    """|| Q^s_i - sum_j w_ij Q^t_j ||^2 + || K^s_i - sum_j w_ij K^t_j ||^2 for one (student layer, teacher layer) pair.
+
+    key_weights: "shared" is the paper's formula: keys are repeated to query heads and mixed by the same w.
+        "own" gives keys their own weights, (student_kv_heads, teacher_kv_heads), and sums over KV heads.
+    projection: learn a map from the teacher's head_dim to the student's; needed where they differ. It starts by
+        picking, for each student frequency, the teacher pair of nearest wavelength.
+    init: "uniform" starts every w_ij at 1/h_t, so that all heads first see the same target. "blocks" starts student
+        head i on its own h_t/h_s consecutive teacher heads. `fit_` starts from the least-squares mixture instead.
+
+    The paper calls w learnable and says neither how it starts nor that rows sum to one: w is free here.
+    Passing rotated tensors instead gives the same number when both models share RoPE, because a rotation
+    is common to all heads of a token and keeps lengths (not so with a projection, which mixes pairs).
+    Parameters: w (student_heads, teacher_heads); w_key if "own"; map_q, map_k (head_dim_s, head_dim_t) if projection.
+    Raises LaidError when head_dim differs without projection, or on an unknown option.
+    """
+
+    def __init__(
+        self,
+        student_heads: int,
+        student_kv_heads: int,
+        teacher_heads: int,
+        teacher_kv_heads: int,
+        head_dim_s: int,
+        head_dim_t: int,
+        key_weights: str = "shared",
+        projection: bool = False,
+        init: str = "uniform",
+    ) -> None:
+        super().__init__()
+        for name, value, allowed in (("key_weights", key_weights, KEY_WEIGHTS), ("init", init, INITS)):
+            if value not in allowed:
+                raise LaidError(f"alignment: {name} is {value!r}, allowed: {', '.join(allowed)}")
+        if head_dim_s != head_dim_t and not projection:
+            raise LaidError(
+                f"student head_dim {head_dim_s} and teacher head_dim {head_dim_t} differ: their heads cannot be"
+                " compared; set projection=True to learn a map, or pick models of equal head_dim"
+            )
+        self.heads_s, self.kv_s = student_heads, student_kv_heads
+        self.heads_t, self.kv_t = teacher_heads, teacher_kv_heads
+        self.dim_s, self.dim_t, self.key_weights = head_dim_s, head_dim_t, key_weights
+        self.w = nn.Parameter(_start(student_heads, teacher_heads, init))
+        if key_weights == "own":
+            self.w_key = nn.Parameter(_start(student_kv_heads, teacher_kv_heads, init))
+        if projection:
+            self.map_q = nn.Parameter(_same_wavelength(head_dim_s, head_dim_t))
+            self.map_k = nn.Parameter(_same_wavelength(head_dim_s, head_dim_t))
+
+    def forward(
+        self,
+        q_s: torch.Tensor,
+        k_s: torch.Tensor,
+        q_t: torch.Tensor,
+        k_t: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        token_weights: torch.Tensor | None = None,
+        norm: str = "mean",
+        normalize: bool = True,
+        block: int = 4096,
+    ) -> torch.Tensor:
+        """The query term plus the key term: a float32 scalar (float64 for float64 inputs).
+
+        q_s: (batch, student_heads, tokens, head_dim_s); k_s: (batch, student_kv_heads, tokens, head_dim_s).
+        q_t: (batch, teacher_heads, tokens, head_dim_t); k_t: (batch, teacher_kv_heads, tokens, head_dim_t).
+        mask: (batch, tokens), true where a token counts (None: all). token_weights: (batch, tokens), not negative.
+        norm: "mean" averages over counted tokens (by weight), heads and dimensions; "frobenius" sums over tokens,
+            heads and dimensions as printed in eq. 7 and averages over the batch.
+        normalize: divide each term by what its teacher tensor itself measures in the same norm, put on the student's
+            head count and head_dim: the mean square of a teacher element. The result is a relative error, 1 for a
+            student at zero, whatever width, head count, length or scale the models have; both norms then agree.
+        block: tokens held in float32 at a time; a longer input is computed again in backward, block by block.
+        Raises LaidError on shapes that do not fit this alignment and when no token counts.
+        """
+        if norm not in NORMS:
+            raise LaidError(f"alignment: norm is {norm!r}, allowed: {', '.join(NORMS)}")
+        self._check(q_s, k_s, q_t, k_t)
+        weight = _token_weights(q_s, mask, token_weights)
+        collapsed = self.w.view(self.heads_s, self.kv_t, -1).sum(
+            -1
+        )  # repeating K^t is summing w over its group
+        if self.key_weights == "shared":
+            key_mix, copies = collapsed, self.heads_s // self.kv_s
+        else:
+            key_mix, copies = self.w_key, 1
+        map_q, map_k = getattr(self, "map_q", None), getattr(self, "map_k", None)
+        total = 0.0
+        for s, t, mix, project, repeat in ((q_s, q_t, self.w, map_q, 1), (k_s, k_t, key_mix, map_k, copies)):
+            error, power = _sums(s, t, mix, project, repeat, weight, block)
+            elements = s.shape[1] * repeat * s.shape[3]
+            if normalize:
+                scale = (power / (t.shape[1] * t.shape[3])).clamp_min(torch.finfo(power.dtype).tiny)
+                term = error / elements / scale
+            elif norm == "mean":
+                term = error / (weight.sum() * elements)
+            else:
+                term = error / s.shape[0]
+            total = total + term
+        return total
+
+    @torch.no_grad()
+    def fit_(
+        self, q_s: torch.Tensor, q_t: torch.Tensor, mask: torch.Tensor | None = None, ridge: float = 1e-3
+    ) -> None:
+        """Set w to the least-squares mixture of q_t (batch, h_t, tokens, d) that comes nearest to q_s, in place.
+
+        Starting here, L_LAid pulls only on what the student lacks in the span of the teacher's heads, instead of
+        first pulling every head to one common mean. ridge is relative to the mean diagonal. Shapes as in forward.
+        """
+        weight = _token_weights(q_s, mask, None).double()
+        t = q_t.double() if not hasattr(self, "map_q") else q_t.double() @ self.map_q.double().T
+        gram = torch.einsum("bjtd,bktd,bt->jk", t, t, weight)
+        cross = torch.einsum("bitd,bjtd,bt->ij", q_s.double(), t, weight)
+        gram.diagonal().add_(ridge * gram.diagonal().mean())
+        self.w.copy_(torch.linalg.solve(gram, cross.T).T)
+
+    def _check(self, q_s, k_s, q_t, k_t) -> None:
+        wanted = {
+            "student queries": (q_s, self.heads_s, self.dim_s),
+            "student keys": (k_s, self.kv_s, self.dim_s),
+            "teacher queries": (q_t, self.heads_t, self.dim_t),
+            "teacher keys": (k_t, self.kv_t, self.dim_t),
+        }
+        batch, tokens = q_s.shape[0], q_s.shape[2]
+        for name, (x, heads, dim) in wanted.items():
+            expected = (batch, heads, tokens, dim)
+            if tuple(x.shape) != expected:
+                raise LaidError(
+                    f"alignment: {name} have shape {tuple(x.shape)}, expected {expected} (batch, heads, tokens,"
+                    " head_dim): both models must see the same tokens, and the heads must be those it was made for"
+                )
+
+
+def _token_weights(
+    q_s: torch.Tensor, mask: torch.Tensor | None, token_weights: torch.Tensor | None
+) -> torch.Tensor:
+    """(batch, tokens) of non-negative weights, zero where the mask says so."""
+    batch, _, tokens, _ = q_s.shape
+    dtype = torch.float64 if q_s.dtype == torch.float64 else torch.float32
+    weight = torch.ones(batch, tokens, device=q_s.device, dtype=dtype)
+    if token_weights is not None:
+        weight = weight * token_weights.to(dtype)
+    if mask is not None:
+        weight = weight * mask.to(dtype)
+        if not bool(mask.any()):
+            raise LaidError(f"alignment: none of the {batch} x {tokens} tokens is counted: the mask is empty")
+    return weight
+
+
+def _sums(s, t, mix, project, repeat, weight, block):
+    """(weighted squared error over all, weighted squared teacher norm), summed over tokens in blocks."""
+    error, power = 0.0, 0.0
+    tokens = s.shape[2]
+    for start in range(0, tokens, block):
+        part = slice(start, start + block)
+        args = (s[:, :, part], t[:, :, part], mix, project, weight[:, part], repeat)
+        if tokens > block and torch.is_grad_enabled():
+            e, p = checkpoint(_block_sums, *args, use_reentrant=False)
+        else:
+            e, p = _block_sums(*args)
+        error, power = error + e, power + p
+    return error, power.detach()
+
+
+def _block_sums(s, t, mix, project, weight, repeat):
+    s, t = s.to(weight.dtype), t.to(weight.dtype)
+    power = torch.einsum("bjtd,bjtd,bt->", t, t, weight)
+    if project is not None:
+        t = t @ project.to(t.dtype).T
+    target = torch.einsum("ij,bjtd->bitd", mix.to(t.dtype), t)
+    batch, heads, tokens, dim = s.shape
+    gap = s.unsqueeze(2) - target.view(batch, heads, repeat, tokens, dim)
+    return (gap.square().sum(dim=(1, 2, 4)) * weight).sum(), power
+
+
+def _start(rows: int, columns: int, init: str) -> torch.Tensor:
+    """(rows, columns) of starting weights, each row summing to one."""
+    if init == "uniform":
+        return torch.full((rows, columns), 1.0 / columns)
+    # Row i covers the stretch [i, i+1) / rows of the teacher's heads laid end to end.
+    edge = torch.arange(columns, dtype=torch.float64) / columns
+    low = torch.arange(rows, dtype=torch.float64)[:, None] / rows
+    overlap = torch.minimum(edge + 1 / columns, low + 1 / rows) - torch.maximum(edge, low)
+    return (overlap.clamp_min(0) * rows).float()
+
+
+def _same_wavelength(dim_s: int, dim_t: int) -> torch.Tensor:
+    """(dim_s, dim_t) selection: student pair f takes the teacher pair whose frequency base^(-2f/dim) is nearest."""
+    half_s, half_t = dim_s // 2, dim_t // 2
+    source = (torch.arange(half_s) * dim_t / dim_s).round().long().clamp_max(half_t - 1)
+    chosen = torch.zeros(dim_s, dim_t)
+    chosen[torch.arange(half_s), source] = 1.0
+    chosen[torch.arange(half_s) + half_s, source + half_t] = 1.0
+    return chosen

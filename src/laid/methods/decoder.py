@@ -1,0 +1,117 @@
+"""Finding the language model inside whatever wraps it, and the numbers its attention is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from laid.errors import LaidError
+
+
+def text_model(model: nn.Module) -> nn.Module:
+    """The decoder (`Qwen2_5_VLTextModel` or alike) inside `model`.
+
+    Found by what it is made of, `layers` with `self_attn.q_proj` and one `rotary_emb`, so that it is the same
+    object whether `model` is bare, wrapped by peft, accelerate or DistributedDataParallel, or the decoder itself.
+    Raises LaidError when there is none or more than one.
+    """
+    found = [
+        module
+        for module in model.modules()
+        if isinstance(getattr(module, "layers", None), nn.ModuleList)
+        and hasattr(module, "rotary_emb")
+        and len(module.layers)
+        and hasattr(getattr(module.layers[0], "self_attn", None), "q_proj")
+    ]
+    if len(found) != 1:
+        raise LaidError(
+            f"{type(model).__name__}: {len(found)} language models found inside, expected 1"
+            " (layers with self_attn.q_proj and one rotary_emb); pass a Qwen2.5-VL model or its language_model"
+        )
+    return found[0]
+
+
+def layer_indices(layers: int | Iterable[int] | None, count: int) -> tuple[int, ...]:
+    """Absolute, ascending, distinct layer numbers. Negative ones count from the end; None means every layer.
+
+    Raises LaidError when one lies outside 0..count-1 or none is given.
+    """
+    asked = range(count) if layers is None else [layers] if isinstance(layers, int) else list(layers)
+    for layer in asked:
+        if not -count <= layer < count:
+            raise LaidError(
+                f"layer {layer} does not exist: the model has {count} layers, 0 to {count - 1} (or -1 to {-count})"
+            )
+    found = tuple(sorted({layer % count for layer in asked}))
+    if not found:
+        raise LaidError(f"no layer chosen: name at least one of the model's {count} layers")
+    return found
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Sizes of a decoder's attention. `sections` counts frequencies for (time, height, width)."""
+
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    sections: tuple[int, ...]
+
+    @property
+    def frequencies(self) -> int:
+        return self.head_dim // 2
+
+    def axis_of_frequency(self) -> torch.Tensor:
+        """(head_dim / 2,) of 0 time, 1 height, 2 width: the M-RoPE axis that turns each frequency."""
+        parts = [torch.full((n,), i % 3, dtype=torch.long) for i, n in enumerate(self.sections)]
+        return torch.cat(parts)
+
+
+def geometry(model_or_config) -> Geometry:
+    """Read the sizes from a model, a `Qwen2_5_VLConfig` or its text config.
+
+    Raises LaidError when the M-RoPE sections do not add up to head_dim / 2.
+    """
+    config = text_model(model_or_config).config if isinstance(model_or_config, nn.Module) else model_or_config
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    rope = getattr(config, "rope_parameters", None) or {}
+    sections = tuple(rope.get("mrope_section") or (16, 24, 24))
+    if sum(sections) != head_dim // 2:
+        raise LaidError(
+            f"mrope_section {list(sections)} adds up to {sum(sections)}, but head_dim {head_dim} has"
+            f" {head_dim // 2} frequencies: give sections that sum to {head_dim // 2}"
+        )
+    return Geometry(
+        layers=config.num_hidden_layers,
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        head_dim=head_dim,
+        sections=sections,
+    )
+
+
+def rotate_half(x: torch.Tensor) -> torch.Tensor:
+    """(a, b) -> (-b, a) on the two halves of the last dimension: components f and f + head_dim / 2 form a pair."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((-b, a), dim=-1)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turn x (batch, heads, tokens, head_dim) by angles given as cos, sin (batch, tokens, head_dim)."""
+    return x * cos.unsqueeze(1) + rotate_half(x) * sin.unsqueeze(1)
+
+
+def repeat_kv(x: torch.Tensor, heads: int) -> torch.Tensor:
+    """(batch, kv_heads, tokens, head_dim) -> (batch, heads, tokens, head_dim), each KV head for its query heads.
+
+    Raises LaidError when `heads` is no multiple of kv_heads.
+    """
+    kv_heads = x.shape[1]
+    if heads % kv_heads:
+        raise LaidError(f"{heads} query heads cannot share {kv_heads} key heads: not a multiple")
+    return x if heads == kv_heads else x.repeat_interleave(heads // kv_heads, dim=1)
