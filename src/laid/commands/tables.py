@@ -1,0 +1,71 @@
+"""`laid tables`: Tables 1, 2 and 3 from cells, written as CSV and Markdown and printed."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--config", nargs="+", type=Path, default=[Path("config.yaml")], help="base file, then overlays"
+    )
+    parser.add_argument(
+        "--cells", type=Path, required=True, help="folder of cells, <student>/<method>/<size>.json"
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for table1, table2, table3 (.csv and .md)"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    from laid import config
+    from laid.results import tables
+    from laid.results.cells import load_cells
+
+    settings = config.load(args.config)
+    grid = tables.Grid(load_cells(args.cells), settings, args.cells)
+    built = tables.build(grid)
+    tables.write(built, args.out)
+    show(built, footnote=shortcuts_line(args.cells.parent / "haystacks" / "shortcuts.json"))
+
+
+def show(built: list, footnote: str | None = None) -> None:
+    """Print tables: rich on a terminal, aligned text into a pipe."""
+    if sys.stdout.isatty():
+        from rich.console import Console
+
+        from laid.results.render import rich_table
+
+        console = Console()
+        for table in built:
+            console.print(rich_table(table))
+        if footnote:
+            console.print(footnote)
+        return
+    from laid.results.render import plain
+
+    # A pipe in a locale without raised figures gets a question mark, not a traceback.
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")
+    print("\n".join(plain(table) for table in built))
+    if footnote:
+        print(footnote)
+
+
+def shortcuts_line(path: Path) -> str | None:
+    """What answering by shortcut would score on the test questions, or None without `path` beside the cells."""
+    from laid.data.shortcuts import SHORTCUTS
+    from laid.io import read_json
+
+    if not path.is_file():
+        return None
+    tests = [scores["accuracy"] for name, scores in read_json(path).items() if name.startswith("test/")]
+    parts = []
+    for key, (title, _) in SHORTCUTS.items():
+        found = sorted(100 * accuracy[key] for accuracy in tests if key in accuracy)
+        if found:
+            spread = f"{found[0]:.1f}" if found[0] == found[-1] else f"{found[0]:.1f} to {found[-1]:.1f}"
+            parts.append(f"{title} {spread}")
+    return f"Answering by shortcut would score (%): {'; '.join(parts)}." if parts else None

@@ -1,0 +1,265 @@
+"""Cells: one JSON file per student x method x size, with every answer; written, read back and checked.
+
+Everything printed is computed from these files, so reading one recomputes what its answers imply. The digest
+covers the whole cell: a changed digit anywhere is found.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from laid.errors import LaidError
+from laid.io import read_json, sha256_json, write_json
+from laid.results import stats
+
+FORMAT = "laid-cell/1"
+ROLES = ("teacher", "student")
+# What was found in the response: the official Visual Haystacks runner (utils.py) counts a response as right when
+# the label is among its words, so one that says both is right either way, and one that says neither is wrong.
+ANSWERS = ("yes", "no", "both", "none")
+PROVENANCE = ("code", "config", "data", "libraries")
+_STRINGS = ("scale", "student", "label", "role", "method", "interval_method", "digest")
+_NUMBERS = ("accuracy", "compliance", "tokens_mean", "positions_mean")
+_KEYS = {
+    "format",
+    "size",
+    "n",
+    "questions",
+    "seeds",
+    "interval",
+    "answers",
+    "provenance",
+    *_STRINGS,
+    *_NUMBERS,
+}
+_TINY = 1e-6
+
+Cells = dict[tuple[str, str, int], dict[str, Any]]
+
+
+def is_right(answer: dict[str, Any]) -> bool:
+    """Whether one answer counts as right (see ANSWERS)."""
+    return answer["answer"] in (answer["label"], "both")
+
+
+def right_answers(cell: dict[str, Any]) -> np.ndarray:
+    """Right (1) and wrong (0) answers of a cell, shape (seeds, questions), questions in the order of their ids."""
+    ids = {key: i for i, key in enumerate(sorted({a["id"] for a in cell["answers"]}, key=_id_order))}
+    seeds = {seed: i for i, seed in enumerate(cell["seeds"])}
+    right = np.zeros((len(seeds), len(ids)), dtype=np.int8)
+    for answer in cell["answers"]:
+        right[seeds[answer["seed"]], ids[answer["id"]]] = is_right(answer)
+    return right
+
+
+def make_cell(
+    *,
+    scale: str,
+    student: str,
+    label: str,
+    role: str,
+    method: str,
+    size: int,
+    answers: Iterable[dict[str, Any]],
+    tokens_mean: float,
+    positions_mean: float,
+    provenance: dict[str, Any],
+) -> dict[str, Any]:
+    """A cell from its answers: accuracy, interval, compliance and digest are computed here.
+
+    answers: {"id", "seed", "label": yes|no, "answer": yes|no|both|none, "p_yes": 0..1 or None, "needles": [int]}, for
+    every seed the same questions. tokens_mean, positions_mean: prompt tokens and M-RoPE positions per question.
+    Raises LaidError where the answers do not make a cell.
+    """
+    ordered = sorted(answers, key=lambda a: (a["seed"], _id_order(a["id"])))
+    cell: dict[str, Any] = {
+        "format": FORMAT,
+        "scale": scale,
+        "student": student,
+        "label": label,
+        "role": role,
+        "method": method,
+        "size": size,
+        "answers": ordered,
+        "n": len(ordered),
+        "seeds": sorted({a["seed"] for a in ordered}),
+        "questions": len({a["id"] for a in ordered}),
+        "tokens_mean": tokens_mean,
+        "positions_mean": positions_mean,
+        "provenance": provenance,
+    }
+    where = f"cell {student}/{method}/{size}"
+    _check_answers(cell, where)
+    cell["accuracy"] = _share(is_right(a) for a in ordered)
+    cell["compliance"] = _share(a["answer"] != "none" for a in ordered)
+    cell["interval"], cell["interval_method"] = _interval(right_answers(cell))
+    cell["digest"] = _digest(cell)
+    check_cell(cell, where)
+    return cell
+
+
+def write_cell(path: str | Path, cell: dict[str, Any]) -> None:
+    """Check a cell of make_cell and write it; the same cell gives the same bytes. Raises LaidError."""
+    check_cell(cell, str(path))
+    _check_place(cell, Path(path))
+    write_json(path, cell)
+
+
+def read_cell(path: str | Path) -> dict[str, Any]:
+    """Read and check one cell. Raises LaidError, one line naming the file, if it is missing, cut short or changed."""
+    cell = read_json(path)
+    check_cell(cell, str(path))
+    _check_place(cell, Path(path))
+    return cell
+
+
+def load_cells(folder: str | Path) -> Cells:
+    """All cells below `folder`/<student>/<method>/<size>.json, by (student, method, size); cost.json is no cell.
+
+    Raises LaidError for a cell that is broken, lies in another's place, is of another scale than the others, or
+    answers other questions than the others of its size: such a mixture cannot stand in one table.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise LaidError(f"{root}: no such folder of cells; `snakemake --cores all` makes it")
+    cells: Cells = {}
+    first: dict[Any, tuple[Path, Any]] = {}
+    for path in sorted(root.glob("*/*/*.json")):
+        if not path.stem.isdigit() or any(part.startswith(".") for part in path.relative_to(root).parts):
+            continue
+        cell = read_cell(path)
+        asked = sorted({(str(a["id"]), a["label"]) for a in cell["answers"]})
+        for what, key, value in (("scale", "scale", cell["scale"]), ("questions", cell["size"], asked)):
+            known_path, known = first.setdefault(key, (path, value))
+            if known != value:
+                raise LaidError(
+                    f"{path}: not the same {what} as {known_path}: cells of one folder must belong together;"
+                    " remove the stale one and run `snakemake --cores all`"
+                )
+        cells[cell["student"], cell["method"], cell["size"]] = cell
+    return cells
+
+
+def check_cell(cell: Any, where: str) -> None:
+    """Check keys, types and that every derived number follows from the answers. Raises LaidError naming `where`."""
+    if not isinstance(cell, dict) or cell.get("format") != FORMAT:
+        found = cell.get("format") if isinstance(cell, dict) else type(cell).__name__
+        raise LaidError(f"{where}: not a cell: format {found!r}, expected {FORMAT!r}")
+    if cell.keys() != _KEYS:
+        missing, extra = sorted(_KEYS - cell.keys()), sorted(cell.keys() - _KEYS)
+        raise LaidError(f"{where}: keys missing {missing}, unknown {extra}")
+    for key in _STRINGS:
+        if not isinstance(cell[key], str) or not cell[key]:
+            raise LaidError(f"{where}: {key} is {cell[key]!r}, expected text")
+    for key in _NUMBERS:
+        if not _finite(cell[key]):
+            raise LaidError(f"{where}: {key} is {cell[key]!r}, expected a number")
+    if cell["role"] not in ROLES:
+        raise LaidError(f"{where}: role is {cell['role']!r}, expected one of {', '.join(ROLES)}")
+    if not isinstance(cell["provenance"], dict) or any(key not in cell["provenance"] for key in PROVENANCE):
+        raise LaidError(f"{where}: provenance must hold {', '.join(PROVENANCE)}")
+    _check_answers(cell, where)
+    answers = cell["answers"]
+    for key, implied in (
+        ("n", len(answers)),
+        ("questions", len({a["id"] for a in answers})),
+        ("seeds", sorted({a["seed"] for a in answers})),
+        ("accuracy", _share(is_right(a) for a in answers)),
+        ("compliance", _share(a["answer"] != "none" for a in answers)),
+    ):
+        same = abs(cell[key] - implied) < _TINY if key in _NUMBERS else cell[key] == implied
+        if not same:
+            raise LaidError(f"{where}: {key} says {cell[key]}, its answers give {implied}: changed by hand?")
+    interval = cell["interval"]
+    if not (isinstance(interval, list) and len(interval) == 2 and all(_finite(v) for v in interval)):
+        raise LaidError(f"{where}: interval is {interval!r}, expected two numbers")
+    if not -_TINY <= interval[0] <= cell["accuracy"] + _TINY <= interval[1] + 2 * _TINY <= 1 + 3 * _TINY:
+        raise LaidError(f"{where}: interval {interval} does not hold the accuracy {cell['accuracy']}")
+    if cell["digest"] != _digest(cell):
+        raise LaidError(f"{where}: the cell does not match its digest: changed by hand; make it again")
+
+
+def _check_answers(cell: dict[str, Any], where: str) -> None:
+    answers, size = cell["answers"], cell["size"]
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        raise LaidError(f"{where}: size is {size!r}, expected a whole number of images from 1")
+    if not isinstance(answers, list) or not answers:
+        raise LaidError(f"{where}: no answers")
+    seen: set[tuple[Any, Any]] = set()
+    labels: dict[Any, str] = {}
+    for i, answer in enumerate(answers):
+        problem = _answer_problem(answer, size)
+        if problem:
+            raise LaidError(f"{where}: answer {i}: {problem}")
+        key = (answer["seed"], answer["id"])
+        if key in seen:
+            raise LaidError(f"{where}: question {answer['id']!r} is answered twice by seed {answer['seed']}")
+        if labels.setdefault(answer["id"], answer["label"]) != answer["label"]:
+            raise LaidError(f"{where}: question {answer['id']!r} has two labels")
+        seen.add(key)
+    seeds = {seed for seed, _ in seen}
+    if len(seen) != len(seeds) * len(labels):
+        raise LaidError(
+            f"{where}: {len(labels)} questions x {len(seeds)} seeds make {len(seeds) * len(labels)} answers,"
+            f" found {len(seen)}: some seed did not answer every question"
+        )
+
+
+def _answer_problem(answer: Any, size: int) -> str | None:
+    """What is wrong with one answer, or None."""
+    if not isinstance(answer, dict) or answer.keys() != {"id", "seed", "label", "answer", "p_yes", "needles"}:
+        found = sorted(answer) if isinstance(answer, dict) else answer
+        return f"expected id, seed, label, answer, p_yes and needles, found {found}"
+    if not isinstance(answer["id"], (str, int)) or not isinstance(answer["seed"], int):
+        return f"id {answer['id']!r} must be text or a number, seed {answer['seed']!r} a number"
+    if answer["label"] not in ("yes", "no") or answer["answer"] not in ANSWERS:
+        return f"label {answer['label']!r} must be yes or no, answer {answer['answer']!r} one of {', '.join(ANSWERS)}"
+    p_yes = answer["p_yes"]
+    if p_yes is not None and not (_finite(p_yes) and 0 <= p_yes <= 1):
+        return f"p_yes is {p_yes!r}, expected a probability or null"
+    needles = answer["needles"]
+    if not isinstance(needles, list) or not all(isinstance(v, int) and 0 <= v < size for v in needles):
+        return f"needles {needles!r} must be image indices below the size {size}"
+    return None
+
+
+def _check_place(cell: dict[str, Any], path: Path) -> None:
+    """A cell names the place it lies in; a copied or renamed one does not pass for another."""
+    inside = f"{cell['student']}/{cell['method']}/{cell['size']}.json"
+    if path.name != f"{cell['size']}.json" or path.resolve().parts[-3:] != tuple(Path(inside).parts):
+        raise LaidError(f"{path}: holds the cell {inside}: moved or copied from there?")
+
+
+def _interval(right: np.ndarray) -> tuple[list[float], str]:
+    seeds, questions = right.shape
+    # Resampling can say nothing where all answers are right, or all wrong; Wilson's interval over the questions can.
+    if seeds == 1 or right.min() == right.max():
+        low, high = stats.wilson(int(right[0].sum()), questions)
+        return [round(low, 9), round(high, 9)], "wilson 95%"
+    low, high = stats.cluster_bootstrap(right)
+    # The percentile interval of very few seeds can miss the mean by a hair; the interval always holds it.
+    mean = float(right.mean())
+    return [round(min(low, mean), 9), round(max(high, mean), 9)], "cluster bootstrap 95%"
+
+
+def _id_order(question: int | str) -> tuple[bool, int, str]:
+    """Sorts numbers by value before text by letters."""
+    return (True, 0, question) if isinstance(question, str) else (False, question, "")
+
+
+def _digest(cell: dict[str, Any]) -> str:
+    return sha256_json({key: value for key, value in cell.items() if key != "digest"})
+
+
+def _share(flags: Iterable[bool]) -> float:
+    values = list(flags)
+    return sum(values) / len(values)
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,172 @@
+import itertools
+import math
+
+import numpy as np
+import pytest
+import scipy.stats
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from laid.results import stats
+
+quick = settings(max_examples=25, deadline=None)
+
+
+@quick
+@given(st.integers(1, 2000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
+def test_wilson_is_scipys(counts):
+    right, n = counts
+    theirs = scipy.stats.binomtest(right, n).proportion_ci(0.95, method="wilson")
+    assert stats.wilson(right, n) == pytest.approx((theirs.low, theirs.high), abs=1e-9)
+
+
+@quick
+@given(st.integers(0, 700), st.integers(0, 700))
+def test_mcnemar_is_the_exact_binomial_test(b, c):
+    theirs = scipy.stats.binomtest(b, b + c).pvalue if b + c else 1.0
+    assert stats.mcnemar(b, c) == pytest.approx(theirs, rel=1e-6)
+
+
+def test_holm_by_hand():
+    # 0.01 x 4; 0.02 x 3; 0.03 x 2; 0.04 x 1 raised to the one before.
+    assert stats.holm([0.04, 0.01, 0.03, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
+    assert stats.holm([0.5, 0.9]) == [1.0, 1.0]
+    assert stats.holm([]) == []
+
+
+@quick
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=8))
+def test_holm_keeps_the_order_and_lies_between_raw_and_bonferroni(p):
+    adjusted = stats.holm(p)
+    for raw, new in zip(p, adjusted, strict=True):
+        assert raw <= new <= min(1.0, raw * len(p)) + 1e-12
+    order = np.argsort(p, kind="stable")
+    assert all(adjusted[a] <= adjusted[b] for a, b in itertools.pairwise(order))
+
+
+def test_cluster_bootstrap_of_one_seed_is_near_the_normal_interval():
+    right = (np.arange(400) < 300).astype(int)[None]
+    low, high = stats.cluster_bootstrap(right)
+    half = 1.96 * math.sqrt(0.75 * 0.25 / 400)
+    assert (low, high) == pytest.approx((0.75 - half, 0.75 + half), abs=0.006)
+
+
+def test_cluster_bootstrap_matches_a_plain_loop():
+    rng = np.random.default_rng(1)
+    right = (rng.random((3, 40)) < [[0.4], [0.6], [0.9]]).astype(int)
+    means = []
+    for _ in range(4000):
+        seeds, questions = rng.integers(3, size=3), rng.integers(40, size=40)
+        means.append(right[np.ix_(seeds, questions)].mean())
+    assert stats.cluster_bootstrap(right, resamples=4000) == pytest.approx(
+        np.quantile(means, [0.025, 0.975]), abs=0.02
+    )
+
+
+def test_compare_is_paired():
+    rng = np.random.default_rng(2)
+    first = (rng.random(300) < 0.6).astype(int)[None]
+    second = first.copy()
+    second[0, np.flatnonzero(first[0] == 0)[:12]] = 1  # better on 12, worse on none
+    result = stats.compare(first, second)
+    assert result.difference == pytest.approx(12 / 300)
+    assert result.test == "mcnemar exact" and result.p == pytest.approx(2 * 0.5**12)
+    assert 0 < result.low < result.difference < result.high
+    assert stats.compare(first, first).p == 1.0
+    with pytest.raises(ValueError):
+        stats.compare(first, second[:, :10])
+
+
+def test_compare_with_seeds_knows_that_seeds_differ():
+    rng = np.random.default_rng(3)
+    base = (rng.random((1, 300)) < 0.6).astype(int)
+    steady = (rng.random((3, 300)) < 0.8).astype(int)
+    shaky = (rng.random((3, 300)) < [[0.55], [0.65], [0.99]]).astype(int)
+    assert stats.compare(base, steady).test == "paired bootstrap"
+    assert stats.compare(base, steady).p < 0.01
+    assert stats.compare(base, shaky).p > 0.05
+    swapped = stats.compare(steady, base)
+    assert swapped.difference == pytest.approx(-stats.compare(base, steady).difference)
+
+
+def test_false_alarms_of_the_paired_bootstrap_stay_near_the_level():
+    rng = np.random.default_rng(4)
+    alarms = 0
+    for _ in range(200):
+        truth = rng.random(100)
+        first, second = ((rng.random((1, 100)) < truth).astype(int) for _ in range(2))
+        pair = np.concatenate([second, second])  # two seeds that agree: questions vary only
+        alarms += stats.compare(first, pair, resamples=400).p < 0.05
+    assert alarms <= 22  # 10 expected; 22 or more has probability 0.0003
+
+
+WINDOWS = [
+    ([1, 10, 100], [0.9, 0.9, 0.9], (100, math.inf), ">= 100"),
+    ([1, 10, 100], [0.7, 0.9, 0.9], (0, 1), "< 1"),
+    ([1, 10, 100], [0.9, 0.8, 0.6], (10, 10), "10"),  # at the threshold is still inside
+    ([1, 10, 100], [0.9, 0.85, 0.75], (10**1.5, 10**1.5), "31.6"),
+    ([1, 10, 100], [0.9, 0.7, 0.9], (10**0.5, 10**0.5), "3.16"),  # the first fall counts
+    ([5], [0.8], (5, math.inf), ">= 5"),
+]
+
+
+@pytest.mark.parametrize(("sizes", "accuracies", "bounds", "text"), WINDOWS)
+def test_effective_window_by_hand(sizes, accuracies, bounds, text):
+    window = stats.effective_window(sizes, accuracies, 0.8)
+    assert (window.low, window.high) == pytest.approx(bounds)
+    assert window.text() == text
+
+
+@quick
+@given(
+    st.lists(st.floats(0, 1), min_size=2, max_size=8),
+    st.floats(0.05, 0.95),
+    st.floats(0.05, 0.95),
+)
+def test_a_higher_threshold_never_gives_a_larger_window(accuracies, one, two):
+    sizes = [2**i for i in range(len(accuracies))]
+    low = stats.effective_window(sizes, accuracies, min(one, two))
+    high = stats.effective_window(sizes, accuracies, max(one, two))
+    assert high.low <= low.low + 1e-9 and high.high <= low.high + 1e-9
+
+
+def test_effective_window_is_np_interp_on_a_falling_curve():
+    sizes, accuracies = [1, 2, 5, 10, 20, 50], [0.99, 0.97, 0.9, 0.84, 0.7, 0.5]
+    theirs = np.exp(np.interp(-0.75, -np.array(accuracies), np.log(sizes)))
+    assert stats.effective_window(sizes, accuracies, 0.75).low == pytest.approx(theirs)
+
+
+def test_ratios_of_windows_carry_what_is_known():
+    known, beyond, below = stats.Bounds(15, 15), stats.Bounds(150, math.inf), stats.Bounds(0, 1)
+    assert (known / stats.Bounds(5, 5)).text("x") == "3x"
+    assert (beyond / known).text("x") == ">= 10x"
+    assert (known / beyond).text("x") == "< 0.100x"
+    assert (known / below).text("x") == ">= 15x"
+    assert (beyond / beyond).text("x") == "unknown"
+    assert (below / below).text("x") == "unknown"
+
+
+def test_curve_draws_share_questions_between_models_and_seeds_between_sizes():
+    rng = np.random.default_rng(5)
+    one = [(rng.random((1, 60)) < 0.7).astype(int) for _ in range(2)]
+    draws = stats.curve_draws([one, one], resamples=50)
+    assert draws.shape == (2, 50, 2)
+    # The same model twice: pairing makes them equal in every resample.
+    assert np.array_equal(draws[0], draws[1])
+    # A seed that is always wrong and one that is always right: a resample has the same seeds at every size.
+    seeds = [np.array([[0] * 60, [1] * 60]) for _ in range(2)]
+    draws = stats.curve_draws([seeds], resamples=50)
+    assert np.allclose(draws[0, :, 0], draws[0, :, 1]) and set(np.round(draws[0, :, 0], 6)) <= {0, 0.5, 1}
+
+
+def test_interval_of_windows_by_percentile():
+    draws = [stats.Bounds(v, v) for v in range(1, 100)] + [stats.Bounds(150, math.inf)] * 3
+    interval = stats.bounds_interval(draws)
+    assert interval.low == pytest.approx(3, abs=1) and math.isinf(interval.high)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(3, "3"), (1.0345, "1.03"), (15.25, "15.2"), (123.4, "123"), (0.1, "0.100")]
+)
+def test_number(value, text):
+    assert stats.number(value) == text

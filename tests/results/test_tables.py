@@ -1,0 +1,190 @@
+import csv
+import io
+
+import pytest
+import synthetic
+
+from laid.errors import LaidError
+from laid.results import published, render, tables
+from laid.results.cells import write_cell
+from laid.results.stats import mean_relative_gain
+
+
+@pytest.fixture(scope="module")
+def paper():
+    """The paper's printed accuracies as cells: two decimals of a percent need 10,000 answers."""
+    curves = {**published.curves("table3"), **published.curves("table1")}
+    for method in ("laid_wo_kl", "laid_wo_laid"):  # Table 3 has no 150; repeat its 100, which no test reads
+        curves["7B", method] = {**curves["7B", method], 150: curves["7B", method][100]}
+    return synthetic.grid_of(curves, 10000)
+
+
+@pytest.fixture(scope="module")
+def built(paper):
+    return {t.name: t for t in tables.build(tables.Grid(paper, synthetic.config(), "cells"))}
+
+
+def csv_rows(table):
+    return list(csv.DictReader(io.StringIO(render.csv_text(table))))
+
+
+def test_table1_has_the_papers_columns_and_accuracies(built):
+    ours, theirs = csv_rows(built["table1"]), published.rows("table1")
+    assert list(ours[0]) == list(theirs[0])
+    assert len(ours) == len(theirs) == 11
+    for row, printed in zip(ours, theirs):
+        assert row["params"] == printed["params"]
+        assert row["method"] == published.METHODS[printed["method"]]
+        for size in ("1", "5", "10", "20", "50", "100", "150"):
+            assert row[size] == f"{float(printed[size]):.2f}"
+
+
+def test_table1_has_the_papers_gains_but_for_the_three_that_it_misprints(built):
+    printed = published.gains("table1")
+    off = {}
+    for row in csv_rows(built["table1"]):
+        key = (row["params"], row["method"])
+        if row["method"] == "base":
+            assert row["short_gain_pct"] == row["long_gain_pct"] == ""
+            continue
+        for which, value in zip(("short", "long"), printed[key], strict=True):
+            ours = float(row[f"{which}_gain_pct"])
+            if abs(ours - value) > 0.1:
+                off[*key, which] = (value, ours)
+    assert len(printed) * 2 == 16
+    assert off == {
+        ("7B", "yarn", "short"): (-2.5, pytest.approx(-2.35, abs=0.01)),
+        ("7B", "sft", "long"): (3.6, pytest.approx(2.82, abs=0.01)),
+        ("3B", "sft", "short"): (31.5, pytest.approx(31.78, abs=0.01)),
+    }
+
+
+def test_table3_has_the_papers_columns_and_short_gains_follow_from_its_columns(built):
+    ours, theirs = csv_rows(built["table3"]), published.rows("table3")
+    assert list(ours[0]) == list(theirs[0])
+    assert [r["method"] for r in ours] == ["base", "laid_wo_kl", "laid_wo_laid", "laid"]
+    for row, printed in zip(ours[1:], theirs[1:]):
+        assert [row[s] for s in ("1", "5", "10", "20", "50")] == [
+            f"{float(printed[s]):.2f}" for s in ("1", "5", "10", "20", "50")
+        ]
+        assert float(row["short_gain_pct"]) == pytest.approx(float(printed["short_gain_pct"]), abs=0.1)
+    # Its base row prints Table 1's 150 under 100; the cells hold Table 1's, so the long gain differs, as it must.
+    assert theirs[0]["100"] == "47.43" and ours[0]["100"] == "51.08"
+
+
+def test_gain_by_hand():
+    assert mean_relative_gain([0.9, 0.6], [0.6, 0.6]) == pytest.approx(25.0)
+    assert mean_relative_gain([0.5], [0.0]) is None
+    assert mean_relative_gain([], []) is None
+
+
+def test_table2_prints_tokens_and_positions(built):
+    rows = csv_rows(built["table2"])
+    assert list(rows[0]) == ["images", "avg_tokens", "avg_positions"]
+    assert rows[0] == {"images": "1", "avg_tokens": "390.00", "avg_positions": "64.00"}
+    assert rows[-1] == {"images": "150", "avg_tokens": "52540.00", "avg_positions": "3640.00"}
+
+
+def test_best_and_second_best_are_marked_within_each_student(built):
+    table = built["table1"]
+    column = table.header.index("20")
+    marks = [(row[0].text, row[1].text, row[column].mark) for row in table.rows if row[column].mark]
+    assert marks == [
+        ("7B", "SFT (LoRA)", "best"),
+        ("7B", "LAid", "second"),
+        ("3B", "SFT (LoRA)", "best"),
+        ("3B", "LAid", "second"),
+    ]
+    text = render.markdown(table)
+    assert "**84.73** [84.0, 85.4]" in text and "_74.09_" in text
+    lines = render.plain(table).splitlines()
+    assert lines[2].split()[:3] == ["Model", "Method", "1"] and "84.73\u00b9" in lines[9] + lines[8]
+    assert lines[2].index("150") + 3 == lines[4].index("60.65") + 5  # right-aligned under its column
+
+
+def test_equal_values_share_their_mark():
+    cells = synthetic.grid_of(
+        {
+            (s, m): {1: a, 50: a}
+            for s in ("32B", "7B", "3B")
+            for m, a in (("base", 0.5), ("laid", 0.75), ("sft", 0.75))
+        },
+        4,
+    )
+    settings = synthetic.config(methods=["base", "laid", "sft"], ablations=["base", "laid"])
+    settings["haystacks"]["test"]["sizes"] = [1, 50]
+    table = tables.table1(tables.Grid(cells, settings, "cells"))
+    assert [row[2].mark for row in table.rows] == ["", *(["second", "best", "best"] * 2)]
+
+
+def test_windows_are_read_off_the_curve(built):
+    window = {(row[0].text, row[1].text): row[-1].text for row in built["table1"].rows}
+    # 7B base: 80.22 at 1, 68.45 at 5: 5 ** ((80.22 - 80) / (80.22 - 68.45)) = 1.03 images.
+    assert window["7B", "base"] == "1.03"
+    # 7B LAid: 80.46 at 10, 74.09 at 20: 10 * 2 ** (0.46 / 6.37) = 10.5 images, 10.2 times base's.
+    assert window["7B", "LAid"] == "10.5 (10.2x)"
+    assert window["7B", "SelfExtend"].startswith("< 1")
+
+
+def test_columns_follow_the_configuration():
+    cells = synthetic.grid_of({(s, "base"): {1: 1.0, 2: 1.0, 7: 0.5} for s in ("32B", "7B", "3B")}, 4)
+    settings = synthetic.config(methods=["base"], ablations=["base"])
+    settings["haystacks"]["test"]["sizes"] = [7, 2, 1]
+    built = tables.build(tables.Grid(cells, settings, "cells"))
+    assert built[0].csv[0] == ["params", "method", "1", "7", "short_gain_pct", "long_gain_pct"]
+    assert [row[0] for row in built[1].csv] == ["images", "1", "7"]
+    with pytest.raises(LaidError, match="leaves none"):
+        settings["tables"]["omit"] = [1, 2, 7]
+        tables.build(tables.Grid(cells, settings, "cells"))
+
+
+def test_a_missing_cell_names_its_file_and_the_command(paper, tmp_path):
+    some = {key: cell for key, cell in paper.items() if key not in (("7B", "laid", 50), ("3B", "sft", 1))}
+    with pytest.raises(LaidError) as error:
+        tables.Grid(some, synthetic.config(), tmp_path / "cells")
+    path = tmp_path / "cells" / "7B" / "laid" / "50.json"
+    assert str(error.value).startswith(f"{path}: no such cell (and 1 more cells)")
+    assert str(error.value).endswith(f"snakemake --cores all {path}")
+
+
+@pytest.mark.parametrize("keys", [{"methods": ["laid", "base"]}, {"table3_students": ["9B"]}])
+def test_wrong_settings_are_one_clear_line(paper, keys):
+    with pytest.raises(LaidError, match=r"^tables\.[^\n]*$"):
+        tables.Grid(paper, synthetic.config(**keys), "cells")
+
+
+def test_files_are_written_whole_and_the_same_twice(built, tmp_path):
+    paths = tables.write(list(built.values()), tmp_path)
+    assert [p.name for p in paths] == [f"table{i}.{s}" for i in (1, 2, 3) for s in ("csv", "md")]
+    before = [p.read_bytes() for p in paths]
+    tables.write(list(built.values()), tmp_path)
+    assert [p.read_bytes() for p in paths] == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(p.name for p in paths)
+
+
+def test_the_verb_prints_and_writes(tmp_path, capsys):
+    from laid.cli import main
+
+    (tmp_path / "config.yaml").write_text(
+        "models: {teacher: big, students: [s]}\n"
+        "haystacks: {test: {sizes: [1, 50]}}\n"
+        "tables: {methods: [base, laid], ablations: [base, laid]}\n"
+    )
+    curves = {
+        ("big", "base"): {1: 1.0, 50: 1.0},
+        ("s", "base"): {1: 1.0, 50: 0.5},
+        ("s", "laid"): {1: 1.0, 50: 0.75},
+    }
+    for (student, method, size), cell in synthetic.grid_of(curves, 8).items():
+        write_cell(tmp_path / "cells" / student / method / f"{size}.json", cell)
+    arguments = ["--config", str(tmp_path / "config.yaml"), "--cells", str(tmp_path / "cells")]
+    assert main(["tables", *arguments, "--out", str(tmp_path / "tables")]) == 0
+    printed = capsys.readouterr().out
+    assert "Table 1." in printed and "+50.00" in printed and "\x1b" not in printed
+    assert (tmp_path / "tables" / "table1.csv").read_text() == (
+        "params,method,1,50,short_gain_pct,long_gain_pct\n"
+        "big,base,100.00,100.00,,\ns,base,100.00,50.00,,\ns,laid,100.00,75.00,0.00,50.00\n"
+    )
+    (tmp_path / "cells" / "s" / "laid" / "50.json").unlink()
+    assert main(["tables", *arguments, "--out", str(tmp_path / "tables")]) == 2
+    assert "s/laid/50.json: no such cell; make it with: snakemake" in capsys.readouterr().err
