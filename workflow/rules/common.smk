@@ -13,7 +13,7 @@ except LaidError as error:
 
 # Every job reads the resolved configuration, `--config` and all, from a file named by its content. It is no input of
 # any rule: what makes a rule run again is the slice of values in its params.
-shell.prefix(f"CONFIG={resolved_file(config, '.snakemake/laid')}; ")
+shell.prefix(f"set -euo pipefail; CONFIG={resolved_file(config, '.snakemake/laid')}; ")
 
 ROOT = f"{config['results']}/{config['scale']}"
 COCO = config["data"]["root"] if config["data"]["source"] == "local" else f"{ROOT}/coco"
