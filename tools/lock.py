@@ -39,14 +39,18 @@ def closure(roots: list[str]) -> dict[str, str]:
         found[name] = Version(installed.version).public
         for line in installed.requires or []:
             inner = Requirement(line)
-            if inner.marker is None or any(inner.marker.evaluate({"extra": extra}) for extra in ("", *extras)):
+            if inner.marker is None or any(
+                inner.marker.evaluate({"extra": extra}) for extra in ("", *extras)
+            ):
                 todo.append(inner)
     return found
 
 
 def write(path: Path, title: str, pins: dict[str, str]) -> None:
     lines = [f"# {title}", "# Written by tools/lock.py; Python 3.11 and 3.12.", ""]
-    path.write_text("\n".join(lines + [f"{name}=={version}" for name, version in sorted(pins.items())]) + "\n")
+    path.write_text(
+        "\n".join(lines + [f"{name}=={version}" for name, version in sorted(pins.items())]) + "\n"
+    )
     print(f"{path.relative_to(TOP)}: {len(pins)} packages")
 
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import copy
 import difflib
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
-from typing import Any, Iterable
+from typing import Any
 
 import yaml
 
@@ -140,7 +141,9 @@ def schema() -> dict[str, Any]:
     for root in (Path(__file__).resolve().parents[2], Path.cwd()):
         if (root / SCHEMA).is_file():
             return read_json(root / SCHEMA)
-    raise LaidError(f"{SCHEMA} not found: laid runs from its checkout; install it there with `pip install -e .`")
+    raise LaidError(
+        f"{SCHEMA} not found: laid runs from its checkout; install it there with `pip install -e .`"
+    )
 
 
 # ------------------------------------------------------------------ reading YAML
@@ -155,7 +158,9 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict:
     for key_node, _ in node.value:
         line = key_node.start_mark.line + 1
         if key_node.value in seen:
-            raise LaidError(f"line {line}: key {key_node.value!r} stands here and on line {seen[key_node.value]}")
+            raise LaidError(
+                f"line {line}: key {key_node.value!r} stands here and on line {seen[key_node.value]}"
+            )
         seen[key_node.value] = line
     return loader.construct_mapping(node, deep=True)
 
@@ -180,7 +185,9 @@ def _read_yaml(path: str | Path) -> tuple[dict[str, Any], yaml.Node | None]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         at = f", line {mark.line + 1} column {mark.column + 1}" if mark else ""
-        raise LaidError(f"{path}: not valid YAML{at}: {getattr(error, 'problem', None) or 'unreadable'}") from None
+        raise LaidError(
+            f"{path}: not valid YAML{at}: {getattr(error, 'problem', None) or 'unreadable'}"
+        ) from None
     if values is None:
         return {}, None
     if not isinstance(values, dict):
@@ -197,7 +204,7 @@ def _message(error: Any, sources: list[tuple]) -> str:
     rule, bound, value, key = error.validator, error.validator_value, error.instance, ".".join(path)
     if rule == "additionalProperties":
         known = sorted(error.schema.get("properties", {}))
-        unknown = sorted((str(k) for k in value if k not in known), key=str)[0]
+        unknown = min(str(k) for k in value if k not in known)
         close = difflib.get_close_matches(unknown, known, n=1, cutoff=0.6)
         hint = f"did you mean {close[0]!r}? " if close else ""
         inside = f"in {key!r}" if key else "at the top"
@@ -251,7 +258,9 @@ def _line(node: yaml.Node | None, path: tuple[str, ...]) -> int | None:
 
 
 def _show(value: Any) -> str:
-    text = "null" if value is None else dumps(value, indent=None) if not isinstance(value, str) else repr(value)
+    text = (
+        "null" if value is None else dumps(value, indent=None) if not isinstance(value, str) else repr(value)
+    )
     return text if len(text) <= 60 else text[:57] + "..."
 
 
@@ -282,7 +291,10 @@ def _cross_checks(config: dict[str, Any]) -> Iterable[tuple[str, str]]:
     """(dotted key, complaint) for every pair of values that contradict each other."""
     data, train, models = config["data"], config["haystacks"]["train"], config["models"]
     if data["source"] == "local" and not data["root"]:
-        yield "data.root", "data.source is 'local', so this must name the folder with annotations/ and the images"
+        yield (
+            "data.root",
+            "data.source is 'local', so this must name the folder with annotations/ and the images",
+        )
     if train["min_size"] > train["max_size"]:
         yield "haystacks.train.min_size", f"{train['min_size']} is above max_size {train['max_size']}"
     if models["teacher"] in models["students"]:

@@ -14,10 +14,11 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Mapping
+from typing import Any
 
 from laid import __version__
 from laid.config import slice_for
@@ -25,6 +26,7 @@ from laid.errors import LaidError
 from laid.io import sha256_file, sha256_folder, sha256_json
 
 PACKAGE = Path(__file__).resolve().parent
+_WITH_DOCSTRING = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors", "numpy", "pillow")
 
 
@@ -83,10 +85,8 @@ def source_hash(package: Path) -> str:
     for file in sorted(package.rglob("*.py")):
         tree = ast.parse(file.read_bytes())
         for node in ast.walk(tree):
-            body = getattr(node, "body", None)
-            if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
-                if isinstance(body[0].value, ast.Constant) and isinstance(body[0].value.value, str):
-                    body[0].value.value = ""
+            if isinstance(node, _WITH_DOCSTRING) and ast.get_docstring(node, clean=False) is not None:
+                node.body[0].value.value = ""
         trees[file.relative_to(package).as_posix()] = ast.dump(tree)
     return sha256_json(trees)
 
@@ -116,7 +116,7 @@ def cost(start: float) -> dict[str, Any]:
         "peak_memory_bytes": peak * (1 if sys.platform == "darwin" else 1024),
         "peak_gpu_memory_bytes": gpu_peak,
         "threads": torch.get_num_threads() if torch is not None else None,
-        "finished": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "hardware": {
             "system": f"{platform.system()} {platform.machine()}",
             "cpu": _cpu_name(),
@@ -133,7 +133,9 @@ def _git(*words: str) -> str | None:
     if not (top / ".git").exists():
         return None
     try:
-        done = subprocess.run(["git", "-C", str(top), *words], capture_output=True, text=True, timeout=30)
+        done = subprocess.run(
+            ["git", "-C", str(top), *words], capture_output=True, text=True, timeout=30, check=False
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None

@@ -8,7 +8,12 @@ from pathlib import Path
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--config", type=Path, nargs="+", default=[Path("config.yaml")], metavar="FILE", help="base, then overlays"
+        "--config",
+        type=Path,
+        nargs="+",
+        default=[Path("config.yaml")],
+        metavar="FILE",
+        help="base, then overlays",
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of YAML")
 
@@ -20,5 +25,7 @@ def run(args: argparse.Namespace) -> int:
     from laid.io import dumps
 
     values = config.load(args.config)
-    print(dumps(values) if args.json else yaml.safe_dump(values, sort_keys=False, allow_unicode=True).rstrip())
+    print(
+        dumps(values) if args.json else yaml.safe_dump(values, sort_keys=False, allow_unicode=True).rstrip()
+    )
     return 0

@@ -1,0 +1,254 @@
+"""The configuration: defaults, overlays, messages, and which values concern which step."""
+
+import copy
+import json
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from laid import config
+from laid.cli import main
+from laid.errors import LaidError
+
+TOP = Path(__file__).resolve().parents[1]
+BASE = TOP / "config.yaml"
+OVERLAYS = sorted((TOP / "configs").glob("*.yaml"))
+
+
+def described(node, path=()):
+    """(path, schema) of every key the schema knows, at any depth."""
+    node = config._resolve(node)
+    for key, child in node.get("properties", {}).items():
+        child = config._resolve(child)
+        yield (*path, key), child
+        yield from described(child, (*path, key))
+
+
+def write(folder, text, name="overlay.yaml"):
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def complaint(*paths):
+    with pytest.raises(LaidError) as caught:
+        config.load(paths)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_schema_is_a_valid_schema():
+    jsonschema.Draft202012Validator.check_schema(config.schema())
+
+
+def test_every_key_is_described_and_closed_and_has_a_default():
+    for path, node in described(config.schema()):
+        name = ".".join(path)
+        assert node.get("description"), f"{name}: no description"
+        if node.get("type") == "object":
+            assert "additionalProperties" in node, f"{name}: would accept any key"
+        else:
+            assert "default" in node, f"{name}: no default"
+
+
+def test_defaults_are_valid_against_their_own_schema():
+    assert config.validate({}) == config.fill({}, config.schema())
+
+
+def test_config_yaml_shows_the_defaults():
+    """config.yaml is the embedded default: what it says and what the schema fills in must not drift apart."""
+    shown, defaults = yaml.safe_load(BASE.read_text()), config.fill({}, config.schema())
+
+    def compare(a, b, path=()):
+        if isinstance(a, dict) and isinstance(b, dict):
+            for key in a.keys() & b.keys():
+                compare(a[key], b[key], (*path, key))
+        else:
+            assert a == b, f"{'.'.join(path)}: config.yaml says {a!r}, the schema's default is {b!r}"
+
+    compare(shown, defaults)
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda p: p.stem)
+def test_overlays_load_and_name_their_scale(overlay):
+    assert config.load([BASE, overlay])["scale"] == overlay.stem
+
+
+def test_overlay_merges_deeply_and_replaces_lists(tmp_path):
+    over = write(tmp_path, "haystacks: {test: {sizes: [1, 5]}}\nseeds: 3\n")
+    merged, base = config.load([BASE, over]), config.load([BASE])
+    assert merged["haystacks"]["test"] == {**base["haystacks"]["test"], "sizes": [1, 5]}
+    assert merged["haystacks"]["train"] == base["haystacks"]["train"] and merged["seeds"] == 3
+
+
+def test_empty_overlay_changes_nothing(tmp_path):
+    assert config.load([BASE, write(tmp_path, "# nothing\n")]) == config.load([BASE])
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("haystack: {}\n", ["overlay.yaml, line 1: haystack: unknown key", "did you mean 'haystacks'?"]),
+        ("\nhaystacks:\n  sead: 1\n", ["line 3: haystacks.sead: unknown key", "'seed'", "hard_negatives"]),
+        (
+            "data: {source: lokal}\n",
+            ["data.source = 'lokal'", "'rendered', 'local', 'download'", "did you mean 'local'"],
+        ),
+        ("seeds: 0\n", ["seeds = 0: must be at least 1"]),
+        ("seeds: two\n", ["seeds = 'two': expected a whole number, found a text"]),
+        ("seeds: true\n", ["seeds = true: expected a whole number, found true or false"]),
+        ("haystacks: {hard_negatives: 1.5}\n", ["haystacks.hard_negatives = 1.5: must be at most 1"]),
+        ("haystacks: {test: {sizes: [1, -2]}}\n", ["haystacks.test.sizes.1 = -2: must be at least 1"]),
+        ("haystacks: {test: {sizes: [5, 5]}}\n", ["haystacks.test.sizes = [5, 5]: an entry stands twice"]),
+        ("haystacks: {test: {sizes: []}}\n", ["needs at least 1 entry, has 0"]),
+        ("haystacks: 7\n", ["haystacks = 7: expected a mapping, found a whole number"]),
+        ("haystacks:\n", ["haystacks = null: expected a mapping, found null"]),
+        ("scale: ../elsewhere\n", ["scale = '../elsewhere': must match"]),
+        ("data: {source: local}\n", ["data.root: data.source is 'local'"]),
+        (
+            "haystacks: {train: {min_size: 30}}\n",
+            ["line 1: haystacks.train.min_size: 30 is above max_size 20"],
+        ),
+        ("models: {students: [teacher]}\n", ["models.students: 'teacher' is the teacher"]),
+        ("seeds: 1\nseeds: 2\n", ["overlay.yaml: line 2: key 'seeds' stands here and on line 1"]),
+        ("- 1\n- 2\n", ["expected `key: value` lines at the top, found a list"]),
+        ("a: [1\n", ["not valid YAML, line"]),
+        ("a: !!python/object/apply:os.system [echo]\n", ["not valid YAML, line 1"]),
+    ],
+)
+def test_wrong_input_gets_one_clear_line(tmp_path, text, parts):
+    said = complaint(BASE, write(tmp_path, text))
+    for part in parts:
+        assert part in said
+
+
+def test_missing_and_unreadable_files(tmp_path):
+    assert "no such configuration file" in complaint(BASE, tmp_path / "absent.yaml")
+    assert "is a folder" in complaint(tmp_path)
+    (tmp_path / "latin.yaml").write_bytes(b"scale: caf\xe9\n")
+    assert "not UTF-8" in complaint(tmp_path / "latin.yaml")
+    assert "no configuration file" in complaint()
+
+
+def test_a_value_from_the_command_line_is_not_blamed_on_a_file():
+    values = {**config.load([BASE]), "seeds": -1}
+    with pytest.raises(LaidError, match="^command line: seeds = -1: must be at least 1"):
+        config.validate(values, [BASE])
+
+
+def test_schema_missing_is_said(monkeypatch, tmp_path):
+    monkeypatch.setattr(config, "SCHEMA", Path("nowhere.json"))
+    config.schema.cache_clear()
+    try:
+        with pytest.raises(LaidError, match="pip install -e"):
+            config.schema()
+    finally:
+        monkeypatch.undo()
+        config.schema.cache_clear()
+
+
+# ------------------------------------------------------------------ slices
+
+
+def test_slices_name_keys_that_exist():
+    """A misspelt entry would silently make a step blind to a value."""
+    full = config.load([BASE])
+    for step, entries in config.SLICES.items():
+        for entry in entries:
+            keys = entry.lstrip("-").partition(".{")[0].split(".")
+            assert config._lookup(full, keys) is not None, f"{step}: {entry}"
+
+
+def wildcards_for(step, full):
+    member = full["models"]["students"][0]
+    return {"member": member, "student": member, "method": "laid", "seed": 0, "size": 5}
+
+
+@pytest.mark.parametrize(
+    ("step", "key", "value", "matters"),
+    [
+        ("data", "data.rendered.seed", 1, True),
+        ("data", "haystacks.seed", 1, False),
+        ("haystacks", "haystacks.test.questions", 10, True),
+        ("haystacks", "seeds", 3, False),
+        ("evaluate", "evaluation.shard", "cell", False),
+        ("evaluate", "resources.evaluate.mem_mb", 999, False),
+        ("tables", "tables.threshold", 0.5, True),
+        ("tables", "results", "elsewhere", False),
+    ],
+)
+def test_slice_changes_exactly_when_a_value_matters(step, key, value, matters):
+    full = config.load([BASE])
+    changed = config.merge(full, config._nest(key.split("."), value))
+    assert changed != full
+    wildcards = wildcards_for(step, full)
+    before, after = (config.slice_json(step, c, **wildcards) for c in (full, changed))
+    assert (before != after) is matters
+
+
+def test_slice_of_an_unknown_step():
+    with pytest.raises(LaidError, match="no step 'trian'; steps: data"):
+        config.slice_for("trian", {})
+
+
+def test_slice_takes_away_and_adds_one_member(monkeypatch):
+    monkeypatch.setitem(config.SLICES, "demo", ["a", "-a.members", "a.members.{member}", "b.{member}.x"])
+    full = {"a": {"k": 1, "members": {"s": {"w": 1}, "t": {"w": 2}}}, "b": {"s": {"x": 0, "y": 1}}, "c": 3}
+    untouched = copy.deepcopy(full)
+    assert config.slice_for("demo", full, member="s") == {
+        "a": {"k": 1, "members": {"s": {"w": 1}}},
+        "b": {"s": {"x": 0}},
+    }
+    assert full == untouched
+
+
+# ------------------------------------------------------------------ merging, as a property
+
+plain = st.recursive(
+    st.integers() | st.text(max_size=3) | st.none(),
+    lambda inner: st.dictionaries(st.sampled_from("abcd"), inner, max_size=3) | st.lists(inner, max_size=2),
+    max_leaves=8,
+)
+mappings = st.dictionaries(st.sampled_from("abcd"), plain, max_size=4)
+
+
+@settings(max_examples=50, deadline=None)
+@given(mappings, mappings)
+def test_merge_keeps_both_and_lets_the_overlay_win(base, over):
+    before = copy.deepcopy((base, over))
+    merged = config.merge(base, over)
+    assert (base, over) == before
+    assert merged.keys() == base.keys() | over.keys()
+    assert config.merge(merged, over) == merged and config.merge(base, {}) == base
+    for key in merged:
+        if key not in over:
+            assert merged[key] == base[key]
+        elif not (isinstance(over[key], dict) and isinstance(base.get(key), dict)):
+            assert merged[key] == over[key]
+
+
+# ------------------------------------------------------------------ the resolved file and the verb
+
+
+def test_resolved_file_is_named_by_content_and_loads_to_the_same(tmp_path):
+    full = config.load([BASE])
+    path = config.resolved_file(full, tmp_path / "x")
+    assert config.load([path]) == full
+    stamp = path.stat().st_mtime_ns
+    assert config.resolved_file(dict(reversed(full.items())), tmp_path / "x") == path
+    assert path.stat().st_mtime_ns == stamp
+    assert config.resolved_file({**full, "seeds": 2}, tmp_path / "x") != path
+
+
+def test_config_verb_prints_what_load_gives(capsys, tmp_path):
+    over = write(tmp_path, "seeds: 4\n")
+    assert main(["config", "--json", "--config", str(BASE), str(over)]) == 0
+    assert json.loads(capsys.readouterr().out) == config.load([BASE, over])
+    assert main(["config", "--config", str(BASE), str(over)]) == 0
+    assert yaml.safe_load(capsys.readouterr().out) == config.load([BASE, over])
+    assert main(["config", "--config", str(tmp_path / "none.yaml")]) == 2
+    assert capsys.readouterr().err.startswith("laid config: error: ")

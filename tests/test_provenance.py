@@ -1,0 +1,99 @@
+"""Provenance records: deterministic, blind to what does not matter, open-eyed for what does."""
+
+import hashlib
+import json
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+
+from laid import config, provenance
+from laid.errors import LaidError
+
+TOP = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def settings():
+    return config.load([TOP / "config.yaml"])
+
+
+def test_same_inputs_same_record_and_json_ready(settings, tmp_path):
+    (tmp_path / "a.json").write_text("{}")
+    records = [provenance.collect("haystacks", settings, {"a.json": tmp_path / "a.json"}) for _ in range(2)]
+    assert records[0] == records[1]
+    assert json.loads(json.dumps(records[0])) == records[0]
+    assert records[0]["data"]["a.json"] == hashlib.sha256(b"{}").hexdigest()
+    assert {"code", "config", "data", "libraries", "settings"} <= records[0].keys()
+
+
+def test_config_hash_follows_what_matters_only(settings):
+    def record(changes):
+        return provenance.collect("haystacks", config.merge(settings, changes), {})["config"]
+
+    assert record({"seeds": 3, "scale": "other"}) == record({})
+    assert record({"haystacks": {"seed": 9}}) != record({})
+
+
+def test_wildcards_are_recorded(settings):
+    record = provenance.collect("evaluate", settings, {}, student="small", method="base")
+    assert record["wildcards"] == {"student": "small", "method": "base"}
+
+
+def test_missing_input_is_one_line(settings, tmp_path):
+    with pytest.raises(LaidError, match="gone.json: no such file or folder"):
+        provenance.collect("haystacks", settings, {"x": tmp_path / "gone.json"})
+
+
+def test_fingerprint_of_folders_and_hub_models(tmp_path):
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m/w.bin").write_bytes(b"1")
+    before = provenance.fingerprint(tmp_path / "m")
+    shutil.copytree(tmp_path / "m", tmp_path / "n")
+    assert provenance.fingerprint(tmp_path / "n") == before
+    (tmp_path / "n/w.bin").write_bytes(b"2")
+    assert provenance.fingerprint(tmp_path / "n") != before
+    (tmp_path / "m/w.bin").rename(tmp_path / "m/v.bin")
+    assert provenance.fingerprint(tmp_path / "m") != before
+    assert provenance.fingerprint("hub:Qwen/x@1") == "hub:Qwen/x@1"
+
+
+@pytest.mark.parametrize(
+    ("text", "same"),
+    [
+        ('"""Another docstring."""\n\n# a comment\ndef f(x):\n    """Doc."""\n    return x + 1\n', True),
+        (
+            '"""Doc."""\n\ndef f(x):\n    return (x\n            + 1)\n',
+            False,
+        ),  # a docstring fewer is another tree
+        ('"""Doc."""\n\ndef f(x):\n    """Doc."""\n    return x + 2\n', False),
+        ('"""Doc."""\n\ndef f(x):\n    """Doc."""\n    "text"\n    return x + 1\n', False),
+    ],
+)
+def test_source_hash_is_blind_to_comments_and_layout_only(tmp_path, text, same):
+    for name, content in (("a", '"""Doc."""\n\ndef f(x):\n    """Doc."""\n    return x + 1\n'), ("b", text)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mod.py").write_text(content)
+    a, b = (provenance.source_hash(tmp_path / name) for name in "ab")
+    assert (a == b) is same
+
+
+def test_code_names_commit_and_dirt(monkeypatch):
+    answers = {"rev-parse": "abc", "status": " M x"}
+    monkeypatch.setattr(provenance, "_git", lambda *words: answers[words[0]])
+    assert provenance.code.__wrapped__()["commit"] == "abc" and provenance.code.__wrapped__()["dirty"] is True
+    answers["status"] = ""
+    assert provenance.code.__wrapped__()["dirty"] is False
+    monkeypatch.setattr(provenance, "_git", lambda *words: None)
+    assert provenance.code.__wrapped__()["commit"] is None and provenance.code.__wrapped__()["dirty"] is None
+
+
+def test_cost_measures_time_and_memory():
+    start = time.perf_counter() - 2.0
+    block = bytearray(64 << 20)
+    cost = provenance.cost(start)
+    assert 2.0 <= cost["wall_seconds"] < 60
+    assert len(block) < cost["peak_memory_bytes"] < cost["hardware"]["memory_bytes"]
+    assert cost["hardware"]["cores"] >= 1
+    assert json.loads(json.dumps(cost)) == cost
