@@ -81,8 +81,8 @@ CATEGORIES: dict[str, tuple[tuple[int, int, int], list[Polygon]]] = {
     "moon": (
         (240, 225, 150),
         [
-            _arc(0.97, math.radians(57), math.radians(303))
-            + _arc(0.66, math.radians(323.6), math.radians(36.4), dx=0.42)
+            _arc(0.97, math.radians(123), math.radians(417))
+            + _arc(0.66, math.radians(396.4), math.radians(143.6), dx=0.42)
         ],
     ),
     "arrow": (
@@ -135,8 +135,8 @@ def draw_scene(
         polygons = []
         for shape in shapes:
             points = [(round(cx + x * cos - y * sin, 2), round(cy + x * sin + y * cos, 2)) for x, y in shape]
-            # Pillow's polygon takes pixel centres, COCO's polygon pixel corners: half a sub-pixel apart.
-            pen.polygon([(x * SUPERSAMPLE - 0.5, y * SUPERSAMPLE - 0.5) for x, y in points], fill=tint)
+            # Pillow cuts coordinates off, so that this, not a shift by half a sub-pixel, is where COCO's polygon lies.
+            pen.polygon([(x * SUPERSAMPLE, y * SUPERSAMPLE) for x, y in points], fill=tint)
             polygons.append([value for point in points for value in point])
         objects.append({"category": names[category], "polygons": polygons})
     pixels = np.asarray(picture.resize((canvas, canvas), Image.Resampling.BOX), dtype=np.int16)
