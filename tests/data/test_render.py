@@ -46,16 +46,19 @@ def test_splits_are_disjoint_and_annotation_ids_unique(official):
 
 def test_masks_areas_and_boxes_agree_with_pycocotools(official):
     api = official["val2017"]
+    ratios = []
     for number in list(api.anns)[:120]:
         entry = api.anns[number]
         mask = api.annToMask(entry)
         ys, xs = np.nonzero(mask)
         x, y, width, height = entry["bbox"]
         assert entry["iscrowd"] == 0
-        assert abs(mask.sum() - entry["area"]) <= 0.04 * entry["area"] + 4
+        assert abs(mask.sum() - entry["area"]) <= 0.06 * entry["area"] + 4
+        ratios.append(mask.sum() / entry["area"])
         # Masks never pass the box by more than rounding; a sharp tip may end up to two pixels inside.
         inset = np.array([xs.min() - x, ys.min() - y, x + width - xs.max() - 1, y + height - ys.max() - 1])
         assert inset.min() >= -0.52 and inset.max() <= 2.3
+    assert abs(np.mean(ratios) - 1) < 0.01  # rounding has no bias
 
 
 def test_what_the_mask_says_is_what_the_picture_shows(coco_root, official):
@@ -80,7 +83,7 @@ def test_what_the_mask_says_is_what_the_picture_shows(coco_root, official):
             off = np.abs(pixels[inside] - colour).max(1) > 14 + 9 + 1  # tint, noise, rounding
             assert off.mean() <= 0.01  # pycocotools fills a pixel of a sharp inner corner
             seen.add(annotation["category_id"])
-        ground = pixels[~binary_dilation(covered, structure, iterations=2)]
+        ground = pixels[~binary_dilation(covered, structure, iterations=4)]
         assert np.ptp(ground, axis=1).max() == 0  # grey
         assert ground.std() < 8 and ground.std() > 2  # plain, but noisy
     assert len(seen) == 16
