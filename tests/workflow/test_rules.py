@@ -1,0 +1,117 @@
+"""The rules, through real Snakemake: what is planned, what is made again and why, how mistakes look."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+TOP = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.workflow
+
+
+def test_lint(workdir):
+    assert "good condition" in workdir.snakemake("--lint", overlay=None)
+
+
+def test_format():
+    files = [TOP / "Snakefile", *sorted((TOP / "workflow/rules").glob("*.smk"))]
+    tool = Path(sys.executable).with_name("snakefmt")
+    done = subprocess.run([tool, "--check", *files], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def expected_jobs(config):
+    """rule -> jobs, counted from the configuration by hand rather than by the rules."""
+    students, tables = config["models"]["students"], config["tables"]
+    trained = 0
+    evaluated = 1  # the teacher's base
+    for student in students:
+        methods = set(tables["methods"])
+        if student in (tables["table3_students"] or students[:1]):
+            methods |= set(tables["ablations"])
+        evaluated += len(methods)
+        trained += len(methods - {"base", "yarn", "self_extend"})
+    return {"pretrain": 1 + len(students), "evaluate": evaluated, "train": trained * config["seeds"]}
+
+
+def test_plan_of_the_default(workdir):
+    jobs = workdir.planned(overlay=None)
+    expected = expected_jobs(yaml.safe_load((TOP / "config.yaml").read_text()))
+    assert {rule: jobs[rule] for rule in expected} == expected
+    assert jobs["data"] == jobs["haystacks"] == jobs["teacher_cache"] == jobs["tables"] == 1
+
+
+def test_three_seeds_train_three_times(workdir):
+    config = yaml.safe_load((TOP / "config.yaml").read_text())
+    jobs = workdir.planned("--config", "seeds=3", overlay=None)
+    assert jobs["train"] == 3 * expected_jobs({**config, "seeds": 1})["train"]
+    assert jobs["evaluate"] == expected_jobs(config)["evaluate"]
+
+
+def test_one_cell_needs_one_student_and_one_run(workdir):
+    jobs = workdir.planned("results/micro/cells/small/laid/5.json")
+    assert (jobs["pretrain"], jobs["train"], jobs["evaluate"]) == (2, 1, 1)
+    jobs = workdir.planned("results/micro/cells/small/yarn/5.json")
+    assert (
+        (jobs["pretrain"], jobs["evaluate"]) == (1, 1) and "train" not in jobs and "teacher_cache" not in jobs
+    )
+
+
+def test_one_job_per_cell_for_large_models(workdir):
+    (workdir.path / "cell.yaml").write_text("evaluation: {shard: cell}\n")
+    jobs = workdir.planned("--configfile", "micro.yaml", "cell.yaml", overlay=None)
+    config = yaml.safe_load((TOP / "config.yaml").read_text())
+    assert jobs["evaluate"] == 2 * expected_jobs(config)["evaluate"]  # two sizes
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--config", "seedz=3"], "command line: seedz: unknown key; did you mean 'seeds'?"),
+        (["--config", "seeds=0"], "command line: seeds = 0: must be at least 1"),
+    ],
+)
+def test_wrong_configuration_is_said_before_anything_runs(workdir, words, said):
+    output = workdir.snakemake(*words, ok=False)
+    assert said in output and "Traceback" not in output
+    assert not workdir.root.exists()
+
+
+def test_wrong_value_in_an_overlay_names_file_and_line(workdir):
+    (workdir.path / "bad.yaml").write_text("scale: bad\nhaystacks: {neeedles: multi}\n")
+    output = workdir.snakemake(ok=False, overlay="bad.yaml")
+    assert "bad.yaml, line 2: haystacks.neeedles: unknown key; did you mean 'needles'?" in output
+
+
+def test_what_is_made_again(shared_workdir):
+    """Only a value that matters to a step makes it run again; comments and other keys do not."""
+    work, target = shared_workdir, "results/micro/haystacks/train.json"
+    work.snakemake(target)
+    assert (work.root / "logs/haystacks.log").stat().st_size > 0
+    assert work.planned(target) == {}
+
+    base = (work.path / "config.yaml").read_text()
+    (work.path / "config.yaml").write_text("# a comment\n" + base)
+    assert work.planned(target) == {}
+    assert work.planned(target, "--config", "seeds=2") == {}
+
+    micro = (work.path / "micro.yaml").read_text()
+    (work.path / "seed.yaml").write_text(micro.replace("haystacks:", "haystacks:\n  seed: 5"))
+    assert work.planned(target, overlay="seed.yaml") == {"haystacks": 1}
+    (work.path / "data.yaml").write_text(micro.replace("train: 240", "seed: 5, train: 240"))
+    assert work.planned(target, overlay="data.yaml") == {"data": 1, "haystacks": 1}
+
+
+def test_a_failing_step_fails_the_run_with_one_line(shared_workdir):
+    """The log is written through a pipe: a failure before the pipe must not be lost."""
+    work = shared_workdir
+    (work.path / "few.yaml").write_text(
+        (work.path / "micro.yaml").read_text().replace("[1, 5]", "[1, 5, 400]")
+    )
+    target = "results/micro/haystacks/test/visual_haystack_400.json"
+    output = work.snakemake(target, ok=False, overlay="few.yaml")
+    log = (work.root / "logs/haystacks.log").read_text()
+    assert "laid haystacks: error: " in log and log.strip().count("\n") == 0 and log.strip() in output
+    assert not (work.path / target).exists()
