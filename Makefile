@@ -9,8 +9,6 @@ PYTHON ?=
 VENV := .venv
 BIN := $(VENV)/bin
 CORES ?= all
-# What Snakemake is given besides; e.g. SNAKEMAKE_ARGS="--configfile configs/ci.yaml"
-SNAKEMAKE_ARGS ?=
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONUNBUFFERED := 1
@@ -24,8 +22,8 @@ help:
 	@echo "make clean   remove results; make distclean: .venv and caches too"
 
 demo: $(VENV)/.demo
-	@snakemake --cores $(CORES) $(SNAKEMAKE_ARGS)
-	@python tools/show_tables.py $(SNAKEMAKE_ARGS)
+	@snakemake --cores $(CORES)
+	@laid tables
 
 test: $(VENV)/.dev
 	@OMP_NUM_THREADS=1 python -m pytest $(PYTEST_ARGS)

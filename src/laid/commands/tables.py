@@ -12,10 +12,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--config", nargs="+", type=Path, default=[Path("config.yaml")], help="base file, then overlays"
     )
     parser.add_argument(
-        "--cells", type=Path, required=True, help="folder of cells, <student>/<method>/<size>.json"
+        "--cells",
+        type=Path,
+        help="folder of cells, <student>/<method>/<size>.json (default: <results>/<scale>/cells)",
     )
     parser.add_argument(
-        "--out", type=Path, required=True, help="folder for table1, table2, table3 (.csv and .md)"
+        "--out",
+        type=Path,
+        help="folder for table1, table2, table3 (.csv and .md); without it they are printed only",
     )
 
 
@@ -25,10 +29,11 @@ def run(args: argparse.Namespace) -> None:
     from laid.results.cells import load_cells
 
     settings = config.load(args.config)
-    grid = tables.Grid(load_cells(args.cells), settings, args.cells)
-    built = tables.build(grid)
-    tables.write(built, args.out)
-    show(built, footnote=shortcuts_line(args.cells.parent / "haystacks" / "shortcuts.json"))
+    cells = args.cells or Path(settings["results"]) / settings["scale"] / "cells"
+    built = tables.build(tables.Grid(load_cells(cells), settings, cells))
+    if args.out:
+        tables.write(built, args.out)
+    show(built, footnote=shortcuts_line(cells.parent / "haystacks" / "shortcuts.json"))
 
 
 def show(built: list, footnote: str | None = None) -> None:
