@@ -36,10 +36,6 @@ def run(args: argparse.Namespace) -> int:
 
         render(out, **settings["rendered"])
     elif settings["source"] == "local":
-        if not settings["root"]:
-            raise LaidError(
-                "data.source is local and data.root is not set: give the folder that holds annotations/"
-            )
         root = Path(settings["root"]).expanduser().absolute()
         for split in SPLITS:
             load_coco(root, split, check="sizes")
