@@ -1,0 +1,77 @@
+"""Matching of attention rows: where question and answer tokens look, student against mixed teacher heads.
+
+Our second reading of "distance-weighted attention matching". Only chosen query rows are compared, (rows x tokens) per
+head and never (tokens x tokens). The teacher's row for student head i is sum_j a_ij P^t_j, a_i = softmax over teacher
+heads of a learned row, so that it stays a distribution. The divergence sums, over keys n,
+
+    weight_n * ( P^t log(P^t / P^s) - P^t + P^s )
+
+Each term is at least 0 and 0 only at equality, so weights cannot turn it negative; with all weights 1 the sum is KL(P^t || P^s).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from laid.errors import LaidError
+from laid.methods.decoder import repeat_kv
+
+
+def attention_rows(
+    q: torch.Tensor, k: torch.Tensor, rows: torch.Tensor, key_mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Log-probabilities of chosen attention rows: (batch, heads, rows, tokens), float32; -inf where not allowed.
+
+    q: (batch, heads, tokens, head_dim) and k: (batch, kv_heads, tokens, head_dim), both rotated. rows: (batch, rows)
+    token indices of the queries. key_mask: (batch, tokens), true for real tokens. Causal by token index.
+    Raises LaidError when a row may see no key at all.
+    """
+    _batch, heads, tokens, dim = q.shape
+    chosen = q.gather(2, rows[:, None, :, None].expand(-1, heads, -1, dim))
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scores = chosen.to(wide) @ repeat_kv(k, heads).to(wide).transpose(-1, -2) * dim**-0.5
+    allowed = torch.arange(tokens, device=q.device) <= rows[..., None]
+    if key_mask is not None:
+        allowed = allowed & key_mask.bool()[:, None]
+    if not bool(allowed.any(-1).all()):
+        raise LaidError(
+            "attention rows: a chosen row sees no real token before it; choose rows of real tokens"
+        )
+    return scores.masked_fill(~allowed[:, None], float("-inf")).log_softmax(-1)
+
+
+class RowMatching(nn.Module):
+    """Weighted divergence of student rows from learned mixtures of teacher rows, for one pair of layers.
+
+    Parameter: mixture (student_heads, teacher_heads), logits of the mixture, 0 at the start (an even mixture).
+    """
+
+    def __init__(self, student_heads: int, teacher_heads: int) -> None:
+        super().__init__()
+        self.mixture = nn.Parameter(torch.zeros(student_heads, teacher_heads))
+
+    def forward(
+        self, student: torch.Tensor, teacher: torch.Tensor, key_weights: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Mean over batch, student heads and rows of the weighted divergence: a scalar in nats.
+
+        student: (batch, student_heads, rows, tokens), teacher: (batch, teacher_heads, rows, tokens): log-probabilities
+        from `attention_rows`. key_weights: (batch, tokens), not negative, e.g. DistanceSchedule.weights.
+        Raises LaidError when rows or heads do not fit.
+        """
+        heads = (student.shape[1], teacher.shape[1])
+        if heads != tuple(self.mixture.shape) or student.shape[2:] != teacher.shape[2:]:
+            raise LaidError(
+                f"attention rows: student {tuple(student.shape)} and teacher {tuple(teacher.shape)} do not fit a mixture of"
+                f" {tuple(self.mixture.shape)} heads over the same rows and tokens"
+            )
+        weights = self.mixture.softmax(-1).to(teacher.dtype)
+        target = torch.einsum("ij,bjrn->birn", weights, teacher.exp())
+        seen = target > 0
+        log_target = torch.where(seen, target, torch.ones_like(target)).log()
+        log_student = torch.where(seen, student, torch.zeros_like(student))
+        terms = target * (log_target - log_student) - target + student.exp()
+        if key_weights is not None:
+            terms = terms * key_weights.to(terms.dtype)[:, None, None]
+        return terms.sum(-1).mean()
