@@ -20,6 +20,7 @@ VERBS = {
     "train": "post-train a student (sft, kd, laid and its ablations)",
     "evaluate": "evaluate a model with a method over haystack sizes into cells",
     "tables": "build Tables 1, 2 and 3 from cells and print them",
+    "figures": "draw the figures from cells and training logs",
     "config": "print the resolved, validated configuration",
 }
 

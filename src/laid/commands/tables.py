@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 
@@ -27,6 +26,7 @@ def run(args: argparse.Namespace) -> None:
     from laid import config
     from laid.results import tables
     from laid.results.cells import load_cells
+    from laid.results.terminal import show
 
     settings = config.load(args.config)
     cells = args.cells or Path(settings["results"]) / settings["scale"] / "cells"
@@ -34,29 +34,6 @@ def run(args: argparse.Namespace) -> None:
     if args.out:
         tables.write(built, args.out)
     show(built, footnote=shortcuts_line(cells.parent / "haystacks" / "shortcuts.json"))
-
-
-def show(built: list, footnote: str | None = None) -> None:
-    """Print tables: rich on a terminal, aligned text into a pipe."""
-    if sys.stdout.isatty():
-        from rich.console import Console
-
-        from laid.results.render import rich_table
-
-        console = Console()
-        for table in built:
-            console.print(rich_table(table))
-        if footnote:
-            console.print(footnote)
-        return
-    from laid.results.render import plain
-
-    # A pipe in a locale without raised figures gets a question mark, not a traceback.
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")
-    print("\n".join(plain(table) for table in built))
-    if footnote:
-        print(footnote)
 
 
 def shortcuts_line(path: Path) -> str | None:

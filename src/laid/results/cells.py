@@ -97,7 +97,7 @@ def make_cell(
     _check_answers(cell, where)
     cell["accuracy"] = _share(is_right(a) for a in ordered)
     cell["compliance"] = _share(a["answer"] != "none" for a in ordered)
-    cell["interval"], cell["interval_method"] = _interval(right_answers(cell))
+    cell["interval"], cell["interval_method"] = interval_of(right_answers(cell))
     cell["digest"] = _digest(cell)
     check_cell(cell, where)
     return cell
@@ -235,7 +235,8 @@ def _check_place(cell: dict[str, Any], path: Path) -> None:
         raise LaidError(f"{path}: holds the cell {inside}: moved or copied from there?")
 
 
-def _interval(right: np.ndarray) -> tuple[list[float], str]:
+def interval_of(right: np.ndarray) -> tuple[list[float], str]:
+    """The 95 % interval of the mean of `right` (seeds, questions), as fractions, and the method's name."""
     seeds, questions = right.shape
     # Resampling can say nothing where all answers are right, or all wrong; Wilson's interval over the questions can.
     if seeds == 1 or right.min() == right.max():

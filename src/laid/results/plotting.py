@@ -1,0 +1,148 @@
+"""One style for all figures, and how they are written: SVG, PNG and the drawn numbers as CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from laid.io import atomic_path, write_json, write_text
+
+COLUMN, PAGE = 3.35, 7.0  # inches: one column and both columns of a two-column paper
+FONT = 8  # points, the smallest size anywhere
+
+# Okabe and Ito's colours, which colour-blind readers tell apart; marker, dash and hatch serve grey prints.
+BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PURPLE = (
+    "#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Look:
+    """Colour, marker, dash and hatch of one method or model."""
+
+    color: str
+    marker: str
+    dash: Any = "-"
+    hatch: str = ""
+
+
+METHOD_LOOKS = {
+    "base": Look(BLACK, "o", "-", ""),
+    "yarn": Look(SKY, "^", (0, (4, 1.5)), "..."),
+    "self_extend": Look(ORANGE, "v", (0, (3, 1, 1, 1)), "xxx"),
+    "sft": Look(GREEN, "s", (0, (1, 1)), "|||"),
+    "kd": Look(PURPLE, "D", (0, (6, 1, 1, 1)), "\\\\\\"),
+    "laid": Look(RED, "p", "-", "///"),
+    "laid_long": Look(BLUE, "P", (0, (5, 1)), "+++"),
+    "laid_wo_kl": Look(BLUE, "X", (0, (2, 1)), "ooo"),
+    "laid_wo_laid": Look(ORANGE, "h", (0, (4, 2)), "---"),
+}
+MODEL_LOOKS = [
+    Look(BLACK, "o"),
+    Look(BLUE, "s", (0, (4, 1.5))),
+    Look(RED, "^", (0, (1, 1))),
+    Look(GREEN, "D", (0, (6, 1, 1, 1))),
+]
+SERIES = [BLACK, BLUE, RED, GREEN, ORANGE, PURPLE, SKY]
+
+STYLE = {
+    "font.family": "DejaVu Sans",
+    "font.size": FONT,
+    "axes.titlesize": FONT,
+    "axes.labelsize": FONT,
+    "xtick.labelsize": FONT,
+    "ytick.labelsize": FONT,
+    "legend.fontsize": FONT,
+    "figure.titlesize": FONT + 1,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "axes.grid": True,
+    "grid.color": "#dddddd",
+    "grid.linewidth": 0.5,
+    "axes.axisbelow": True,
+    "lines.linewidth": 1.2,
+    "lines.markersize": 4,
+    "hatch.linewidth": 0.5,
+    "legend.frameon": False,
+    "legend.handlelength": 2.6,
+    "figure.constrained_layout.use": True,
+    "savefig.facecolor": "white",
+    "svg.hashsalt": "laid",  # the same figure gives the same ids, hence the same bytes
+    "svg.fonttype": "path",
+}
+
+
+@dataclass
+class Drawing:
+    """A finished figure, its caption, and the numbers in it (header first)."""
+
+    name: str
+    caption: str
+    figure: Figure
+    csv: list[list[str]]
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    """Draw inside this; the process's own matplotlib settings stay as they are."""
+    with matplotlib.rc_context(STYLE):
+        yield
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure in inches, without pyplot's global state."""
+    figure = Figure(figsize=(width, height))
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def tip(artist: Any, text: str) -> None:
+    """Give a drawn point a hover text; `with_tips` turns it into an SVG title."""
+    artist.set_gid("tip:" + text)
+
+
+def save(drawing: Drawing, out: str | Path) -> list[Path]:
+    """Write <name>.svg, .png (300 dpi) and .csv below `out`; returns the paths. The same drawing, the same bytes."""
+    out = Path(out)
+    paths = [out / f"{drawing.name}.{suffix}" for suffix in ("svg", "png", "csv")]
+    with style():
+        text = io.StringIO()
+        drawing.figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+        write_text(paths[0], with_tips(text.getvalue()))
+        with atomic_path(paths[1]) as beside:
+            drawing.figure.savefig(beside, format="png", dpi=300, metadata={"Software": None})
+    table = io.StringIO()
+    csv.writer(table, lineterminator="\n").writerows(drawing.csv)
+    write_text(paths[2], table.getvalue())
+    return paths
+
+
+def write_captions(drawings: Sequence[Drawing], out: str | Path) -> None:
+    """Write captions.json, figure name -> caption, for the reports."""
+    write_json(Path(out) / "captions.json", {drawing.name: drawing.caption for drawing in drawings})
+
+
+def with_tips(svg: str) -> str:
+    """Turn the groups marked by `tip` into groups with a <title>, which browsers show on hover."""
+    parts = svg.split('<g id="tip:')
+    out = [parts[0]]
+    for part in parts[1:]:
+        text, _, rest = part.partition('">')
+        out.append(f'<g class="tip"><title>{text}</title>{rest}')
+    return "".join(out)
+
+
+def percent(value: float, interval: Sequence[float] | None = None) -> str:
+    """As 67.0 or 67.0 [61.5, 72.1]; value and interval are fractions."""
+    text = f"{100 * value:.1f}"
+    return text if interval is None else f"{text} [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
