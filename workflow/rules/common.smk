@@ -5,9 +5,13 @@ from snakemake.exceptions import WorkflowError
 
 from laid.config import resolved_file, slice_json, validate
 from laid.errors import LaidError
+from laid.results.tables import needed
 
 try:
     config = validate(config, workflow.configfiles)
+    CELLS = [
+        f"{student}/{method}/{size}.json" for student, method, size in needed(config)
+    ]
 except LaidError as error:
     raise WorkflowError(str(error)) from None
 
@@ -29,17 +33,6 @@ wildcard_constraints:
     method="[a-z_]+",
     seed=r"\d+",
     size=r"\d+",
-
-
-def methods_of(student):
-    """The methods whose cells the tables need of one student, base first."""
-    if student == TEACHER:
-        return ["base"]
-    tables = config["tables"]
-    ablated = student in (tables["table3_students"] or STUDENTS[:1])
-    return list(
-        dict.fromkeys(tables["methods"] + (tables["ablations"] if ablated else []))
-    )
 
 
 def relevant(step):

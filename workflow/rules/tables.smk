@@ -7,12 +7,7 @@ localrules:
 
 rule tables:
     input:
-        [
-            f"{ROOT}/cells/{student}/{method}/{size}.json"
-            for student in [TEACHER, *STUDENTS]
-            for method in methods_of(student)
-            for size in SIZES
-        ],
+        [f"{ROOT}/cells/{cell}" for cell in CELLS],
     output:
         expand(
             f"{ROOT}/tables/table{{number}}.{{suffix}}",
