@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import nn
@@ -93,6 +94,24 @@ def geometry(model_or_config) -> Geometry:
         head_dim=head_dim,
         sections=sections,
     )
+
+
+class Applied:
+    """A training-free method that is on. `remove()` gives the model back as it was; also a context manager."""
+
+    def __init__(self, undo: Callable[[], None]) -> None:
+        self._undo: Callable[[], None] | None = undo
+
+    def remove(self) -> None:
+        undo, self._undo = self._undo, None
+        if undo is not None:
+            undo()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exc) -> None:
+        self.remove()
 
 
 def rotate_half(x: torch.Tensor) -> torch.Tensor:
