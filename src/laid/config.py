@@ -24,11 +24,11 @@ SCHEMA = Path("workflow/schemas/config.schema.json")
 # {name} is a wildcard. The results of earlier steps are not listed: they are inputs, known by their hashes.
 # Keys that change no result (results, resources, how work is sharded) stand nowhere.
 SLICES: dict[str, list[str]] = {
-    "data": ["data"],
+    "data": ["data", "-data.download"],
     "haystacks": ["haystacks"],
-    "pretrain": ["family", "-family.members", "family.members.{member}"],
-    "teacher_cache": ["training", "models.teacher"],
-    "train": ["training", "methods.{method}"],
+    "pretrain": ["family", "-family.members", "family.members.{member}", "haystacks.validation.share", "haystacks.seed"],
+    "teacher_cache": ["teacher_cache", "training.dtype", "evaluation.order_seed"],
+    "train": ["training", "methods.{method}", "evaluation.order_seed"],
     "evaluate": ["evaluation", "-evaluation.shard", "methods.{method}"],
     "tables": ["tables", "models", "haystacks.test.sizes"],
 }
@@ -63,7 +63,7 @@ def validate(values: dict[str, Any], paths: Iterable[str | Path] = ()) -> dict[s
     errors = sorted(checker.iter_errors(values), key=lambda e: (list(map(str, e.absolute_path)), e.validator))
     if errors:
         raise LaidError(_message(errors[0], sources))
-    full = fill(values, schema())
+    full = fill(_extended(values, sources), schema())
     for key, complaint in _cross_checks(full):
         path = tuple(key.split("."))
         raise LaidError(f"{_where(path, sources, _lookup(values, path))}{key}: {complaint}")
@@ -282,6 +282,28 @@ def _types(bound: str | list[str]) -> str:
 def _kind(value: Any) -> str:
     kinds = {dict: "object", list: "array", str: "string", bool: "boolean", int: "integer", float: "number"}
     return _NAMES["null"] if value is None else _NAMES.get(kinds.get(type(value)), type(value).__name__)
+
+
+# ------------------------------------------------------------------ methods that extend others
+
+
+def _extended(values: dict[str, Any], sources: list[tuple]) -> dict[str, Any]:
+    """`values` with every method laid over the one it extends, before defaults fill what neither sets."""
+    methods = values.get("methods") or {}
+
+    def resolve(name: str, seen: tuple[str, ...]) -> dict[str, Any]:
+        own = methods[name] or {}
+        parent = own.get("extends")
+        if parent is None:
+            return own
+        where = _where(("methods", name, "extends"), sources, parent)
+        if parent in seen:
+            raise LaidError(f"{where}methods.{name}.extends = {parent!r}: goes in a circle ({' -> '.join((*seen, parent))})")
+        if parent not in methods:
+            raise LaidError(f"{where}methods.{name}.extends = {parent!r}: no such method; methods: {', '.join(methods)}")
+        return merge(resolve(parent, (*seen, parent)), own)
+
+    return {**values, "methods": {name: resolve(name, (name,)) for name in methods}} if methods else values
 
 
 # ------------------------------------------------------------------ what one key alone cannot tell

@@ -1,0 +1,28 @@
+"""`laid pretrain`: train one member of the small-scale family from nothing."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from laid.commands.shared import config_argument
+
+    config_argument(parser)
+    parser.add_argument("--member", required=True, help="which member of the family (family.members in the configuration)")
+    parser.add_argument("--coco", type=Path, required=True, help="COCO root: annotations/, train2017/, val2017/")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (the same number gives the same bytes)")
+
+
+def run(args: argparse.Namespace) -> int:
+    from laid import config
+    from laid.commands.shared import deterministic
+    from laid.models.pretrain import make_member
+
+    settings = config.load(args.config)
+    deterministic(args.threads)
+    record = make_member(settings, args.member, args.coco, args.out)
+    print(f"{args.member}: {record['parameters']:,} parameters, window {record['window']}, vision error {record['vision_error']:.4f}")
+    return 0

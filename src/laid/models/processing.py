@@ -1,0 +1,104 @@
+"""Tokenizer and image processor of a Qwen vision-language model, composed without torchvision.
+
+`Qwen2_5_VLProcessor` needs torchvision through its video processor; questions about images need only its other two
+parts. Both are loaded from the files a checkpoint carries, by hub id or from a local folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from transformers import AutoTokenizer
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
+
+from laid.errors import LaidError
+from laid.io import read_json
+from laid.models.loading import resolve, source_errors
+from laid.models.prompts import PromptEncoder
+
+
+class Processor:
+    """What turns questions and image files into a model's inputs.
+
+    tokenizer: with a chat template. image_processor: Qwen2VLImageProcessorPil. encoder: builds prompts.
+    """
+
+    def __init__(self, tokenizer, image_processor: Qwen2VLImageProcessorPil):
+        self.tokenizer = tokenizer
+        self.image_processor = image_processor
+        self.encoder = PromptEncoder(tokenizer, merge_size=image_processor.merge_size)
+
+    @classmethod
+    def load(cls, source: str | Path, min_pixels: int | None = None, max_pixels: int | None = None) -> Processor:
+        """From a hub id or a local folder. min_pixels, max_pixels: override what the checkpoint says."""
+        source = resolve(source)
+        with source_errors(source):
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+            images = Qwen2VLImageProcessorPil.from_pretrained(source)
+        if tokenizer.chat_template is None:
+            tokenizer.chat_template = _chat_template(source)
+        size = dict(images.size)
+        if min_pixels is not None:
+            size["shortest_edge"] = min_pixels
+        if max_pixels is not None:
+            size["longest_edge"] = max_pixels
+        images.size = size
+        return cls(tokenizer, images)
+
+    def save(self, folder: str | Path) -> None:
+        """Write tokenizer and preprocessor files as `load` and transformers read them."""
+        self.tokenizer.save_pretrained(str(folder))
+        self.image_processor.save_pretrained(str(folder))
+
+    def grid(self, width: int, height: int) -> tuple[int, int]:
+        """Merged grid (height, width) in visual tokens of an image of that many pixels, without decoding it."""
+        ip = self.image_processor
+        factor = ip.patch_size * ip.merge_size
+        try:
+            resized = smart_resize(height, width, factor, ip.size["shortest_edge"], ip.size["longest_edge"])
+        except ValueError as error:
+            raise LaidError(f"an image of {width} x {height} pixels cannot be used: {error}") from None
+        return resized[0] // factor, resized[1] // factor
+
+    def pixels(self, files: Sequence[str | Path]) -> tuple[torch.Tensor, torch.Tensor]:
+        """(patches, grid_thw) of image files: (sum of patches, 3 * 2 * 14 * 14) float32 and (images, 3) int64."""
+        batch = self.image_processor(images=[open_image(file) for file in files], return_tensors="pt")
+        return batch["pixel_values"], batch["image_grid_thw"]
+
+
+def open_image(file: str | Path) -> Image.Image:
+    """Decode an image file to RGB. Raises LaidError where it is missing or broken."""
+    try:
+        with Image.open(file) as image:
+            return image.convert("RGB")
+    except FileNotFoundError:
+        raise LaidError(f"{file}: no such image") from None
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise LaidError(f"{file}: not a whole image ({error}); get it again") from None
+
+
+def image_grids(sizes: np.ndarray, processor: Processor) -> list[tuple[int, int]]:
+    """Merged grids of many (width, height) pairs."""
+    known: dict[tuple[int, int], tuple[int, int]] = {}
+    grids = []
+    for width, height in sizes:
+        key = (int(width), int(height))
+        if key not in known:
+            known[key] = processor.grid(*key)
+        grids.append(known[key])
+    return grids
+
+
+def _chat_template(source: str) -> str:
+    """The template of older checkpoints, which keep it in chat_template.json instead of the tokenizer's files."""
+    from transformers.utils import cached_file
+
+    with source_errors(source):
+        file = cached_file(source, "chat_template.json", _raise_exceptions_for_missing_entries=False)
+    if file is None:
+        raise LaidError(f"{source}: no chat template in tokenizer_config.json, chat_template.jinja or chat_template.json")
+    return read_json(file)["chat_template"]
