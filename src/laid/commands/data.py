@@ -22,16 +22,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         help="COCO root to make; for source local: a link to data.root is put there",
     )
+    parser.add_argument(
+        "--questions",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="question files, ours or official: check (source download: fetch) every image they name",
+    )
+    parser.add_argument(
+        "--all-images", action="store_true", help="source download: fetch every image of both splits"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     from laid import config
-    from laid.data.coco import SPLITS, load_coco, load_labels
+    from laid.data.coco import SPLITS, check_images, load_coco, load_labels
+    from laid.data.questions import read_questions
     from laid.errors import LaidError
 
     settings = config.load(args.config)["data"]
     out: Path = args.out
-    if settings["source"] == "rendered":
+    named = sorted(
+        {p for file in args.questions for q in read_questions(file) for p in q.needles + q.distractors}
+    )
+    if settings["source"] == "download":
+        from laid.data.download import CocoDownload
+
+        source = CocoDownload(out, **settings["download"])
+        source.annotations()
+        source.images(named)
+        if args.all_images:
+            source.all_images()
+    elif settings["source"] == "rendered" and not named:
         from laid.data.render import render
 
         render(out, **settings["rendered"])
@@ -50,6 +73,15 @@ def run(args: argparse.Namespace) -> int:
                 out.rmdir()
             out.parent.mkdir(parents=True, exist_ok=True)
             os.symlink(root, out, target_is_directory=True)
+    for split in SPLITS if named else ():
+        coco = load_coco(out, split)
+        mine = [path for path in named if path.startswith(f"{split}/")]
+        unknown = [path for path in mine if path not in coco.images]
+        if unknown:
+            raise LaidError(
+                f"{out}: {len(unknown)} images of the questions are not annotated, first {unknown[0]}"
+            )
+        check_images(coco, paths=mine)
     labels, categories = load_labels(out)
     objects = sum(map(len, labels.values())) / max(1, len(labels))
     counts = ", ".join(f"{sum(p.startswith(s) for p in labels)} {s}" for s in SPLITS)

@@ -28,6 +28,15 @@ def run(args: argparse.Namespace) -> int:
     from laid.data.haystacks import build_haystacks
     from laid.data.shortcuts import markdown
 
-    scores = build_haystacks(config.load(args.config), args.coco, args.out)
+    settings = config.load(args.config)
+    scores = build_haystacks(settings, args.coco, args.out)
+    if settings["data"]["source"] == "download":  # now it is known which images are needed
+        from laid.data.download import CocoDownload
+        from laid.data.questions import read_questions
+
+        named = {
+            p for name in scores for q in read_questions(args.out / name) for p in q.needles + q.distractors
+        }
+        CocoDownload(args.coco, **settings["data"]["download"]).images(named)
     print(markdown(scores))
     return 0

@@ -7,6 +7,7 @@ Haystacks names them, with their split: "val2017/000000000139.jpg".
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -144,12 +145,14 @@ def load_labels(
     return labels, categories or ()
 
 
-def check_images(coco: CocoSplit, sizes: bool = True) -> None:
-    """Raise LaidError unless every image of the split is on disk, whole, and (sizes=True) as large as annotated."""
-    missing = [path for path in coco.images if not coco.file(path).is_file()]
+def check_images(coco: CocoSplit, sizes: bool = True, paths: Iterable[str] | None = None) -> None:
+    """Raise LaidError unless every image of the split (or of `paths`) is on disk and, with `sizes`, whole and as
+    large as annotated."""
+    entries = [coco.images[path] for path in (coco.images if paths is None else paths)]
+    missing = [entry.path for entry in entries if not coco.file(entry.path).is_file()]
     if missing:
         raise LaidError(
-            f"{coco.root}: {len(missing)} of the {len(coco.images)} images listed for {coco.name} are missing,"
+            f"{coco.root}: {len(missing)} of the {len(entries)} images asked for from {coco.name} are missing,"
             f" first {missing[0]}: copy or download them, or remove them from the annotations"
         )
     if not sizes:
@@ -157,12 +160,10 @@ def check_images(coco: CocoSplit, sizes: bool = True) -> None:
     # Decoding releases the interpreter, so threads help: 120,000 photographs are minutes, once.
     with (
         ThreadPoolExecutor(os.cpu_count()) as pool,
-        Progress(len(coco.images), f"checking {coco.name}", "image") as bar,
+        Progress(len(entries), f"checking {coco.name}", "image") as bar,
     ):
         try:
-            for problem in pool.map(
-                lambda entry: _problem(coco.file(entry.path), entry), coco.images.values()
-            ):
+            for problem in pool.map(lambda entry: image_problem(coco.file(entry.path), entry), entries):
                 if problem:
                     raise LaidError(problem)
                 bar.update()
@@ -170,7 +171,7 @@ def check_images(coco: CocoSplit, sizes: bool = True) -> None:
             pool.shutdown(cancel_futures=True)
 
 
-def _problem(file: Path, entry: CocoImage) -> str | None:
+def image_problem(file: Path, entry: CocoImage) -> str | None:
     """What is wrong with an image file, or None: it must decode to its end and be as large as annotated."""
     from PIL import Image
 
