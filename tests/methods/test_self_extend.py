@@ -1,0 +1,314 @@
+"""SelfExtend against an attention computed pair by pair from unrotated queries and keys, and its promises."""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_vlm import prompt, tiny_model
+from transformers import DynamicCache
+
+from laid.distill.capture import QKCapture
+from laid.errors import LaidError
+from laid.methods.merged_attention import merge_by_lse
+from laid.methods.self_extend import apply_self_extend
+
+MODEL = tiny_model(dtype=torch.float64)
+SECTIONS = [0, 1, 1, 2]
+
+
+def pair_positions(p_q, p_k, group, window, axes, image_key):
+    """Positions (time, height, width) of one query and one key, by the definition: near as they are, far merged."""
+    near = p_q[0] - p_k[0] < window or (axes == "text" and image_key)
+    if near:
+        return p_q, p_k
+    shift = window - window // group
+    if axes == "image_base":
+        return (
+            [p_q[0] // group + shift + p - p_q[0] for p in p_q],
+            [p_k[0] // group + p - p_k[0] for p in p_k],
+        )
+    return [p // group + shift for p in p_q], [p // group for p in p_k]
+
+
+def brute_force(q, k, v, positions, images, group, window, axes, allowed=None):
+    """(heads, tokens, head_dim) for one sequence, one pair at a time. q, k unrotated."""
+    heads, tokens, dim = q.shape
+    half = dim // 2
+    out = torch.zeros_like(q)
+    for h in range(heads):
+        for i in range(tokens):
+            scores = []
+            for j in range(i + 1):
+                if allowed is not None and not allowed[j]:
+                    scores.append(-math.inf)
+                    continue
+                at_q, at_k = pair_positions(
+                    positions[:, i].tolist(), positions[:, j].tolist(), group, window, axes, images[j]
+                )
+                score = 0.0
+                for f in range(half):
+                    turn = (at_q[SECTIONS[f]] - at_k[SECTIONS[f]]) * 10000.0 ** (-2 * f / dim)
+                    a, b = q[h, i, f].item(), q[h, i, f + half].item()
+                    c, d = k[h // 2, j, f].item(), k[h // 2, j, f + half].item()
+                    score += (a * c + b * d) * math.cos(turn) + (a * d - b * c) * -math.sin(-turn)
+                scores.append(score / math.sqrt(dim))
+            weights = torch.tensor(scores, dtype=torch.float64).softmax(0)
+            out[h, i] = weights @ v[h // 2, : i + 1]
+    return out
+
+
+class Inside:
+    """Values and attention outputs (before o_proj) of every layer of one forward."""
+
+    def __init__(self, model):
+        self.v, self.out, self.handles = [], [], []
+        for layer in model.model.language_model.layers:
+            attention = layer.self_attn
+            self.handles += [
+                attention.v_proj.register_forward_hook(lambda _m, _a, out: self.v.append(self.heads(out))),
+                attention.o_proj.register_forward_pre_hook(
+                    lambda _m, args: self.out.append(self.heads(args[0]))
+                ),
+            ]
+
+    @staticmethod
+    def heads(x):
+        return x.view(*x.shape[:2], -1, 8).transpose(1, 2)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_exc):
+        for handle in self.handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def check_against_brute_force(ids, positions, mask, group, window, axes, **options):
+    with apply_self_extend(MODEL, group, window, axes, **options), QKCapture(MODEL, [0, 1]) as capture:
+        with Inside(MODEL) as inside:
+            MODEL(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False)
+        caught = capture.take()
+    images = ids == 60
+    for b in range(ids.shape[0]):
+        real = torch.ones(ids.shape[1], dtype=torch.bool) if mask is None else mask[b].bool()
+        for layer in range(2):
+            expected = brute_force(
+                caught[layer].q[b], caught[layer].k[b], inside.v[layer][b], positions[:, b], images[b], group, window,
+                axes, real,
+            )  # fmt: skip
+            torch.testing.assert_close(inside.out[layer][b][:, real], expected[:, real], rtol=1e-5, atol=1e-5)
+
+
+def two_with_padding():
+    """A batch of two layouts, the first padded on the left, with its positions."""
+    a, at_a, _ = prompt(MODEL, grids=((4, 4),), lead=2, tail=3)
+    b, at_b, _ = prompt(MODEL, grids=((4, 6), (4, 4)), lead=1, tail=2, seed=1)
+    pad = b.shape[1] - a.shape[1]
+    ids = torch.cat((torch.nn.functional.pad(a, (pad, 0)), b))
+    positions = torch.cat((torch.nn.functional.pad(at_a, (pad, 0)), at_b), dim=1)
+    mask = torch.ones_like(ids)
+    mask[0, :pad] = 0
+    return ids, positions, mask
+
+
+@pytest.mark.parametrize("axes", ["all", "image_base", "text"])
+@pytest.mark.parametrize("group, window", [(2, 4), (3, 5)])
+def test_against_brute_force_with_images(group, window, axes):
+    ids, positions, _ = prompt(MODEL, grids=((4, 4), (6, 4)), tail=3)
+    check_against_brute_force(ids, positions, None, group, window, axes)
+
+
+def test_against_brute_force_in_small_blocks_and_fused():
+    ids, positions, _ = prompt(MODEL, grids=((4, 4), (6, 4)), tail=3)
+    check_against_brute_force(ids, positions, None, 2, 4, "all", block_elements=250, backend="blocks")
+    check_against_brute_force(ids, positions, None, 2, 4, "all", backend="flash")
+
+
+@pytest.mark.parametrize("axes", ["all", "text"])
+def test_against_brute_force_in_a_padded_batch(axes):
+    check_against_brute_force(*two_with_padding(), 2, 3, axes)
+
+
+def logits(model, **kwargs):
+    ids, positions, _ = prompt(model, grids=((4, 4), (6, 4), (4, 2)), tail=6)
+    with torch.no_grad():
+        return model(input_ids=ids, position_ids=positions, **{"use_cache": False, **kwargs}).logits
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_identity_bit_for_bit_at_group_1_and_below_the_window(attention):
+    model = tiny_model()
+    model.set_attn_implementation(attention)
+    plain = logits(model)
+    span = int(prompt(model, grids=((4, 4), (6, 4), (4, 2)), tail=6)[1].max()) + 1
+    with apply_self_extend(model, 1, 3):
+        assert torch.equal(logits(model), plain)
+    with apply_self_extend(model, 4, span):
+        assert torch.equal(logits(model), plain)
+    with apply_self_extend(model, 4, 3):
+        assert (logits(model) - plain).abs().max() > 1e-3
+    assert model.model.language_model.config._attn_implementation == attention
+    assert torch.equal(logits(model), plain)
+
+
+def test_identity_starts_exactly_at_the_largest_distance():
+    model = tiny_model()
+    ids = torch.randint(1, 50, (1, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        plain = model(input_ids=ids).logits
+        with apply_self_extend(model, 4, 12):
+            assert torch.equal(model(input_ids=ids).logits, plain)
+        with apply_self_extend(model, 4, 10):  # (11, 0) is the one pair whose distance changes, from 11 to 10
+            changed = model(input_ids=ids).logits
+    torch.testing.assert_close(changed[:, :11], plain[:, :11], rtol=1e-4, atol=1e-4)
+    assert (changed[:, 11] - plain[:, 11]).abs().max() > 1e-4
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 9), st.integers(1, 60), st.integers(0, 300), st.sampled_from(["all", "image_base"]))
+def test_continuous_at_the_boundary_and_never_falling(group, window, start, axes):
+    """Effective distance steps by at most 1 from W - 1 to W, and a farther key never looks nearer by more than 1."""
+    seen = []
+    for distance in range(window + 4 * group):
+        q, k = pair_positions([start + distance] * 3, [start] * 3, group, window, axes, False)
+        seen.append(q[0] - k[0])
+    assert seen[:window] == list(range(window))
+    assert abs(seen[window] - window) <= 1
+    assert all(-1 <= b - a <= 2 for a, b in pairwise(seen))
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(2, 20), st.integers(2, 5), st.sampled_from(["all", "image_base"]))
+def test_an_image_is_never_torn(window, group, axes):
+    """Every query sees all tokens of one image as near, or all as far."""
+    seen = []
+
+    def watch(_module, _args, kwargs):
+        seen.append(kwargs["laid_regrouping"])
+
+    ids, positions, starts = prompt(MODEL, grids=((8, 8), (4, 6), (6, 4)), tail=8)
+    hook = MODEL.model.language_model.layers[0].register_forward_pre_hook(watch, with_kwargs=True)
+    with apply_self_extend(MODEL, group, window, axes), torch.no_grad():
+        MODEL(input_ids=ids, position_ids=positions, use_cache=False)
+    hook.remove()
+    tokens = ids.shape[1]
+    far = seen[0].far(0, tokens, slice(0, tokens))[0]
+    assert far.any() and not far.diagonal().any()
+    for start in starts:
+        image = [
+            n
+            for n in range(start + 1, tokens)
+            if ids[0, n] == 60 and positions[0, 0, n] == positions[0, 0, start + 1]
+        ]
+        assert len(image) >= 6
+        for query in range(image[-1], tokens):
+            assert len(set(far[query, image].tolist())) == 1
+
+
+@pytest.mark.parametrize("steps", [(20, 6, 1), (9, 12, 6)])
+def test_prefill_in_parts_from_a_cache_equals_one_pass(steps):
+    ids, positions, mask = two_with_padding()
+    length = ids.shape[1]
+    cuts = [0, *[min(length, sum(steps[: n + 1])) for n in range(len(steps))]]
+    cuts[-1] = length
+    with apply_self_extend(MODEL, 2, 3), torch.no_grad():
+        whole = MODEL(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False).logits
+        cache, parts = DynamicCache(config=MODEL.config), []
+        for a, b in pairwise(cuts):
+            if a == b:
+                continue
+            out = MODEL(
+                input_ids=ids[:, a:b], position_ids=positions[:, :, a:b], attention_mask=mask[:, :b],
+                past_key_values=cache, use_cache=True,
+            )  # fmt: skip
+            parts.append(out.logits)
+    real = mask.bool()
+    torch.testing.assert_close(torch.cat(parts, 1)[real], whole[real], rtol=1e-5, atol=1e-5)
+
+
+def test_greedy_generation_equals_running_the_whole_text_each_time():
+    model = tiny_model(seed=4)
+    ids = torch.randint(1, 50, (2, 14), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    with apply_self_extend(model, 3, 5), torch.no_grad():
+        made = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=5, do_sample=False)
+        beams = model.generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=5, num_beams=2, do_sample=False
+        )
+        text = ids
+        for _ in range(5):
+            m = torch.cat((mask, torch.ones(2, text.shape[1] - 14, dtype=torch.long)), 1)
+            at = (m.cumsum(-1) - 1).clamp_min(0)
+            out = model(input_ids=text, attention_mask=m, position_ids=at.expand(3, -1, -1), use_cache=False)
+            text = torch.cat((text, out.logits[:, -1].argmax(-1, keepdim=True)), 1)
+    assert torch.equal(made, text)
+    assert beams.shape == made.shape
+
+
+def test_flash_and_blocks_agree_on_a_long_input_and_refuse_clearly():
+    model = tiny_model()
+    ids, positions, _ = prompt(model, grids=((8, 8),) * 12, tail=9)
+    both = []
+    for backend in ("blocks", "flash"):
+        with apply_self_extend(model, 4, 20, backend=backend, block_elements=20_000), torch.no_grad():
+            both.append(model(input_ids=ids, position_ids=positions, use_cache=False).logits)
+    torch.testing.assert_close(both[0], both[1], rtol=1e-4, atol=1e-4)
+    with (
+        apply_self_extend(model, 4, 20, backend="flash"),
+        pytest.raises(LaidError, match="gradients are needed"),
+    ):
+        model(input_ids=ids, position_ids=positions, use_cache=False)
+    padded, at, mask = two_with_padding()
+    with (
+        apply_self_extend(model, 2, 3, backend="flash"),
+        torch.no_grad(),
+        pytest.raises(LaidError, match="padding"),
+    ):
+        model(input_ids=padded, position_ids=at, attention_mask=mask, use_cache=False)
+
+
+def test_merge_by_log_sum_exp_is_attention_over_the_union():
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 3, n, 4, generator=g, dtype=torch.float64) for n in (5, 9, 9))
+    parts = []
+    for keys in (slice(0, 2), slice(2, 3), slice(3, 9)):
+        scores = q @ k[:, :, keys].transpose(-1, -2)
+        parts.append((scores.softmax(-1) @ v[:, :, keys], scores.logsumexp(-1)))
+    expected = (q @ k.transpose(-1, -2)).softmax(-1) @ v
+    torch.testing.assert_close(merge_by_lse(parts), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_gradients_flow_through_blocks():
+    model = tiny_model().train()
+    ids, positions, _ = prompt(model, tail=6)
+    with apply_self_extend(model, 2, 4):
+        model(input_ids=ids, position_ids=positions, use_cache=False).logits.square().mean().backward()
+    assert model.model.language_model.layers[0].self_attn.k_proj.weight.grad.abs().max() > 0
+
+
+def test_clear_errors():
+    model = tiny_model()
+    for wrong, words in (
+        ({"group": 0, "window": 4}, "group 0 and window 4"),
+        ({"group": 2, "window": 4, "axes": "time"}, "allowed: all, text, image_base"),
+        ({"group": 2, "window": 4, "axes": "text", "backend": "flash"}, "no prefix"),
+    ):
+        with pytest.raises(LaidError, match=words):
+            apply_self_extend(model, **wrong)
+    ids = torch.arange(1, 11)[None]
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(input_ids=ids, past_key_values=cache)
+    with (
+        apply_self_extend(model, 2, 4),
+        torch.no_grad(),
+        pytest.raises(LaidError, match="filled with SelfExtend"),
+    ):
+        model(input_ids=ids[:, :1], past_key_values=cache)
+    with apply_self_extend(model, 2, 4), pytest.raises(LaidError, match="runs on 'laid_self_extend_sdpa'"):
+        apply_self_extend(model, 2, 4)
