@@ -100,7 +100,9 @@ def test_missing_image_is_found(copy):
     victim = next((copy / "val2017").iterdir())
     victim.unlink()
     load_coco(copy, "val2017")
-    with pytest.raises(LaidError, match=f"1 of the 100 images asked for .* missing, first val2017/{victim.name}"):
+    with pytest.raises(
+        LaidError, match=f"1 of the 100 images asked for .* missing, first val2017/{victim.name}"
+    ):
         load_coco(copy, "val2017", check="files")
     with pytest.raises(LaidError, match="missing"):
         load_coco(copy, "val2017", check="sizes")

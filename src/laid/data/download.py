@@ -256,12 +256,12 @@ class CocoDownload:
                 import fcntl
 
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except ImportError:
-                pass
-            except OSError:
+            except BlockingIOError:
                 raise LaidError(
                     f"{self.out}: another process is downloading into it: wait for it to end"
                 ) from None
+            except (ImportError, OSError):
+                pass  # no locks here (another system, some network disks): the checks still hold
             yield
 
 
