@@ -138,8 +138,12 @@ def test_compiled_after_attaching_gives_the_same_and_compiled_before_says_so():
         torch.testing.assert_close(capture.take()[0].q, plain.q)
     torch._dynamo.reset()
     early = torch.compile(model.model.language_model, backend="aot_eager")
+    with pytest.raises(LaidError, match="compile after"):
+        QKCapture(early, -1)
     early(inputs_embeds=embeds, position_ids=positions, use_cache=False)
-    with QKCapture(model, -1) as capture:
+    with QKCapture(
+        model, -1
+    ) as capture:  # the plain model is handed in: hooks may be left out of the traced graph
         early(inputs_embeds=embeds, position_ids=positions, use_cache=False)
         try:
             late = capture.take()[0].q

@@ -159,6 +159,32 @@ def test_two_forwards_before_one_backward_keep_their_own_counts_under_checkpoint
     torch.testing.assert_close(grads(True), grads(False))
 
 
+def test_adapter_added_after_attaching_is_refused():
+    model = tiny_model()
+    RopeGain(model).attach(model)
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(LaidError, match="add adapters first"):
+        logits(adapted)
+
+
+def test_compiled_after_attaching_is_the_same_and_compiled_before_is_refused():
+    model = tiny_model(layers=1)
+    gain = randomised(model, length_aware=True, reference=8).attach(model)
+    ids, positions, _ = prompt(model)
+    inputs = {
+        "inputs_embeds": model.get_input_embeddings()(ids),
+        "position_ids": positions,
+        "use_cache": False,
+    }
+    plain = model.model.language_model(**inputs).last_hidden_state
+    compiled = torch.compile(model.model.language_model, backend="aot_eager")
+    torch.testing.assert_close(compiled(**inputs).last_hidden_state, plain)
+    gain.detach()
+    with pytest.raises(LaidError, match="compile after"):
+        gain.attach(compiled)
+    torch._dynamo.reset()
+
+
 def test_length_factor_by_hand():
     gain = RopeGain(tiny_config(), layers=[0], length_aware=True, reference=40, exponent=0.3)
     with torch.no_grad():

@@ -114,19 +114,33 @@ class HeadAlignment(nn.Module):
 
     @torch.no_grad()
     def fit_(
-        self, q_s: torch.Tensor, q_t: torch.Tensor, mask: torch.Tensor | None = None, ridge: float = 1e-3
+        self,
+        q_s: torch.Tensor,
+        k_s: torch.Tensor,
+        q_t: torch.Tensor,
+        k_t: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        ridge: float = 1e-3,
     ) -> None:
-        """Set w to the least-squares mixture of q_t (batch, h_t, tokens, d) that comes nearest to q_s, in place.
+        """Set the weights, in place, to the least-squares mixture of teacher heads that comes nearest to the student.
 
         Starting here, L_LAid pulls only on what the student lacks in the span of the teacher's heads, instead of
-        first pulling every head to one common mean. ridge is relative to the mean diagonal. Shapes as in forward.
+        first pulling every head to one common mean. w is fitted to queries, and w_key, where there is one, to keys.
+        Shapes as in forward. ridge is relative to the mean square of the teacher's heads.
         """
+        self._check(q_s, k_s, q_t, k_t)
         weight = _token_weights(q_s, mask, None).double()
-        t = q_t.double() if not hasattr(self, "map_q") else q_t.double() @ self.map_q.double().T
-        gram = torch.einsum("bjtd,bktd,bt->jk", t, t, weight)
-        cross = torch.einsum("bitd,bjtd,bt->ij", q_s.double(), t, weight)
-        gram.diagonal().add_(ridge * gram.diagonal().mean())
-        self.w.copy_(torch.linalg.solve(gram, cross.T).T)
+        fits = [(self.w, q_s, q_t, "map_q")]
+        if self.key_weights == "own":
+            fits.append((self.w_key, k_s, k_t, "map_k"))
+        for w, s, t, name in fits:
+            s, t = s.double(), t.double()
+            if hasattr(self, name):
+                t = t @ getattr(self, name).double().T
+            gram = torch.einsum("bjtd,bktd,bt->jk", t, t, weight)
+            cross = torch.einsum("bitd,bjtd,bt->ij", s, t, weight)
+            gram.diagonal().add_(ridge * gram.diagonal().mean())
+            w.copy_(torch.linalg.solve(gram, cross.T).T)
 
     def _check(self, q_s, k_s, q_t, k_t) -> None:
         wanted = {

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from laid.errors import LaidError
-from laid.methods.decoder import layer_indices, rotate, text_model
+from laid.methods.decoder import layer_indices, refuse_compiled, rotate, text_model
 
 
 @dataclass
@@ -49,6 +49,7 @@ class QKCapture:
     """
 
     def __init__(self, model: nn.Module, layers: int | Iterable[int]) -> None:
+        refuse_compiled(model, "capture")
         self._text = text_model(model)
         self.layers = layer_indices(layers, len(self._text.layers))
         self._handles: list = []

@@ -46,7 +46,7 @@ def open_gaps(
         slots and not 0 <= slots[0] <= slots[-1] < tokens
     ):
         raise LaidError(
-            f"gaps: slots {slots} must be ascending token indices below {tokens}, the text's last"
+            f"gaps: {slots} must be ascending token indices below {tokens}, images first, then the final text"
         )
     span = int(position_ids.max()) + 1
     room = int(reach) - span

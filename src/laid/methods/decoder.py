@@ -35,6 +35,15 @@ def text_model(model: nn.Module) -> nn.Module:
     return found[0]
 
 
+def refuse_compiled(model: nn.Module, what: str) -> None:
+    """Raise LaidError where `model` is compiled already: a graph traced without hooks would leave them out unsaid."""
+    for module in model.modules():
+        if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
+            raise LaidError(
+                f"{what}: the model is compiled already; attach to the plain model first, compile after"
+            )
+
+
 def layer_indices(layers: int | Iterable[int] | None, count: int) -> tuple[int, ...]:
     """Absolute, ascending, distinct layer numbers. Negative ones count from the end; None means every layer.
 

@@ -18,13 +18,16 @@ import torch
 from torch import nn
 
 from laid.errors import LaidError
-from laid.methods.decoder import geometry, layer_indices, text_model
+from laid.methods.decoder import geometry, layer_indices, refuse_compiled, text_model
 
 GRANULARITIES = ("frequency", "section", "head")
 
 
 class RopeGain(nn.Module):
     """Gains for the query heads of chosen layers, applied by hooks; it is no part of the model's own state.
+
+    Give its parameters to the optimiser beside the model's. Under DistributedDataParallel wrap it too, or reduce its
+    gradients: the model's own wrapper does not know them.
 
     model: a Qwen2.5-VL model or its config, for the sizes. layers: numbers, negative from the end; None is all.
     granularity: one gain per "frequency" (head_dim / 2 of them), per M-RoPE "section" (time, height, width), or per
@@ -88,9 +91,11 @@ class RopeGain(nn.Module):
         """
         if self._handles:
             raise LaidError("this gain is attached already: detach() it first, or it would act twice")
+        refuse_compiled(model, "gain")
         self._require_same_sizes(model)
         text = text_model(model)
-        self._text = [text]  # in a list, so that the model does not become a submodule of its gain
+        hooked = [text.layers[layer].self_attn.q_proj for layer in self.layers]
+        self._handles.append(text.register_forward_pre_hook(self._same_projections_hook(hooked)))
         if self.length_aware:
             self._handles.append(text.register_forward_pre_hook(_pass_counts, with_kwargs=True))
         for row, layer in enumerate(self.layers):
@@ -106,7 +111,7 @@ class RopeGain(nn.Module):
         """Take the hooks off; the model is what it was."""
         for handle in self._handles:
             handle.remove()
-        self._handles, self._counts, self._text = [], {}, []
+        self._handles, self._counts = [], {}
 
     @torch.no_grad()
     def fold_(self, model: nn.Module, tokens: float | None = None) -> None:
@@ -145,6 +150,17 @@ class RopeGain(nn.Module):
     def _per_output(self, gains: torch.Tensor) -> torch.Tensor:
         """(..., heads, frequencies) -> (..., heads * head_dim): dims f and f + head_dim / 2 form pair f."""
         return torch.cat((gains, gains), dim=-1).flatten(-2)
+
+    def _same_projections_hook(self, hooked: list[nn.Module]):
+        def hook(text, _args):
+            for layer, projection in zip(self.layers, hooked, strict=True):
+                if text.layers[layer].self_attn.q_proj is not projection:
+                    raise LaidError(
+                        f"layer {layer}: q_proj was replaced after the gain was attached (an adapter?), which the gain"
+                        " would miss: add adapters first, attach() after"
+                    )
+
+        return hook
 
     def _scale_hook(self, row: int):
         def hook(_module, _args, output):

@@ -24,7 +24,7 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import eager_attention_forward
 
 from laid.errors import LaidError
-from laid.methods.decoder import Applied, geometry, text_model
+from laid.methods.decoder import Applied, geometry, refuse_compiled, text_model
 from laid.methods.merged_attention import Regrouping, grouped_attention
 
 AXES = ("all", "text", "image_base")
@@ -62,6 +62,7 @@ def apply_self_extend(
         raise LaidError(
             'self_extend: axes "text" needs backend "blocks": its far keys are no prefix of the sequence'
         )
+    refuse_compiled(model, "self_extend")
     text = text_model(model)
     before = text.config._attn_implementation
     if before not in ("sdpa", "eager"):

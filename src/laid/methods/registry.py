@@ -1,0 +1,70 @@
+"""All methods through one interface: which are trained, and how a student under a method is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from laid.errors import LaidError
+from laid.methods.length_gain import enable as enable_length_gain
+from laid.methods.self_extend import apply_self_extend
+from laid.methods.yarn import apply_yarn
+from laid.models.loading import load_model, resolve, source_errors
+from laid.models.processing import Processor
+
+UNTRAINED = ("base", "yarn", "self_extend")
+
+
+@dataclass
+class Loaded:
+    """A model ready to answer, with what prepares its inputs."""
+
+    model: torch.nn.Module
+    processor: Processor
+
+
+def load_with_method(
+    config: Mapping[str, Any], method: str, model: str | Path, run: str | Path | None, device: str = "cpu"
+) -> Loaded:
+    """The student in `model` (hub id or folder) under `method`.
+
+    run: the folder of a trained method's run; its model/ is a plain checkpoint or a PEFT adapter, which is merged.
+    Raises LaidError for an unknown method, or a trained method without a run.
+    """
+    if method not in config["methods"]:
+        raise LaidError(f"no method {method!r}; methods: {', '.join(config['methods'])}")
+    if (method in UNTRAINED) != (run is None):
+        need = "takes no --runs" if method in UNTRAINED else "is trained: give its run folders with --runs"
+        raise LaidError(f"method {method} {need}")
+    settings = config["methods"][method]
+    evaluation = config["evaluation"]
+    dtype = getattr(torch, evaluation["dtype"])
+    processor = Processor.load(model)
+    if run is None:
+        student = load_model(model, dtype, evaluation["attention"], device)
+    else:
+        student = load_run(Path(run) / "model", model, dtype, evaluation["attention"], device)
+    if method == "yarn":
+        trained = settings["original_positions"] or student.config.text_config.max_position_embeddings
+        apply_yarn(student, settings["factor"], trained)
+    elif method == "self_extend":
+        apply_self_extend(student, settings["group"], settings["window"])
+    return Loaded(student, processor)
+
+
+def load_run(folder: Path, base: str | Path, dtype: torch.dtype, attention: str, device: str) -> torch.nn.Module:
+    """A run's model: its own checkpoint, or its adapter merged into `base`."""
+    if not folder.is_dir():
+        raise LaidError(f"{folder}: no such folder: this run did not finish; make it again with `laid train`")
+    if not (folder / "adapter_config.json").is_file():
+        return enable_length_gain(load_model(folder, dtype, attention, device), attention)
+    from peft import PeftModel
+
+    student = load_model(resolve(base), dtype, attention, device)
+    with source_errors(str(folder)):
+        adapted = PeftModel.from_pretrained(student, str(folder), use_safetensors=True)
+    return adapted.merge_and_unload().eval()
