@@ -52,6 +52,9 @@ def test_fingerprint_of_folders_and_hub_models(tmp_path):
     before = provenance.fingerprint(tmp_path / "m")
     shutil.copytree(tmp_path / "m", tmp_path / "n")
     assert provenance.fingerprint(tmp_path / "n") == before
+    (tmp_path / "n/run.json").write_text("{}")
+    (tmp_path / "n/.snakemake_timestamp").touch()
+    assert provenance.fingerprint(tmp_path / "n") == before
     (tmp_path / "n/w.bin").write_bytes(b"2")
     assert provenance.fingerprint(tmp_path / "n") != before
     (tmp_path / "m/w.bin").rename(tmp_path / "m/v.bin")

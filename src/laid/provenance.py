@@ -23,9 +23,10 @@ from typing import Any
 from laid import __version__
 from laid.config import slice_for
 from laid.errors import LaidError
-from laid.io import sha256_file, sha256_folder, sha256_json
+from laid.io import sha256_file, sha256_json
 
 PACKAGE = Path(__file__).resolve().parent
+RECORDS = ("laid.json", "run.json", "pretrain.json", "log.jsonl", "cost.json")
 _WITH_DOCSTRING = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors", "numpy", "pillow")
 
@@ -52,14 +53,23 @@ def collect(step: str, config: Mapping[str, Any], inputs: Mapping[str, str | Pat
 
 
 def fingerprint(value: str | Path) -> str:
-    """Hex SHA-256 of a file or of a folder's names and contents; a "hub:..." string stands for itself."""
+    """Hex SHA-256 of a file or of a folder's names and contents; a "hub:..." string stands for itself.
+
+    A folder's own records (RECORDS) and hidden files are left out: the same weights made by another commit, or with
+    another log, are the same model.
+    """
     if isinstance(value, str) and value.startswith("hub:"):
         return value
     path = Path(value)
     if path.is_file():
         return sha256_file(path)
     if path.is_dir():
-        return sha256_folder(path)
+        files = (p for p in path.rglob("*") if p.is_file())
+        names = sorted(p.relative_to(path).as_posix() for p in files)
+        kept = (
+            n for n in names if n not in RECORDS and not any(part.startswith(".") for part in n.split("/"))
+        )
+        return sha256_json({name: sha256_file(path / name) for name in kept})
     raise LaidError(f"{path}: no such file or folder, needed as an input")
 
 
