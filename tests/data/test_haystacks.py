@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chi2_contingency, chisquare
 
-from laid.data.coco import load_coco
+from laid.data.coco import load_coco, load_labels
 from laid.data.haystacks import HaystackSampler, build_haystacks, read_questions, synthesise
+from laid.data.questions import OFFICIAL_ANCHORS, OFFICIAL_TARGETS
 from laid.errors import LaidError
 from laid.io import sha256_folder
 
@@ -24,6 +25,8 @@ CONFIG = {
         "needles": "single",
         "seed": 0,
         "hard_negatives": 0.8,
+        "vocabulary": "all",
+        "min_needles": 1,
         "train": {"questions": 400, "min_size": 2, "max_size": 20},
         "validation": {"share": 0.25, "questions": 40, "sizes": [5, 20]},
         "test": {"questions": 60, "sizes": [1, 2, 5, 10, 50]},
@@ -287,3 +290,48 @@ def test_real_coco_labels(shared, tmp_path):
             root,
             tmp_path / "h",
         )
+
+
+def test_official_vocabulary_and_balance(shared, tmp_path):
+    """The official files' 71 anchors and 32 targets; our balance is at least as good as theirs, on real labels."""
+    entries = json.loads(
+        (shared / "vhs_official/VHs_qa/single_needle/VHs_large/visual_haystack_10.json").read_text()
+    )
+    assert {e["needle"].split(" ", 1)[1] for e in entries} == set(OFFICIAL_ANCHORS) and len(
+        OFFICIAL_ANCHORS
+    ) == 71
+    assert {e["target"].split(" ", 1)[1] for e in entries} == set(OFFICIAL_TARGETS) and len(
+        OFFICIAL_TARGETS
+    ) == 32
+    labels, categories = load_labels(shared / "coco_slice")
+    ours = synthesise(labels, categories, [10] * 1000, seed=[0], vocabulary="official")
+    assert {q.anchor for q in ours} <= set(OFFICIAL_ANCHORS) and {q.target for q in ours} <= set(
+        OFFICIAL_TARGETS
+    )
+    # Some of the 71 have no picture in the slice that serves; what the labels allow is used.
+    assert len({q.anchor for q in ours}) > 55 and len({q.target for q in ours}) == 32
+
+    def spread(pairs):
+        tally = defaultdict(Counter)
+        for key, answer in pairs:
+            tally[key][answer] += 1
+        return sum(abs(c["yes"] - c["no"]) for c in tally.values()) / sum(
+            sum(c.values()) for c in tally.values()
+        )
+
+    theirs = [(e["target"], e["conversations"][1]["value"]) for e in entries]
+    assert spread([(q.target, q.answer) for q in ours]) <= 32 / 1000 < spread(theirs)
+    theirs = [(e["needle"], e["conversations"][1]["value"]) for e in entries]
+    assert spread([(q.anchor, q.answer) for q in ours]) < spread(theirs)
+    assert spread([(q.target, q.answer) for q in ours]) <= spread([(q.anchor, q.answer) for q in ours])
+
+
+def test_min_needles_keeps_rare_pairs_out():
+    rng = np.random.default_rng(0)
+    labels = {f"v/{k}": frozenset(n for n in "abcd" if rng.random() < 0.4) for k in range(200)}
+    labels |= {"v/rare": frozenset("ae"), "v/rarer": frozenset("e")}
+    for least, there in ((1, True), (2, False)):
+        questions = synthesise(labels, list("abcde"), [3] * 300, seed=[0], min_needles=least)
+        assert any("e" in (q.anchor, q.target) for q in questions) == there
+    with pytest.raises(LaidError, match="at least 150 images that hold both"):
+        synthesise(labels, list("abcde"), [3] * 300, seed=[0], min_needles=150)

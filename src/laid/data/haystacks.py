@@ -18,6 +18,8 @@ import numpy as np
 
 from laid.data.coco import CocoSplit, load_coco
 from laid.data.questions import (
+    OFFICIAL_ANCHORS,
+    OFFICIAL_TARGETS,
     Question,
     check_haystacks,
     haystack_file,
@@ -63,7 +65,9 @@ class HaystackSampler:
     hard_negatives: with this probability the target is taken from objects that some distractor holds (for "yes" and
     "no" alike, so that its presence elsewhere tells nothing), otherwise from all that the anchor can be asked about.
     needles: the most images that hold the anchor in one haystack (1; for multi-needle questions 2 or 3).
-    A pair (anchor, target) is used only where the labels offer enough needles for "yes" and for "no".
+    anchors, targets: which of the categories may serve as what (None: all).
+    A pair (anchor, target) is used only where the labels offer at least `min_needles` images (and enough for `needles`)
+    that answer yes, and as many that answer no.
     """
 
     def __init__(
@@ -73,6 +77,10 @@ class HaystackSampler:
         hard_negatives: float = 0.8,
         seed: int | Sequence[int] = 0,
         needles: int = 1,
+        *,
+        anchors: Sequence[str] | None = None,
+        targets: Sequence[str] | None = None,
+        min_needles: int = 1,
     ):
         self.paths = list(labels)
         self.categories = [name for name in categories if name not in PLURALS]
@@ -85,8 +93,13 @@ class HaystackSampler:
             self.has[row, [number[name] for name in labels[path] if name in number]] = True
         both = self.has.astype(np.float32).T @ self.has.astype(np.float32)  # images that hold both categories
         alone = both.diagonal()[:, None] - both
-        self.askable = (both >= needles) & (alone >= needles)
+        self.least = max(needles, min_needles)
+        self.askable = (both >= self.least) & (alone >= self.least)
         np.fill_diagonal(self.askable, False)
+        for names, axis in ((anchors, 0), (targets, 1)):
+            if names is not None:
+                barred = [k for name, k in number.items() if name not in names]
+                self.askable[(barred,) if axis == 0 else (slice(None), barred)] = False
         self.without = [np.flatnonzero(~self.has[:, k]) for k in range(len(number))]
         self._eligible: dict[int, np.ndarray] = {}
         self._pools: dict[tuple[int, int, bool], np.ndarray] = {}
@@ -102,8 +115,8 @@ class HaystackSampler:
                 if not askable.any():
                     raise LaidError(
                         f"no category of {len(self.categories)} can be an anchor: {len(self.paths)} images offer no pair of"
-                        f" objects with at least {self.needles} images that hold both and {self.needles} that hold one only;"
-                        " give more images"
+                        f" objects with at least {self.least} images that hold both and {self.least} that hold one only;"
+                        " give more images, or ask less (haystacks.min_needles, haystacks.vocabulary)"
                     )
                 raise LaidError(
                     f"a haystack with {distractors} distractors is too large: {len(self.paths)} images offer at most {most}"
@@ -201,13 +214,16 @@ def synthesise(
     seed: Sequence[int],
     hard_negatives: float = 0.8,
     mode: str = "single",
+    vocabulary: str = "all",
+    min_needles: int = 1,
     name: str = "",
 ) -> list[Question]:
     """One file of questions, one per entry of `sizes`, half of them yes.
 
     Anchors take turns (each as often as the others where the size allows it), targets are the least used that fit, and
     yes and no are shared out within each target, so that no target and no anchor gives the answer away. `mode`: "single",
-    or "multi" for two or three needles, asked with "all" or "any" in turn. `seed` and `name` enter the ids.
+    or "multi" for two or three needles, asked with "all" or "any" in turn. `vocabulary`: "all" categories, or the anchors and targets of the "official" files.
+    `min_needles`: as for HaystackSampler. `seed` and `name` enter the ids.
     Raises LaidError, with both numbers, when the images cannot fill a size.
     """
     if not labels:
@@ -217,7 +233,16 @@ def synthesise(
         raise LaidError(
             f"{name}: a haystack of {min(sizes)} images cannot hold {least} needles: raise the smallest size"
         )
-    sampler = HaystackSampler(labels, categories, hard_negatives, seed, needles=1 if mode == "single" else 3)
+    official = {"anchors": OFFICIAL_ANCHORS, "targets": OFFICIAL_TARGETS} if vocabulary == "official" else {}
+    sampler = HaystackSampler(
+        labels,
+        categories,
+        hard_negatives,
+        seed,
+        needles=1 if mode == "single" else 3,
+        min_needles=min_needles,
+        **official,
+    )
     rng = sampler.rng
     needles = [1 if mode == "single" else min(size, 2 + at % 2) for at, size in enumerate(sizes)]
     usage = np.zeros(len(sampler.categories), dtype=int)
@@ -348,7 +373,8 @@ def _synthesise_all(
 ) -> dict[str, list[Question]]:
     seed = settings["seed"]
     learn, choose = split_paths(train, settings["validation"]["share"], seed)
-    common = {"hard_negatives": settings["hard_negatives"], "mode": settings["needles"]}
+    common = {key: settings[key] for key in ("hard_negatives", "vocabulary", "min_needles")}
+    common["mode"] = settings["needles"]
     low, high, count = (settings["train"][key] for key in ("min_size", "max_size", "questions"))
     if low > high:
         raise LaidError(f"haystacks.train: min_size {low} is above max_size {high}")

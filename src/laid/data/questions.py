@@ -26,6 +26,27 @@ TEMPLATES = {
 }
 
 
+# What the official VHs_large files ask about: 71 anchors, 32 targets of COCO's 80 categories.
+# fmt: off
+OFFICIAL_ANCHORS = (
+    "airplane", "apple", "backpack", "banana", "baseball bat", "baseball glove", "bed", "bench", "bicycle",
+    "bird", "boat", "book", "bottle", "bowl", "broccoli", "bus", "cake", "car", "carrot", "cat",
+    "cell phone", "chair", "clock", "couch", "cow", "cup", "dining table", "dog", "donut", "elephant",
+    "fire hydrant", "fork", "frisbee", "giraffe", "handbag", "horse", "hot dog", "keyboard", "knife",
+    "laptop", "microwave", "motorcycle", "mouse", "orange", "oven", "parking meter", "person",
+    "potted plant", "refrigerator", "remote", "sheep", "sink", "skateboard", "snowboard", "spoon",
+    "stop sign", "suitcase", "surfboard", "teddy bear", "tie", "toaster", "toilet", "toothbrush",
+    "traffic light", "train", "truck", "tv", "umbrella", "vase", "wine glass", "zebra",
+)
+OFFICIAL_TARGETS = (
+    "backpack", "bed", "bench", "book", "bottle", "bowl", "bus", "car", "cat", "cell phone", "chair",
+    "clock", "couch", "cup", "dining table", "dog", "fork", "handbag", "knife", "laptop", "potted plant",
+    "sink", "skateboard", "spoon", "sports ball", "surfboard", "tennis racket", "tie", "traffic light",
+    "truck", "tv", "umbrella",
+)
+# fmt: on
+
+
 @dataclass(frozen=True)
 class Question:
     """One Visual Haystacks question. Paths are relative to the COCO root; `answer` is "yes" or "no".
