@@ -12,7 +12,7 @@ from PIL import Image
 from laid.errors import LaidError
 from laid.results import curves, figures, plotting, tables
 
-SIZES = [1, 2, 10, 20, 50, 100, 150]
+SIZES = [1, 2, 10, 50, 100, 150]
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def test_the_csv_holds_what_the_cells_hold(grid, drawings):
             assert float(row["accuracy"]) == pytest.approx(cell["accuracy"], abs=1e-6)
             assert [float(row["low"]), float(row["high"])] == pytest.approx(cell["interval"], abs=1e-6)
     sizes = {row[2] for row in drawings["figure3"].csv[1:]}
-    assert sizes == {"1", "10", "20", "50", "100"}  # as the paper draws it: no 2, no 150
+    assert sizes == {"1", "10", "50", "100"}  # as the paper draws it: no 2, no 150
 
 
 def test_every_point_says_its_value_on_hover(grid, drawings, tmp_path):
@@ -77,16 +77,16 @@ def test_every_point_says_its_value_on_hover(grid, drawings, tmp_path):
 
 
 def test_needle_positions_are_counted_as_by_hand(grid, drawings):
-    cell = grid.cell("7B", "kd", 20)
+    cell = grid.cell("7B", "kd", 10)
     wanted = {}
     for answer in cell["answers"]:
-        fifth = next(f for f in range(5) if answer["needles"][0] < 20 * (f + 1) / 5)
+        fifth = next(f for f in range(5) if answer["needles"][0] < 10 * (f + 1) / 5)
         right, n = wanted.get(fifth, (0, 0))
         wanted[fifth] = (right + (answer["answer"] == answer["label"]), n + 1)
     found = {
         int(row[3]) - 1: (float(row[5]), int(row[4]))
         for row in drawings["needle_position"].csv[1:]
-        if row[:3] == ["7B", "kd", "20"]
+        if row[:3] == ["7B", "kd", "10"]
     }
     assert found == {f: (pytest.approx(right / n, abs=1e-6), n) for f, (right, n) in wanted.items()}
 

@@ -56,11 +56,24 @@ def test_cluster_bootstrap_matches_a_plain_loop():
     right = (rng.random((3, 40)) < [[0.4], [0.6], [0.9]]).astype(int)
     means = []
     for _ in range(4000):
-        seeds, questions = rng.integers(3, size=3), rng.integers(40, size=40)
-        means.append(right[np.ix_(seeds, questions)].mean())
-    assert stats.cluster_bootstrap(right, resamples=4000) == pytest.approx(
-        np.quantile(means, [0.025, 0.975]), abs=0.02
+        some = right[:, rng.integers(40, size=40)]
+        among = some[rng.integers(3, size=3)].mean()
+        means.append(some.mean() + math.sqrt(3 / 2) * (among - some.mean()))
+    assert stats.cluster_bootstrap(right) == pytest.approx(
+        np.clip(np.quantile(means, [0.025, 0.975]), 0, 1), abs=0.03
     )
+
+
+def test_bootstrap_spread_of_few_seeds_is_not_understated():
+    # Seed effects alone: n huge and all questions alike, so the variance of the mean is that of the seeds / count.
+    right = np.stack([np.ones(50) * value for value in (0.5, 0.6, 0.8)])
+    draws = stats.joint_draws({"m": [right]}, resamples=20000)["m"][:, 0]
+    assert draws.std() == pytest.approx(np.std([0.5, 0.6, 0.8], ddof=1) / math.sqrt(3), rel=0.03)
+
+
+def compared(first, second, resamples=stats.RESAMPLES):
+    draws = stats.joint_draws({"a": [first], "b": [second]}, resamples)
+    return stats.compare([first], [second], draws["a"], draws["b"])
 
 
 def test_compare_is_paired():
@@ -68,13 +81,22 @@ def test_compare_is_paired():
     first = (rng.random(300) < 0.6).astype(int)[None]
     second = first.copy()
     second[0, np.flatnonzero(first[0] == 0)[:12]] = 1  # better on 12, worse on none
-    result = stats.compare(first, second)
+    result = compared(first, second)
     assert result.difference == pytest.approx(12 / 300)
-    assert result.test == "mcnemar exact" and result.p == pytest.approx(2 * 0.5**12)
+    assert result.test == "McNemar" and result.p == pytest.approx(2 * 0.5**12)
     assert 0 < result.low < result.difference < result.high
-    assert stats.compare(first, first).p == 1.0
-    with pytest.raises(ValueError):
-        stats.compare(first, second[:, :10])
+    assert compared(first, first).p == 1.0
+    with pytest.raises(ValueError, match="10 and 300 questions"):
+        compared(first, second[:, :10])
+
+
+def test_compare_over_sizes_pools_the_questions_and_means_the_sizes():
+    first = [np.array([[1, 0, 0, 0]]), np.array([[0, 0]])]
+    second = [np.array([[0, 1, 1, 0]]), np.array([[1, 1]])]
+    draws = stats.joint_draws({"a": first, "b": second}, 200)
+    result = stats.compare(first, second, draws["a"], draws["b"])
+    assert result.difference == pytest.approx((0.25 + 1.0) / 2)
+    assert result.p == pytest.approx(scipy.stats.binomtest(1, 5).pvalue)
 
 
 def test_compare_with_seeds_knows_that_seeds_differ():
@@ -82,11 +104,10 @@ def test_compare_with_seeds_knows_that_seeds_differ():
     base = (rng.random((1, 300)) < 0.6).astype(int)
     steady = (rng.random((3, 300)) < 0.8).astype(int)
     shaky = (rng.random((3, 300)) < [[0.55], [0.65], [0.99]]).astype(int)
-    assert stats.compare(base, steady).test == "paired bootstrap"
-    assert stats.compare(base, steady).p < 0.01
-    assert stats.compare(base, shaky).p > 0.05
-    swapped = stats.compare(steady, base)
-    assert swapped.difference == pytest.approx(-stats.compare(base, steady).difference)
+    assert compared(base, steady).test == "bootstrap"
+    assert compared(base, steady).p < 0.01
+    assert compared(base, shaky).p > 0.05
+    assert compared(steady, base).difference == pytest.approx(-compared(base, steady).difference)
 
 
 def test_false_alarms_of_the_paired_bootstrap_stay_near_the_level():
@@ -96,8 +117,21 @@ def test_false_alarms_of_the_paired_bootstrap_stay_near_the_level():
         truth = rng.random(100)
         first, second = ((rng.random((1, 100)) < truth).astype(int) for _ in range(2))
         pair = np.concatenate([second, second])  # two seeds that agree: questions vary only
-        alarms += stats.compare(first, pair, resamples=400).p < 0.05
-    assert alarms <= 22  # 10 expected; 22 or more has probability 0.0003
+        alarms += compared(first, pair, resamples=400).p < 0.05
+    assert alarms <= 22  # 10 expected; more than 22 has probability 0.0002
+
+
+def test_joint_draws_share_questions_between_models_and_seeds_between_sizes():
+    rng = np.random.default_rng(5)
+    one = [(rng.random((1, 60)) < 0.7).astype(int) for _ in range(2)]
+    draws = stats.joint_draws({"a": one, "b": one}, resamples=50)
+    assert draws["a"].shape == (50, 2)
+    # The same model twice: pairing makes them equal in every resample.
+    assert np.array_equal(draws["a"], draws["b"])
+    # A seed that is always wrong and one that is always right: a resample has the same seeds at every size.
+    seeds = [np.array([[0] * 60, [1] * 60]) for _ in range(2)]
+    draws = stats.joint_draws({"c": seeds}, resamples=50)["c"]
+    assert np.allclose(draws[:, 0], draws[:, 1]) and len(set(np.round(draws[:, 0], 6))) == 3
 
 
 WINDOWS = [
@@ -136,6 +170,21 @@ def test_effective_window_is_np_interp_on_a_falling_curve():
     assert stats.effective_window(sizes, accuracies, 0.75).low == pytest.approx(theirs)
 
 
+def test_many_windows_at_once_are_the_same_as_one_by_one():
+    rng = np.random.default_rng(6)
+    sizes = [1, 2, 5, 20, 150]
+    one, other = (np.round(rng.random((200, 5)), 1) * np.linspace(1, 0.6, 5) for _ in range(2))
+    windows = [stats.effective_windows(sizes, curves, 0.5) for curves in (one, other)]
+    slow = [
+        [stats.effective_window(sizes, curve, 0.5) for curve in curves.tolist()] for curves in (one, other)
+    ]
+    for fast, singles in zip(windows, slow, strict=True):
+        assert np.allclose(fast, [(b.low, b.high) for b in singles])
+    quotients = [a / b for a, b in zip(*slow, strict=True)]
+    assert np.allclose(stats.ratios(*windows), [(b.low, b.high) for b in quotients])
+    assert len({(b.low > 0, math.isinf(b.high)) for b in quotients}) == 4  # every kind of bound occurs
+
+
 def test_ratios_of_windows_carry_what_is_known():
     known, beyond, below = stats.Bounds(15, 15), stats.Bounds(150, math.inf), stats.Bounds(0, 1)
     assert (known / stats.Bounds(5, 5)).text("x") == "3x"
@@ -146,21 +195,8 @@ def test_ratios_of_windows_carry_what_is_known():
     assert (below / below).text("x") == "unknown"
 
 
-def test_curve_draws_share_questions_between_models_and_seeds_between_sizes():
-    rng = np.random.default_rng(5)
-    one = [(rng.random((1, 60)) < 0.7).astype(int) for _ in range(2)]
-    draws = stats.curve_draws([one, one], resamples=50)
-    assert draws.shape == (2, 50, 2)
-    # The same model twice: pairing makes them equal in every resample.
-    assert np.array_equal(draws[0], draws[1])
-    # A seed that is always wrong and one that is always right: a resample has the same seeds at every size.
-    seeds = [np.array([[0] * 60, [1] * 60]) for _ in range(2)]
-    draws = stats.curve_draws([seeds], resamples=50)
-    assert np.allclose(draws[0, :, 0], draws[0, :, 1]) and set(np.round(draws[0, :, 0], 6)) <= {0, 0.5, 1}
-
-
 def test_interval_of_windows_by_percentile():
-    draws = [stats.Bounds(v, v) for v in range(1, 100)] + [stats.Bounds(150, math.inf)] * 3
+    draws = np.array([(v, v) for v in range(1, 100)] + [(150, math.inf)] * 3)
     interval = stats.bounds_interval(draws)
     assert interval.low == pytest.approx(3, abs=1) and math.isinf(interval.high)
 

@@ -5,16 +5,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from laid.results import places
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--config", nargs="+", type=Path, default=[Path("config.yaml")], help="base file, then overlays"
-    )
-    parser.add_argument(
-        "--cells", type=Path, required=True, help="folder of cells, <student>/<method>/<size>.json"
-    )
+    places.add_arguments(parser, "figures")
     parser.add_argument("--runs", type=Path, help="folder of runs, for the training curves from their logs")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the figures")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -24,13 +20,16 @@ def run(args: argparse.Namespace) -> None:
     from laid.results.cells import load_cells
     from laid.results.terminal import show
 
-    grid = tables.Grid(load_cells(args.cells), config.load(args.config), args.cells)
+    settings = config.load(args.config)
+    root = places.root_of(settings)
+    cells, out = args.cells or root / "cells", args.out or root / "figures"
+    grid = tables.Grid(load_cells(cells), settings, cells)
     drawings = figures.build(grid)
     if args.runs is not None:
         if not args.runs.is_dir():
             raise LaidError(f"{args.runs}: no such folder of runs; leave --runs out, or train first")
         drawings += curves.build(curves.load_logs(args.runs))
-    written = [path for drawing in drawings for path in plotting.save(drawing, args.out)]
-    plotting.write_captions(drawings, args.out)
+    written = [path for drawing in drawings for path in plotting.save(drawing, out)]
+    plotting.write_captions(drawings, out)
     names = ", ".join(path.stem for path in written if path.suffix == ".svg")
-    show(figures.summary(grid), footnote=f"{args.out}: {names} (each .svg, .png, .csv)")
+    show(figures.summary(grid), footnote=f"{out}: {names} (each .svg, .png, .csv)")

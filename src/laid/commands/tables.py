@@ -1,24 +1,17 @@
-"""`laid tables`: Tables 1, 2 and 3 from cells, written as CSV and Markdown and printed."""
+"""`laid tables`: Tables 1, 2 and 3 from cells, with tests and effective windows, as CSV and Markdown, and printed."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
+from laid.results import places
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    places.add_arguments(parser, "tables")
     parser.add_argument(
-        "--config", nargs="+", type=Path, default=[Path("config.yaml")], help="base file, then overlays"
-    )
-    parser.add_argument(
-        "--cells",
-        type=Path,
-        help="folder of cells, <student>/<method>/<size>.json (default: <results>/<scale>/cells)",
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        help="folder for table1, table2, table3 (.csv and .md); without it they are printed only",
+        "--all", action="store_true", help="print the paired tests and effective windows as well"
     )
 
 
@@ -29,11 +22,13 @@ def run(args: argparse.Namespace) -> None:
     from laid.results.terminal import show
 
     settings = config.load(args.config)
-    cells = args.cells or Path(settings["results"]) / settings["scale"] / "cells"
-    built = tables.build(tables.Grid(load_cells(cells), settings, cells))
-    if args.out:
-        tables.write(built, args.out)
-    show(built, footnote=shortcuts_line(cells.parent / "haystacks" / "shortcuts.json"))
+    root = places.root_of(settings)
+    cells = args.cells or root / "cells"
+    grid = tables.Grid(load_cells(cells), settings, cells)
+    built, statistics = tables.build(grid), tables.build_statistics(grid)
+    tables.write([*built, *statistics], args.out or root / "tables")
+    footnote = shortcuts_line(cells.parent / "haystacks" / "shortcuts.json")
+    show([*built, *statistics] if args.all else built, footnote)
 
 
 def shortcuts_line(path: Path) -> str | None:

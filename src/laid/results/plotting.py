@@ -14,7 +14,8 @@ import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from laid.io import atomic_path, write_json, write_text
+from laid.io import dumps
+from laid.results.places import update
 
 COLUMN, PAGE = 3.35, 7.0  # inches: one column and both columns of a two-column paper
 FONT = 8  # points, the smallest size anywhere
@@ -112,24 +113,26 @@ def tip(artist: Any, text: str) -> None:
 
 
 def save(drawing: Drawing, out: str | Path) -> list[Path]:
-    """Write <name>.svg, .png (300 dpi) and .csv below `out`; returns the paths. The same drawing, the same bytes."""
+    """Write <name>.svg, .png (300 dpi) and .csv below `out`, where changed; returns the paths."""
     out = Path(out)
     paths = [out / f"{drawing.name}.{suffix}" for suffix in ("svg", "png", "csv")]
     with style():
         text = io.StringIO()
         drawing.figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
-        write_text(paths[0], with_tips(text.getvalue()))
-        with atomic_path(paths[1]) as beside:
-            drawing.figure.savefig(beside, format="png", dpi=300, metadata={"Software": None})
+        update(paths[0], with_tips(text.getvalue()))
+        image = io.BytesIO()
+        drawing.figure.savefig(image, format="png", dpi=300, metadata={"Software": None})
+        update(paths[1], image.getvalue())
     table = io.StringIO()
     csv.writer(table, lineterminator="\n").writerows(drawing.csv)
-    write_text(paths[2], table.getvalue())
+    update(paths[2], table.getvalue())
     return paths
 
 
 def write_captions(drawings: Sequence[Drawing], out: str | Path) -> None:
     """Write captions.json, figure name -> caption, for the reports."""
-    write_json(Path(out) / "captions.json", {drawing.name: drawing.caption for drawing in drawings})
+    captions = {drawing.name: drawing.caption for drawing in drawings}
+    update(Path(out) / "captions.json", dumps(captions) + "\n")
 
 
 def with_tips(svg: str) -> str:

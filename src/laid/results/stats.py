@@ -6,13 +6,14 @@ Arrays of right and wrong answers have shape (seeds, questions), 1 for right. A 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 Z95 = 1.959963984540054  # the 97.5 % point of the normal distribution
-RESAMPLES = 2000
+RESAMPLES = 5000
 
 
 def wilson(right: int, n: int, z: float = Z95) -> tuple[float, float]:
@@ -33,29 +34,41 @@ def wilson(right: int, n: int, z: float = Z95) -> tuple[float, float]:
 
 def cluster_bootstrap(right: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> tuple[float, float]:
     """95 % percentile interval of the mean of `right` (seeds, questions), resampling seeds and questions both."""
-    draws = bootstrap_means(right, *_weights(right.shape, resamples, seed))
+    draws = joint_draws({"": [right]}, resamples, seed)[""][:, 0]
     low, high = np.quantile(draws, [0.025, 0.975])
-    return float(low), float(high)
+    return max(0.0, float(low)), min(1.0, float(high))
 
 
-def bootstrap_means(right: np.ndarray, by_seed: np.ndarray, by_question: np.ndarray) -> np.ndarray:
-    """Means (resamples,) of `right` (seeds, questions) under resampling weights that sum to one per row."""
-    return np.einsum("bs,sq,bq->b", by_seed, right.astype(float), by_question, optimize=True)
+def joint_draws(
+    models: Mapping[Any, Sequence[np.ndarray]], resamples: int = RESAMPLES, seed: int = 0
+) -> dict[Any, np.ndarray]:
+    """Bootstrap accuracies (resamples, sizes) of several models on the same questions.
 
-
-def _weights(shape: tuple[int, int], resamples: int, seed: int, *more: int) -> tuple[np.ndarray, np.ndarray]:
-    rng = np.random.default_rng([seed, *more, *shape])
-    return seed_weights(rng, shape[0], resamples), question_weights(rng, shape[1], resamples)
-
-
-def seed_weights(rng: np.random.Generator, seeds: int, resamples: int) -> np.ndarray:
-    """Weights (resamples, seeds) of seeds drawn with replacement."""
-    return rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=resamples) / seeds
-
-
-def question_weights(rng: np.random.Generator, questions: int, resamples: int) -> np.ndarray:
-    """Weights (resamples, questions) of questions drawn with replacement."""
-    return rng.multinomial(questions, np.full(questions, 1 / questions), size=resamples) / questions
+    models[key][size] has shape (seeds, questions). Questions are resampled once per size for all models (they are
+    paired); seeds once per model for all sizes (a seed is one trained model, seen at every size). Resampling few
+    seeds understates their spread by (seeds - 1) / seeds, so their part of a draw is scaled up by the root of that.
+    """
+    keys = list(models)
+    sizes = len(models[keys[0]])
+    by_seed = {}
+    for i, key in enumerate(keys):
+        count = models[key][0].shape[0]
+        rng = np.random.default_rng([seed, 1, i, count])
+        by_seed[key] = rng.multinomial(count, np.full(count, 1 / count), size=resamples) / count
+    out = {key: np.empty((resamples, sizes)) for key in keys}
+    for k in range(sizes):
+        n = models[keys[0]][k].shape[1]
+        rng = np.random.default_rng([seed, 2, k, n])
+        by_question = rng.multinomial(n, np.full(n, 1 / n), size=resamples) / n
+        for key in keys:
+            right = models[key][k]
+            if right.shape[1] != n:
+                raise ValueError(f"joint_draws: {right.shape[1]} and {n} questions at size {k}")
+            per_seed = by_question @ right.T.astype(float)  # (resamples, seeds)
+            mean, count = per_seed.mean(axis=1), right.shape[0]
+            scale = math.sqrt(count / (count - 1)) if count > 1 else 1.0
+            out[key][:, k] = mean + scale * ((by_seed[key] * per_seed).sum(axis=1) - mean)
+    return out
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
@@ -63,8 +76,11 @@ def mcnemar(only_first: int, only_second: int) -> float:
     n, k = only_first + only_second, min(only_first, only_second)
     if n == 0:
         return 1.0
-    tail = sum(math.comb(n, i) for i in range(k + 1))  # integers: no rounding however large n is
-    return min(1.0, 2 * math.exp(math.log(tail) - n * math.log(2)))
+    tail = term = 1  # whole numbers: nothing is rounded before the end, however large n is
+    for i in range(k):
+        term = term * (n - i) // (i + 1)
+        tail += term
+    return min(1.0, 2 * tail / 2**n)
 
 
 @dataclass(frozen=True)
@@ -75,31 +91,38 @@ class Comparison:
     low: float
     high: float
     p: float
-    test: str  # "mcnemar exact" | "paired bootstrap"
+    test: str  # "McNemar" | "bootstrap"
 
 
-def compare(first: np.ndarray, second: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> Comparison:
-    """Paired comparison of two models on the same questions, shapes (seeds, questions) with equal questions.
+def compare(
+    first: Sequence[np.ndarray],
+    second: Sequence[np.ndarray],
+    draws_first: np.ndarray,
+    draws_second: np.ndarray,
+) -> Comparison:
+    """Paired comparison of the mean accuracy over sizes of two models on the same questions.
 
-    One seed each: McNemar's exact test. Otherwise a paired bootstrap: questions are resampled once for both,
-    seeds for each by itself (a seed of one method has nothing in common with that of another). Its p-value is
-    twice the share of resamples on the far side of zero, at least 1 / resamples, so a tie is never significant.
-    The interval is the bootstrap's in both cases. Raises ValueError where the numbers of questions differ.
+    first[size], second[size]: (seeds, questions). draws_*: (resamples, sizes) of the same `joint_draws`. One seed each:
+    McNemar's exact test on the questions of all sizes together. Otherwise the bootstrap over questions and seeds; its
+    p-value is twice the share of resamples on the far side of zero. The interval is the bootstrap's in both cases.
     """
-    if first.shape[1] != second.shape[1]:
-        raise ValueError(f"compare: {first.shape[1]} and {second.shape[1]} questions")
-    rng = np.random.default_rng([seed, first.shape[1], first.shape[0], second.shape[0]])
-    questions = question_weights(rng, first.shape[1], resamples)
-    of_first = seed_weights(rng, first.shape[0], resamples)
-    of_second = seed_weights(rng, second.shape[0], resamples)
-    draws = bootstrap_means(second, of_second, questions) - bootstrap_means(first, of_first, questions)
-    low, high = (float(v) for v in np.quantile(draws, [0.025, 0.975]))
-    difference = float(second.mean() - first.mean())
-    if first.shape[0] == second.shape[0] == 1:
-        p = mcnemar(int((first > second).sum()), int((second > first).sum()))
-        return Comparison(difference, low, high, p, "mcnemar exact")
-    p = bootstrap_p(draws)
-    return Comparison(difference, low, high, p, "paired bootstrap")
+    differences = (draws_second - draws_first).mean(axis=1)
+    low, high = (float(v) for v in np.quantile(differences, [0.025, 0.975]))
+    difference = float(np.mean([b.mean() - a.mean() for a, b in zip(first, second, strict=True)]))
+    if one_seed(*first, *second):
+        return Comparison(difference, low, high, mcnemar_of(first, second), "McNemar")
+    return Comparison(difference, low, high, bootstrap_p(differences), "bootstrap")
+
+
+def one_seed(*right: np.ndarray) -> bool:
+    """Whether each of the arrays (seeds, questions) has a single seed."""
+    return all(len(r) == 1 for r in right)
+
+
+def mcnemar_of(first: Sequence[np.ndarray], second: Sequence[np.ndarray]) -> float:
+    """McNemar's exact p-value of two models with one seed each, over the questions of all sizes together."""
+    pairs = list(zip(first, second, strict=True))
+    return mcnemar(int(sum((a > b).sum() for a, b in pairs)), int(sum((b > a).sum() for a, b in pairs)))
 
 
 def bootstrap_p(draws: np.ndarray) -> float:
@@ -176,27 +199,34 @@ def effective_window(sizes: Sequence[float], accuracies: Sequence[float], thresh
     return Bounds(float(sizes[-1]), math.inf)
 
 
-def curve_draws(curves: Sequence[Sequence[np.ndarray]], resamples: int = 1000, seed: int = 0) -> np.ndarray:
-    """Bootstrap curves (models, resamples, sizes) of several models on the same questions.
-
-    `curves[model][size]` has shape (seeds, questions). Questions are resampled once per size for all models;
-    seeds once per model for all sizes, because a seed is one trained model seen at every size.
-    """
-    sizes = len(curves[0])
-    rng = np.random.default_rng([seed, len(curves), sizes, curves[0][0].shape[1]])
-    by_seed = [seed_weights(rng, model[0].shape[0], resamples) for model in curves]
-    out = np.empty((len(curves), resamples, sizes))
-    for k in range(sizes):
-        questions = question_weights(rng, curves[0][k].shape[1], resamples)
-        for m, model in enumerate(curves):
-            out[m, :, k] = bootstrap_means(model[k], by_seed[m], questions)
+def effective_windows(sizes: Sequence[float], curves: np.ndarray, threshold: float) -> np.ndarray:
+    """`effective_window` of many curves (n, sizes) at once, as lows and highs (n, 2)."""
+    below = curves < threshold
+    first = np.where(below.any(axis=1), below.argmax(axis=1), len(sizes))
+    out = np.empty((len(curves), 2))
+    out[first == 0] = 0.0, sizes[0]
+    out[first == len(sizes)] = sizes[-1], math.inf
+    inner = np.flatnonzero((first > 0) & (first < len(sizes)))
+    after = first[inner]
+    high, low = curves[inner, after - 1], curves[inner, after]
+    logs = np.log(np.asarray(sizes, float))
+    share = (high - threshold) / (high - low)
+    out[inner] = np.exp(logs[after - 1] + share * (logs[after] - logs[after - 1]))[:, None]
     return out
 
 
-def bounds_interval(draws: Sequence[Bounds]) -> Bounds:
-    """95 % percentile interval of bounded numbers: the lower end from the lows, the upper from the highs."""
-    low = np.quantile([d.low for d in draws], 0.025, method="lower")
-    high = np.quantile([d.high for d in draws], 0.975, method="higher")
+def ratios(over: np.ndarray, under: np.ndarray) -> np.ndarray:
+    """Bounds (n, 2) of the quotients of bounded numbers, row by row, as Bounds divides."""
+    with np.errstate(divide="ignore"):
+        low = np.where(np.isinf(under[:, 1]), 0.0, over[:, 0] / under[:, 1])
+        high = np.where(under[:, 0] > 0, over[:, 1] / under[:, 0], math.inf)
+    return np.stack([low, high], axis=1)
+
+
+def bounds_interval(draws: np.ndarray) -> Bounds:
+    """95 % percentile interval of bounded numbers (n, 2): the lower end from the lows, the upper from the highs."""
+    low = np.quantile(draws[:, 0], 0.025, method="lower")
+    high = np.quantile(draws[:, 1], 0.975, method="higher")
     return Bounds(float(low), float(high))
 
 

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from laid.errors import LaidError
-from laid.io import write_text
 from laid.results import stats
-from laid.results.cells import Cells, right_answers
+from laid.results.cells import Cells
+from laid.results.comparisons import (
+    Answers,
+    published_windows,
+    star_note,
+    stars_against_base,
+    tests_table,
+    window_tables,
+)
+from laid.results.places import update
 from laid.results.render import BEST, SECOND, Entry, Table, csv_text, markdown
 
 METHOD_NAMES = {
@@ -39,9 +49,20 @@ class Grid:
         self.teacher: str = config["models"]["teacher"]
         self.students: list[str] = list(config["models"]["students"])
         self.sizes: list[int] = sorted(config["haystacks"]["test"]["sizes"])
-        missing = [key for key in needed(config) if key not in cells]
+        wanted = list(needed(config))
+        missing = [key for key in wanted if key not in cells]
         if missing:
             raise LaidError(missing_message(self.folder, missing))
+        # (student, method) of every model that the tables read, base first within a student.
+        members = [self.teacher, *self.students]
+        self.models = sorted(
+            dict.fromkeys(key[:2] for key in wanted), key=lambda model: members.index(model[0])
+        )
+
+    @cached_property
+    def answers(self) -> Answers:
+        """All answers with their joint bootstrap, made when first asked for."""
+        return Answers(self)
 
     def cell(self, student: str, method: str, size: int) -> dict[str, Any]:
         return self.cells[student, method, size]
@@ -122,13 +143,18 @@ def build(grid: Grid) -> list[Table]:
     return [table1(grid), table2(grid), table3(grid)]
 
 
+def build_statistics(grid: Grid) -> list[Table]:
+    """The paired tests and the effective windows, ours and the paper's."""
+    return [tests_table(grid.answers), *window_tables(grid.answers), published_windows()]
+
+
 def write(tables: Sequence[Table], out: str | Path) -> list[Path]:
-    """Write each table as <name>.csv and <name>.md below `out`; returns the paths."""
+    """Write each table as <name>.csv and <name>.md below `out`, where they changed; returns the paths."""
     paths = []
     for table in tables:
         for suffix, text in (("csv", csv_text(table)), ("md", markdown(table))):
             paths.append(Path(out) / f"{table.name}.{suffix}")
-            write_text(paths[-1], text)
+            update(paths[-1], text)
     return paths
 
 
@@ -188,6 +214,8 @@ def _accuracy_table(
     rows: list[list[Entry]] = []
     csv_rows = [["params", "method", *map(str, sizes), *GAIN_COLUMNS]]
     breaks = set()
+    keys = [(student, method) for student, methods in blocks for method in methods]
+    stars, family = stars_against_base(grid.answers, keys, [*([size] for size in sizes), short, long])
     for student, methods in blocks:
         breaks.add(len(rows))
         columns: list[list[float | None]] = []  # by column: values to rank
@@ -198,7 +226,10 @@ def _accuracy_table(
             gains = [_gain(grid, student, method, part) for part in (short, long)]
             window = grid.window(student, method, threshold)
             columns.append([*(cell["accuracy"] for cell in cells), *gains])
-            body.append([*(_accuracy_entry(cell) for cell in cells), *map(_gain_entry, gains)])
+            shown = [*map(_accuracy_entry, cells), *map(_gain_entry, gains)]
+            body.append(
+                [replace(e, stars=stars.get(((student, method), i), "")) for i, e in enumerate(shown)]
+            )
             label = cells[0]["label"]
             csv_rows.append(
                 [
@@ -224,6 +255,10 @@ def _accuracy_table(
         f"Window {threshold:g}: images up to which accuracy stays at or above {threshold:g}, interpolated over"
         + f" log size through {_listed(grid.sizes)} images; in brackets its ratio to base's.",
     ]
+    if family:
+        notes.append(
+            star_note(grid.answers, family, "base") + " At a gain: of the mean accuracy over its sizes."
+        )
     header = ["Model", "Method", *map(str, sizes), "Short gain", "Long gain", f"Window {threshold:g}"]
     legend = (
         "In brackets the 95 % interval: Wilson for one seed, bootstrap over questions and seeds for several."
@@ -258,13 +293,8 @@ def _mark(body: list[list[Entry]], columns: list[list[float | None]]) -> None:
             rank = known.index(round(row[c], 9))
             if rank < 2:
                 entry = body[r][c + 2]
-                body[r][c + 2] = Entry(entry.text, entry.detail, entry.stars, (BEST, SECOND)[rank])
+                body[r][c + 2] = replace(entry, mark=(BEST, SECOND)[rank])
 
 
 def _listed(sizes: Sequence[int]) -> str:
     return ", ".join(map(str, sizes)) if sizes else "none"
-
-
-def rights(grid: Grid, student: str, method: str, sizes: Sequence[int]) -> list[Any]:
-    """Right-or-wrong arrays (seeds, questions) at the sizes."""
-    return [right_answers(grid.cell(student, method, size)) for size in sizes]

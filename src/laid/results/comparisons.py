@@ -1,0 +1,304 @@
+"""Paired tests between methods, corrected for their number, and effective windows with their intervals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from laid.results import published, stats
+from laid.results.cells import right_answers
+from laid.results.render import Entry, Table
+
+if TYPE_CHECKING:
+    from laid.results.tables import Grid
+
+LEVEL = 0.05
+THRESHOLDS = (0.5, 0.6, 0.7, 0.8)
+# What LAid is held against, beside base: the claims of the paper are about these.
+RIVALS = ("sft", "kd", "laid_wo_kl", "laid_wo_laid")
+PAPER_QUESTIONS = 100  # per size, as the paper says of its evaluation
+Key = tuple[str, str]  # (student, method)
+
+
+class Answers:
+    """Right and wrong answers of every model of a grid, with one joint bootstrap of all of them."""
+
+    def __init__(self, grid: Grid, resamples: int = stats.RESAMPLES):
+        self.grid, self.sizes = grid, grid.sizes
+        self.right: dict[Key, list[np.ndarray]] = {
+            key: [right_answers(grid.cell(*key, size)) for size in grid.sizes] for key in grid.models
+        }
+        self.resamples = resamples
+
+    @cached_property
+    def draws(self) -> dict[Key, np.ndarray]:
+        """Accuracies (resamples, sizes) of every model."""
+        return stats.joint_draws(self.right, self.resamples)
+
+    def compare(self, first: Key, second: Key, sizes: Sequence[int]) -> stats.Comparison:
+        """The second's mean accuracy over sizes minus the first's."""
+        at = [self.sizes.index(size) for size in sizes]
+        return stats.compare(
+            [self.right[first][i] for i in at],
+            [self.right[second][i] for i in at],
+            self.draws[first][:, at],
+            self.draws[second][:, at],
+        )
+
+    def p_value(self, first: Key, second: Key, sizes: Sequence[int]) -> float:
+        """The p-value of `compare`, without the bootstrap where one seed each lets McNemar's test do."""
+        at = [self.sizes.index(size) for size in sizes]
+        pair = [[self.right[key][i] for i in at] for key in (first, second)]
+        if stats.one_seed(*pair[0], *pair[1]):
+            return stats.mcnemar_of(*pair)
+        return self.compare(first, second, sizes).p
+
+    def windows(self, key: Key, threshold: float) -> np.ndarray:
+        """The effective window in every resample, as lows and highs (resamples, 2)."""
+        return stats.effective_windows(self.sizes, self.draws[key], threshold)
+
+
+def stars_against_base(
+    answers: Answers, keys: Iterable[Key], columns: Sequence[Sequence[int]]
+) -> tuple[dict[tuple[Key, int], str], int]:
+    """A star for every model and column (a set of sizes) that differs from the model's base; and the family's size.
+
+    All tests of a table are one family under Holm's correction at 5 %.
+    """
+    tests = [(key, i) for key in keys if key[1] != "base" for i, sizes in enumerate(columns) if sizes]
+    adjusted = stats.holm([answers.p_value((key[0], "base"), key, columns[i]) for key, i in tests])
+    return {test: "*" if p < LEVEL else "" for test, p in zip(tests, adjusted, strict=True)}, len(tests)
+
+
+def tests_table(answers: Answers) -> Table:
+    """LAid against SFT, KD and its ablations, by size and by window, in points of accuracy."""
+    grid = answers.grid
+    short, long = grid.window_sizes(grid.sizes)
+    columns = [*([size] for size in grid.sizes), short, long]
+    names = [*map(str, grid.sizes), "Short", "Long"]
+    pairs = [
+        ((student, rival), (student, "laid"))
+        for student in grid.students
+        for rival in RIVALS
+        if (student, rival) in answers.right and (student, "laid") in answers.right
+    ]
+    found = [
+        (pair, i, answers.compare(*pair, sizes)) for pair in pairs for i, sizes in enumerate(columns) if sizes
+    ]
+    adjusted = stats.holm([comparison.p for _, _, comparison in found])
+    rows: dict[tuple[Key, Key], list[Entry]] = {}
+    csv = [["student", "method", "against", "images", "difference", "low", "high", "test", "p", "p_holm"]]
+    breaks, before = set(), None
+    for (pair, i, comparison), p in zip(found, adjusted, strict=True):
+        (student, rival), _ = pair
+        if pair not in rows:
+            if before is not None and student != before:
+                breaks.add(len(rows))
+            rows[pair] = [Entry(student), Entry(f"LAid - {_method_name(rival)}")]
+            before = student
+        text = f"{100 * comparison.difference:+.1f}"
+        detail = f"[{100 * comparison.low:+.1f}, {100 * comparison.high:+.1f}]"
+        rows[pair].append(Entry(text, detail, "*" if p < LEVEL else ""))
+        values = (comparison.difference, comparison.low, comparison.high)
+        images = "+".join(map(str, columns[i]))
+        csv.append(
+            [student, "laid", rival, images, *(f"{v:.6f}" for v in values), comparison.test, f"{comparison.p:.3g}", f"{p:.3g}"]
+        )  # fmt: skip
+    header = ["Model", "Difference", *(name for name, sizes in zip(names, columns, strict=True) if sizes)]
+    notes = [
+        grid.questions_note(),
+        star_note(answers, len(found), "zero"),
+        f"Short: mean over {_listed(short)} images; long: {_listed(long)}.",
+    ]
+    legend = "In brackets the 95 % interval of one difference by itself: bootstrap over questions and seeds."
+    title = "LAid against SFT, KD and its ablations, difference in accuracy (points)"
+    return Table("tests", title, header, list(rows.values()), csv, notes, breaks, legend=legend)
+
+
+def star_note(answers: Answers, family: int, against: str) -> str:
+    """What a star means, and what it does not mean where one seed was trained."""
+    one_seed = all(len(right) == 1 for rights in answers.right.values() for right in rights)
+    test = (
+        "McNemar's exact test on the same questions"
+        if one_seed
+        else "paired bootstrap over questions and seeds"
+    )
+    text = f"* differs from {against}: {test}, Holm's correction over {family} comparisons, 5 %."
+    return text + (" One training seed: the tests say nothing of other seeds." if one_seed else "")
+
+
+def window_tables(answers: Answers) -> list[Table]:
+    """Effective windows at several thresholds: in images, as ratios to base, and in tokens, with intervals."""
+    grid = answers.grid
+    tokens = [grid.cell(grid.teacher, "base", size)["tokens_mean"] for size in grid.sizes]
+    csv = [
+        ["student", "method", "threshold", "images_low", "images_high", "ci_low", "ci_high", "tokens_low", "tokens_high"]
+        + ["ratio_low", "ratio_high", "ratio_ci_low", "ratio_ci_high"]
+    ]  # fmt: skip
+    bodies: list[list[list[Entry]]] = [[], [], []]
+    breaks: set[int] = set()
+    drawn: dict[tuple[Key, float], np.ndarray] = {}
+    for row, (student, method) in enumerate(grid.models):
+        if method == "base":
+            breaks.add(row)
+        lines = [[Entry(student), Entry(_method_name(method))] for _ in bodies]
+        for threshold in THRESHOLDS:
+            window = grid.window(student, method, threshold)
+            drawn[(student, method), threshold] = draws = answers.windows((student, method), threshold)
+            interval = stats.bounds_interval(draws)
+            base = drawn[(student, "base"), threshold]
+            ratio = window / grid.window(student, "base", threshold)
+            ratio_interval = stats.bounds_interval(stats.ratios(draws, base))
+            in_tokens = stats.Bounds(*(_tokens_at(v, grid.sizes, tokens) for v in (window.low, window.high)))
+            lines[0].append(Entry(window.text(), interval_text(interval, grid.sizes)))
+            own = method == "base"
+            lines[1].append(Entry("1x") if own else Entry(ratio.text("x"), interval_text(ratio_interval)))
+            lines[2].append(Entry(in_tokens.text()))
+            bounds = (window, interval, in_tokens, ratio, ratio_interval)
+            csv.append(
+                [student, method, f"{threshold:g}", *(_bound(v) for b in bounds for v in (b.low, b.high))]
+            )
+        for body, line in zip(bodies, lines, strict=True):
+            body.append(line)
+    header = ["Model", "Method", *(f"at {threshold:g}" for threshold in THRESHOLDS)]
+    about = (
+        "Effective window: the largest haystack up to which accuracy stays at or above the threshold,"
+        f" interpolated over log size through {_listed(grid.sizes)} images."
+    )
+    legend = "In brackets the 95 % interval: bootstrap over questions and seeds."
+    notes = [grid.questions_note(), about]
+    names = ("windows", "window_ratios", "window_tokens")
+    titles = (
+        "Effective windows in images",
+        "Effective windows as ratios to base",
+        "Effective windows in tokens",
+    )
+    tables = []
+    for name, title, body in zip(names, titles, bodies, strict=True):
+        data = csv if name == "windows" else _plain_rows(header, body)
+        extra = (
+            []
+            if name != "window_ratios"
+            else ["unknown: both windows lie beyond the sizes that were measured."]
+        )
+        with_legend = "" if name == "window_tokens" else legend
+        tables.append(Table(name, title, header, body, data, [*notes, *extra], breaks, legend=with_legend))
+    return tables
+
+
+def published_windows(resamples: int = 2000) -> Table:
+    """The same effective windows read off the paper's own Table 1, and what they say of "3.2 times"."""
+    curves = published.curves("table1")
+    rng = np.random.default_rng([0, 32])
+    rows, breaks = [], set()
+    csv = [["model", "method", "threshold", "images_low", "images_high", "ratio_low", "ratio_high"]
+           + ["ratio_ci_low", "ratio_ci_high"]]  # fmt: skip
+    drawn: dict[Key, np.ndarray] = {}
+    for row, ((model, method), curve) in enumerate(curves.items()):
+        if method == "base":
+            breaks.add(row)
+        sizes, accuracies = list(curve), list(curve.values())
+        drawn[model, method] = (
+            rng.binomial(PAPER_QUESTIONS, accuracies, (resamples, len(sizes))) / PAPER_QUESTIONS
+        )
+        base = curves[model, "base"]
+        line = [Entry(model), Entry(_method_name(method))]
+        for threshold in THRESHOLDS:
+            window = stats.effective_window(sizes, accuracies, threshold)
+            ratio = window / stats.effective_window(sizes, list(base.values()), threshold)
+            own_draws, base_draws = (
+                stats.effective_windows(sizes, drawn[key], threshold)
+                for key in ((model, method), (model, "base"))
+            )
+            interval = stats.bounds_interval(stats.ratios(own_draws, base_draws))
+            own = method == "base"
+            line.append(Entry(window.text() if own else f"{window.text()} ({ratio.text('x')})",
+                              "" if own else interval_text(interval)))  # fmt: skip
+            bounds = [
+                f"{threshold:g}",
+                *(_bound(v) for b in (window, ratio, interval) for v in (b.low, b.high)),
+            ]
+            csv.append([model, method, *bounds])
+        rows.append(line)
+    notes = [
+        "Source: the paper's printed Table 1; in parentheses the ratio to base.",
+        reading_of_32(),
+    ]
+    legend = (
+        f"In brackets the 95 % interval of the ratio if each figure came from {PAPER_QUESTIONS} questions, as the paper"
+        " states: binomial draws, models drawn apart, for pairing was not published."
+    )
+    header = ["Model", "Method", *(f"at {threshold:g}" for threshold in THRESHOLDS)]
+    title = "Effective windows of the published Table 1, in images"
+    return Table("windows_published", title, header, rows, csv, notes, breaks, legend=legend)
+
+
+def published_ratios() -> dict[tuple[str, float], stats.Bounds]:
+    """LAid's effective window over base's by (model, threshold), from the printed Table 1."""
+    curves = published.curves("table1")
+    out = {}
+    for model in ("7B", "3B"):
+        for threshold in THRESHOLDS:
+            laid, base = (
+                stats.effective_window(list(c), list(c.values()), threshold)
+                for c in (curves[model, "laid"], curves[model, "base"])
+            )
+            out[model, threshold] = laid / base
+    return out
+
+
+def reading_of_32(claimed: float = 3.2) -> str:
+    """Which thresholds give the abstract's "up to 3.2 times longer effective window" on the printed Table 1."""
+    ratios = published_ratios()
+    told = "; ".join(
+        f"at {threshold:g} {' and '.join(f'{ratios[model, threshold].text()} ({model})' for model in ('7B', '3B'))}"
+        for threshold in THRESHOLDS
+    )
+    near = [
+        f"{t:g} ({m}, {r.text()})"
+        for (m, t), r in ratios.items()
+        if r.low == r.high and abs(r.low / claimed - 1) < 0.05
+    ]
+    largest = {t: max(r.low for (_, at), r in ratios.items() if at == t) for t in THRESHOLDS}
+    possible = [f"{t:g} (at least {stats.number(v)})" for t, v in largest.items() if v <= claimed]
+    return (
+        f'"Up to {claimed:g} times": the printed figures give, as LAid over base, {told}. Only one reading comes within'
+        f" 5 % of {claimed:g}: threshold {' and '.join(near) or 'none'}. As the largest over both students it can only be"
+        f" meant at {' and '.join(possible) or 'no threshold'}, the level of Figure 1, where the sizes end before LAid falls."
+    )
+
+
+def interval_text(interval: stats.Bounds, sizes: Sequence[int] | None = None) -> str:
+    """As [12.1, 19.0]; an end outside the measured sizes as "< 1" or ">= 150", of a ratio as "?"."""
+    low = stats.number(interval.low) if interval.low > 0 else (f"< {sizes[0]}" if sizes else "?")
+    high = (
+        stats.number(interval.high) if math.isfinite(interval.high) else (f">= {sizes[-1]}" if sizes else "?")
+    )
+    return f"[{low}, {high}]"
+
+
+def _tokens_at(images: float, sizes: Sequence[int], tokens: Sequence[float]) -> float:
+    """Mean prompt tokens at a size between measured ones, linear in images; 0 and infinity stay."""
+    return images if images == 0 or math.isinf(images) else float(np.interp(images, sizes, tokens))
+
+
+def _method_name(method: str) -> str:
+    from laid.results.tables import METHOD_NAMES
+
+    return METHOD_NAMES[method]
+
+
+def _plain_rows(header: list[str], body: list[list[Entry]]) -> list[list[str]]:
+    return [header, *([f"{e.text} {e.detail}".strip() for e in row] for row in body)]
+
+
+def _bound(value: float) -> Any:
+    return "inf" if math.isinf(value) else f"{value:.4f}"
+
+
+def _listed(sizes: Sequence[int]) -> str:
+    return ", ".join(map(str, sizes)) if sizes else "none"
