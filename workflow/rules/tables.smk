@@ -1,4 +1,4 @@
-# Tables 1, 2 and 3, built from cells only.
+# Tables 1, 2 and 3 with paired tests and effective windows, built from cells only.
 
 
 localrules:
@@ -10,8 +10,17 @@ rule tables:
         [f"{ROOT}/cells/{cell}" for cell in CELLS],
     output:
         expand(
-            f"{ROOT}/tables/table{{number}}.{{suffix}}",
-            number=[1, 2, 3],
+            f"{ROOT}/tables/{{name}}.{{suffix}}",
+            name=[
+                "table1",
+                "table2",
+                "table3",
+                "tests",
+                "windows",
+                "window_ratios",
+                "window_tokens",
+                "windows_published",
+            ],
             suffix=["csv", "md"],
         ),
     log:

@@ -199,10 +199,23 @@ def table2(grid: Grid) -> Table:
         csv=csv_rows,
         notes=[
             grid.questions_note(),
-            "An image advances the positions by its longer side in merged patches only, not by its tokens.",
+            *_cost_of_an_image(cells),
         ],
         names=0,
     )
+
+
+def _cost_of_an_image(cells: Sequence[dict[str, Any]]) -> list[str]:
+    """What one image more adds, between the smallest and the largest size."""
+    first, last = cells[0], cells[-1]
+    images = last["size"] - first["size"]
+    if not images:
+        return []
+    tokens, positions = ((last[key] - first[key]) / images for key in ("tokens_mean", "positions_mean"))
+    return [
+        f"One image more adds {tokens:.1f} tokens and {positions:.1f} positions: M-RoPE advances by the longer side of"
+        " its merged patches only."
+    ]
 
 
 def _accuracy_table(
