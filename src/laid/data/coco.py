@@ -94,7 +94,9 @@ def load_coco(root: str | Path, split: str, check: str = "none") -> CocoSplit:
             raise LaidError(
                 f"{source}: image {at} ({file_name}) is {width} x {height} pixels, expected at least 1 x 1"
             )
-        safe_join(root, f"{split}/{file_name}")
+        # By its text alone: resolving 118,000 paths on a network disk takes minutes. `file` resolves where it matters.
+        if file_name.startswith("/") or "\\" in file_name or ".." in file_name.split("/"):
+            raise LaidError(f"{source}: image {at} ({file_name!r}) leaves its folder")
         images[number] = CocoImage(
             number, f"{split}/{file_name}", width, height, str(entry.get("coco_url", ""))
         )
