@@ -19,3 +19,20 @@ rule all:
     default_target: True
     input:
         rules.tables.output,
+
+
+# Coarse targets, which the stages of dvc.yaml name.
+rule family:
+    input:
+        expand(f"{ROOT}/models/{{member}}", member=[TEACHER, *STUDENTS]),
+        f"{ROOT}/teacher_cache",
+
+
+rule baselines:
+    input:
+        [f"{ROOT}/cells/{cell}" for cell in CELLS if cell.split("/")[1] not in ABLATED],
+
+
+rule distill:
+    input:
+        [f"{ROOT}/cells/{cell}" for cell in CELLS if cell.split("/")[1] in ABLATED],

@@ -37,17 +37,20 @@ def collect(step: str, config: Mapping[str, Any], inputs: Mapping[str, str | Pat
     `inputs` maps a name to a file or folder; choose its path below <results>/<scale>/ as the name
     ("models/small", "haystacks/test/visual_haystack_5.json"), which is where `laid verify` looks again. A model given
     by hub id is passed as a plain string that is no path ("hub:Qwen/...@<revision>") and recorded as it is.
+    The input named "model", if there is one, stands under "model" as well.
     Wildcards (student, method, seed, size, member) choose the slice and are recorded. Raises LaidError for an input
     that is missing.
     """
     settings = slice_for(step, dict(config), **wildcards)
+    data = {name: fingerprint(value) for name, value in sorted(inputs.items())}
     return {
         "step": step,
         "wildcards": {key: value for key, value in sorted(wildcards.items())},
         "code": code(),
         "config": sha256_json(settings),
         "settings": settings,
-        "data": {name: fingerprint(value) for name, value in sorted(inputs.items())},
+        "data": data,
+        "model": data.get("model"),
         "libraries": libraries(),
     }
 
@@ -62,15 +65,26 @@ def fingerprint(value: str | Path) -> str:
         return value
     path = Path(value)
     if path.is_file():
-        return sha256_file(path)
+        return _file_hash(path)
     if path.is_dir():
         files = (p for p in path.rglob("*") if p.is_file())
         names = sorted(p.relative_to(path).as_posix() for p in files)
         kept = (
             n for n in names if n not in RECORDS and not any(part.startswith(".") for part in n.split("/"))
         )
-        return sha256_json({name: sha256_file(path / name) for name in kept})
+        return sha256_json({name: _file_hash(path / name) for name in kept})
     raise LaidError(f"{path}: no such file or folder, needed as an input")
+
+
+def _file_hash(path: Path) -> str:
+    """sha256_file, read once per process while size and time of change stay as they are (checkpoints are large)."""
+    found = path.stat()
+    return _hash_at(path.resolve(), found.st_size, found.st_mtime_ns)
+
+
+@cache
+def _hash_at(path: Path, size: int, changed: int) -> str:
+    return sha256_file(path)
 
 
 @cache

@@ -24,6 +24,7 @@ COCO = config["data"]["root"] if config["data"]["source"] == "local" else f"{ROO
 TEACHER, STUDENTS = config["models"]["teacher"], config["models"]["students"]
 SIZES = sorted(config["haystacks"]["test"]["sizes"])
 TRAINED = ["sft", "kd", "laid", "laid_wo_kl", "laid_wo_laid"]
+ABLATED = [method for method in TRAINED if method.startswith("laid")]
 
 
 wildcard_constraints:

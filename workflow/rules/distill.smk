@@ -31,4 +31,4 @@ rule train:
     shell:
         "laid train --config $CONFIG --method {wildcards.trained} --seed {wildcards.seed}"
         " --student-name {wildcards.student} --student {input.student} {params.cache}"
-        " --coco {params.coco} --questions {input.questions} --out {output} 2>&1 | tee {log}"
+        " --coco {params.coco} --questions {input.questions} --out {output} --threads {resources.cpus_per_task} 2>&1 | tee {log}"

@@ -39,7 +39,7 @@ if config["evaluation"]["shard"] == "model":
         shell:
             "laid evaluate --config $CONFIG --student-name {wildcards.student} --method {wildcards.method}"
             " --model {input.model} {params.runs} --coco {params.coco} --questions {params.questions}"
-            " --sizes {params.sizes} --out {params.out} 2>&1 | tee {log}"
+            " --sizes {params.sizes} --out {params.out} --threads {resources.cpus_per_task} 2>&1 | tee {log}"
 
 else:
 
@@ -69,4 +69,4 @@ else:
         shell:
             "laid evaluate --config $CONFIG --student-name {wildcards.student} --method {wildcards.method}"
             " --model {input.model} {params.runs} --coco {params.coco} --questions {params.questions}"
-            " --sizes {wildcards.size} --out {params.out} 2>&1 | tee {log}"
+            " --sizes {wildcards.size} --out {params.out} --threads {resources.cpus_per_task} 2>&1 | tee {log}"

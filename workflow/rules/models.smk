@@ -25,7 +25,7 @@ rule pretrain:
         coco=lambda wildcards, input: above(input.train, 2),
     shell:
         "laid pretrain --config $CONFIG --member {wildcards.member} --coco {params.coco} --out {output}"
-        " 2>&1 | tee {log}"
+        " --threads {resources.cpus_per_task} 2>&1 | tee {log}"
 
 
 rule teacher_cache:
@@ -52,4 +52,4 @@ rule teacher_cache:
         coco=COCO,
     shell:
         "laid teacher-cache --config $CONFIG --teacher {input.teacher} --coco {params.coco}"
-        " --questions {input.questions} --out {output} 2>&1 | tee {log}"
+        " --questions {input.questions} --out {output} --threads {resources.cpus_per_task} 2>&1 | tee {log}"
