@@ -243,6 +243,31 @@ def test_export_for_all_lengths_equals_training_time(tmp_path, attention):
         torch.testing.assert_close(torch.cat(parts, 1)[real], hooked[real], rtol=1e-4, atol=1e-4)
 
 
+def test_exported_decoding_without_padding_counts_the_whole_cache():
+    model = tiny_model()
+    length_gain.export_(model, randomised(model, length_aware=True, reference=8))
+    length_gain.enable(model)
+    ids, _ = padded_batch()
+    whole = model(input_ids=ids, use_cache=False).logits
+    cache = DynamicCache(config=model.config)
+    model(input_ids=ids[:, :11], past_key_values=cache)
+    last = model(input_ids=ids[:, 11:], past_key_values=cache).logits
+    torch.testing.assert_close(last[:, 0], whole[:, -1], rtol=1e-4, atol=1e-4)
+
+
+def test_a_capture_attached_first_still_sees_the_gain():
+    model = tiny_model()
+    gain = randomised(model)
+    with QKCapture(model, 0) as capture:
+        logits(model)
+        bare = capture.take()[0].q
+        gain.attach(model)
+        logits(model)
+        scaled = capture.take()[0].q
+    factor = gain.gains()[0].repeat(1, 2)[None, :, None]
+    torch.testing.assert_close(scaled, bare * factor)
+
+
 def test_decoding_from_a_cache_equals_one_pass_at_training_time():
     model = tiny_model()
     randomised(model, length_aware=True, reference=8).attach(model)
