@@ -90,9 +90,8 @@ class HeadAlignment(nn.Module):
             raise LaidError(f"alignment: norm is {norm!r}, allowed: {', '.join(NORMS)}")
         self._check(q_s, k_s, q_t, k_t)
         weight = _token_weights(q_s, mask, token_weights)
-        collapsed = self.w.view(self.heads_s, self.kv_t, -1).sum(
-            -1
-        )  # repeating K^t is summing w over its group
+        # Mixing keys repeated to query heads is mixing the keys themselves by w summed over each group.
+        collapsed = self.w.view(self.heads_s, self.kv_t, -1).sum(-1)
         if self.key_weights == "shared":
             key_mix, copies = collapsed, self.heads_s // self.kv_s
         else:
