@@ -35,6 +35,9 @@ def build_config(processor: Processor, family: Mapping[str, Any], member: Mappin
     tokenizer, encoder = processor.tokenizer, processor.encoder
     vision = family["vision"]
     images = processor.image_processor
+    # The trained positions, as in a published config: what the prompts of the member's own window cover.
+    side = round(family["image_pixels"] ** 0.5)
+    longest = encoder.encode(TEMPLATES["single"], [processor.grid(side, side)] * member["window"]).span
     return Qwen2_5_VLConfig(
         text_config={
             "vocab_size": len(tokenizer),
@@ -44,7 +47,7 @@ def build_config(processor: Processor, family: Mapping[str, Any], member: Mappin
             "num_attention_heads": member["heads"],
             "num_key_value_heads": member["kv_heads"],
             "head_dim": family["head_dim"],
-            "max_position_embeddings": family["max_position_embeddings"],
+            "max_position_embeddings": -(-longest // 16) * 16,
             "rms_norm_eps": 1e-6,
             "rope_parameters": {
                 "rope_type": "default",

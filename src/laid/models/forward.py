@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from transformers import DynamicCache
 
 from laid.methods.decoder import text_model
 from laid.models.prompts import EncodedPrompt
@@ -79,8 +80,60 @@ def logits_at(model, hidden: torch.Tensor, rows: torch.Tensor, columns: torch.Te
     return model.get_output_embeddings()(hidden[rows, columns])
 
 
-def last_logits(model, batch: Batch) -> torch.Tensor:
-    """(B, vocabulary) logits at each prompt's last token: what the model would answer first."""
-    hidden = hidden_states(model, batch)
-    rows = torch.arange(len(batch.lengths), device=hidden.device)
-    return logits_at(model, hidden, rows, batch.lengths - 1)
+def last_logits(model, batch: Batch, chunk: int = 0, cache=None) -> torch.Tensor:
+    """(B, vocabulary) logits at each prompt's last token: what the model would answer first.
+
+    chunk: read prompts longer than this many tokens piece by piece, so that activations stay small; 0 reads them
+    whole. cache: a transformers Cache to fill, for generation (all prompts of the batch then have one length).
+    """
+    rows = torch.arange(len(batch.lengths), device=batch.ids.device)
+    total = batch.ids.shape[1]
+    if cache is None and not 0 < chunk < total:
+        return logits_at(model, hidden_states(model, batch), rows, batch.lengths - 1)
+    cache = DynamicCache() if cache is None else cache
+    text, embeds = text_model(model), embed(model, batch)
+    last = torch.zeros(embeds.shape[0], embeds.shape[2], dtype=embeds.dtype, device=embeds.device)
+    for start in range(0, total, chunk or total):
+        stop = min(total, start + (chunk or total))
+        hidden = text(
+            inputs_embeds=embeds[:, start:stop],
+            position_ids=batch.positions[:, :, start:stop],
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state
+        here = (batch.lengths > start) & (batch.lengths <= stop)
+        last[here] = hidden[rows[here], batch.lengths[here] - 1 - start]
+    return model.get_output_embeddings()(last)
+
+
+def generate(model, batch: Batch, max_new_tokens: int, stop_ids: Sequence[int], chunk: int = 0) -> list[list[int]]:
+    """Greedy answers, token ids without the stop token. All prompts of the batch must have one length.
+
+    Written out because `generate` of the library would run the vision tower again for every question.
+    """
+    if len(set(batch.lengths.tolist())) != 1:
+        raise ValueError("generation takes prompts of one length at a time")
+    cache = DynamicCache()
+    text = text_model(model)
+    token = last_logits(model, batch, chunk, cache).argmax(-1)
+    position = batch.positions.amax(dim=(0, 2)) + 1
+    answers: list[list[int]] = [[] for _ in token]
+    going = torch.ones(len(token), dtype=torch.bool, device=token.device)
+    stops = torch.tensor(list(stop_ids), device=token.device)
+    for step in range(max_new_tokens):
+        going &= ~torch.isin(token, stops)
+        if not bool(going.any()):
+            break
+        for row in torch.nonzero(going).flatten().tolist():
+            answers[row].append(int(token[row]))
+        if step == max_new_tokens - 1:
+            break
+        hidden = text(
+            inputs_embeds=text.embed_tokens(token[:, None]),
+            position_ids=position[None, :, None].expand(3, -1, -1),
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state
+        token = model.get_output_embeddings()(hidden[:, -1]).argmax(-1)
+        position = position + 1
+    return answers

@@ -1,0 +1,41 @@
+"""`laid evaluate`: measure one model under one method at several haystack sizes."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from laid.commands.shared import config_argument, device_arguments
+
+    config_argument(parser)
+    parser.add_argument("--student-name", required=True, help="name of the model in tables (models.students, or the teacher's)")
+    parser.add_argument("--method", required=True, help="method to evaluate it under (methods in the configuration)")
+    parser.add_argument("--model", required=True, help="checkpoint: a folder or a hub id")
+    parser.add_argument("--runs", nargs="*", default=[], metavar="DIR", help="for a trained method: run folders, one per seed")
+    parser.add_argument("--coco", type=Path, required=True, help="COCO root that the questions' paths start from")
+    parser.add_argument("--questions", type=Path, required=True, help="folder of visual_haystack_<size>.json files")
+    parser.add_argument("--sizes", type=int, nargs="+", required=True, help="haystack sizes, in images")
+    parser.add_argument("--out", type=Path, required=True, help="folder for <size>.json cells and cost.json")
+    device_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    from laid import config
+    from laid.commands.shared import deterministic, pick_device
+    from laid.evaluation.evaluate import evaluate_cells
+
+    settings = config.load(args.config)
+    deterministic(args.threads)
+    cells = evaluate_cells(
+        settings, args.student_name, args.method, args.model, args.runs, args.coco, args.questions, args.sizes,
+        args.out, pick_device(args.device),
+    )  # fmt: skip
+    for cell in cells:
+        low, high = (100 * bound for bound in cell["interval"])
+        print(
+            f"{args.student_name} {args.method}: {cell['size']} images: {100 * cell['accuracy']:.1f} % ({low:.1f} to {high:.1f}),"
+            f" {cell['n']} answers, {cell['tokens_mean']:.0f} tokens, {cell['positions_mean']:.0f} positions"
+        )
+    return 0

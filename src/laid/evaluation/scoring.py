@@ -1,0 +1,43 @@
+"""From logits or from words to yes and no."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+
+from laid.errors import LaidError
+
+_YES, _NO = ("yes", "Yes", " yes", " Yes", "YES"), ("no", "No", " no", " No", "NO")
+# Where nltk.word_tokenize, which the official runner uses (vhs_benchmark, utils.py), parts words.
+_APART = re.compile(r"([;@#$%&?!\"()\[\]{}<>“”«»]|,(?!\d)|:(?!\d)|\.\.+|--+)")
+
+
+def answer_tokens(tokenizer) -> tuple[list[int], list[int]]:
+    """(token ids that say yes, token ids that say no): those spellings that are one token."""
+    found = []
+    for words in (_YES, _NO):
+        ids = [tokenizer(word, add_special_tokens=False)["input_ids"] for word in words]
+        single = sorted({i[0] for i in ids if len(i) == 1})
+        if not single:
+            raise LaidError(f"the tokenizer has no single token for {words[0]!r}: use evaluation.scoring: generate")
+        found.append(single)
+    return found[0], found[1]
+
+
+def probability_yes(logits: torch.Tensor, yes: list[int], no: list[int]) -> torch.Tensor:
+    """(B,) share of yes among yes and no, summed over spellings; logits: (B, vocabulary)."""
+    logits = logits.float()
+    return torch.sigmoid(logits[:, yes].logsumexp(-1) - logits[:, no].logsumexp(-1))
+
+
+def words(text: str) -> list[str]:
+    """Lower-case word tokens, as the official scorer sees them."""
+    pieces = _APART.sub(r" \1 ", text.lower()).split()
+    return [word for piece in pieces if (word := piece.rstrip(".").strip("'`"))]
+
+
+def spoken_answer(text: str) -> str:
+    """What a response says: "yes", "no", "both" or "none" (the official runner counts the last as non-compliant)."""
+    found = set(words(text)) & {"yes", "no"}
+    return "both" if len(found) == 2 else found.pop() if found else "none"
