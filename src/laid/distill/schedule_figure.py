@@ -1,0 +1,50 @@
+"""The distance schedule as a figure: weight over distance at five moments, and emphasis and reach over progress."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from laid.distill.schedule import DistanceSchedule, reach
+from laid.results import plotting
+from laid.results.plotting import Drawing
+
+MOMENTS = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+def draw_schedule(
+    schedule: DistanceSchedule, short: float, long: float, name: str = "distance_schedule"
+) -> Drawing:
+    """Draw `schedule` for tokens spread evenly over distances 0 to d_max; short, long: reach before and after growing.
+
+    The reach is drawn over the schedule's own start and end. Returns the figure with its numbers as CSV rows.
+    """
+    distance = torch.linspace(0, 1, 101)
+    weights = [schedule.weights(distance[None], p, d_max=1.0)[0] for p in MOMENTS]
+    progress = np.linspace(0, 1, 101)
+    spans = [reach(float(p), short, long, schedule.start, schedule.end) for p in progress]
+    with plotting.style():
+        figure = plotting.new_figure(plotting.PAGE, 2.4)
+        left, right = figure.subplots(1, 2)
+        for p, row, color, dash in zip(MOMENTS, weights, plotting.SERIES, _DASHES, strict=False):
+            left.plot(distance, row, color=color, linestyle=dash, label=f"progress {p:g}")
+        left.set(xlabel="M-RoPE distance to the answer / d_max", ylabel="weight (mean 1)", ylim=(0, None))
+        left.legend()
+        right.plot(progress, spans, color=plotting.BLUE)
+        right.set(xlabel="training progress", ylabel="largest span (positions)", ylim=(0, None))
+    rows = [["panel", "progress", "x", "y"]]
+    rows += [
+        ["weight", f"{p:g}", f"{d:.2f}", f"{w:.4f}"]
+        for p, row in zip(MOMENTS, weights, strict=True)
+        for d, w in zip(distance.tolist(), row.tolist(), strict=True)
+    ]
+    rows += [["reach", f"{p:.2f}", f"{p:.2f}", f"{s:.1f}"] for p, s in zip(progress, spans, strict=True)]
+    caption = (
+        f"Distance emphasis: weight of a token over its distance (strength {schedule.strength:g}, power"
+        f" {schedule.power:g}, growing from progress {schedule.start:g} to {schedule.end:g}), and the positions that"
+        f" gapped samples may span ({short:g} to {long:g})."
+    )
+    return Drawing(name, caption, figure, rows)
+
+
+_DASHES = ("-", (0, (6, 1)), (0, (4, 1.5)), (0, (2, 1)), (0, (1, 1)))
