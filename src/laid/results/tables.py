@@ -212,10 +212,8 @@ def _cost_of_an_image(cells: Sequence[dict[str, Any]]) -> list[str]:
     if not images:
         return []
     tokens, positions = ((last[key] - first[key]) / images for key in ("tokens_mean", "positions_mean"))
-    return [
-        f"One image more adds {tokens:.1f} tokens and {positions:.1f} positions: M-RoPE advances by the longer side of"
-        " its merged patches only."
-    ]
+    why = "M-RoPE advances by the longer side of its merged patches only"
+    return [f"One image more adds {tokens:.1f} tokens and {positions:.1f} positions: {why}."]
 
 
 def _accuracy_table(

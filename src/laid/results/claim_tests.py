@@ -1,0 +1,330 @@
+"""Tests of the paper's claims: statements "this number is above (or below) that bound", on any source of curves."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from laid.results import stats
+from laid.results.comparisons import THRESHOLDS, reading_of_32
+from laid.results.exports import shape_report
+from laid.results.sources import Key, PublishedSource, Source
+
+SUPPORTED, NOT, UNDECIDED, NOT_MEASURED = "supported", "not supported", "undecided", "not measured"
+
+
+@dataclass
+class Statement:
+    """One number that a claim says to lie above a bound, or below it, with its 95 % interval."""
+
+    what: str
+    value: float
+    low: float
+    high: float
+    bound: float
+    unit: str = "points"
+    below: bool = False
+
+    @property
+    def holds(self) -> bool:
+        """Whether the number itself, taken as exact, lies on the claimed side of the bound."""
+        return self.value < self.bound if self.below else self.value > self.bound
+
+    @property
+    def verdict(self) -> str:
+        """The same, with the interval: SUPPORTED, NOT or UNDECIDED."""
+        above = SUPPORTED if self.low > self.bound else NOT if self.high < self.bound else UNDECIDED
+        return {SUPPORTED: NOT, NOT: SUPPORTED}.get(above, above) if self.below else above
+
+    def text(self) -> str:
+        numbers = [_number(v, self.unit) for v in (self.value, self.low, self.high)]
+        return f"{self.what}: {numbers[0]} [{numbers[1]}, {numbers[2]}]{'' if self.unit == 'times' else ' ' + self.unit}"
+
+
+@dataclass
+class Outcome:
+    """What a test found on one source."""
+
+    verdict: str
+    statements: list[Statement] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+    with_error: str | None = None  # the printed tables: the verdict if each figure came from 100 questions
+
+
+def statement(
+    source: Source,
+    what: str,
+    keys: Sequence[Key],
+    sizes: list[int],
+    number: Callable[..., np.ndarray],
+    **more: Any,
+) -> Statement:
+    """A statement about number(*curves), a function of arrays (n, sizes) that gives (n,); bound 0 unless told."""
+    value = float(number(*(source.point(key, sizes) for key in keys))[0])
+    draws = number(*(source.draws(key, sizes) for key in keys))
+    low, high = np.quantile(draws, 0.025, method="lower"), np.quantile(draws, 0.975, method="higher")
+    return Statement(what, value, float(low), float(high), **{"bound": 0.0, **more})
+
+
+def conclude(
+    source: Source, statements: list[Statement], remarks: Sequence[str] = (), some: bool = False
+) -> Outcome:
+    """The verdict of all statements together; with `some`, one that holds is enough."""
+    if not statements:
+        return Outcome(
+            NOT_MEASURED, remarks=[*remarks, "the models that the test needs are not among the cells"]
+        )
+    verdict = _together([s.verdict for s in statements], some)
+    if isinstance(source, PublishedSource):
+        exact = _together([SUPPORTED if s.holds else NOT for s in statements], some)
+        return Outcome(exact, statements, list(remarks), with_error=verdict)
+    return Outcome(verdict, statements, list(remarks))
+
+
+def _together(verdicts: list[str], some: bool) -> str:
+    decisive, other = (SUPPORTED, NOT) if some else (NOT, SUPPORTED)
+    if decisive in verdicts:
+        return decisive
+    return other if all(v == other for v in verdicts) else UNDECIDED
+
+
+def _number(value: float, unit: str) -> str:
+    if unit != "times":
+        return f"{value:+.1f}"
+    return "no bound" if math.isinf(value) else f"{stats.number(value)}x"
+
+
+# ------------------------------------------------------------------ numbers, each from curves (n, sizes) to (n,)
+
+
+def _points(curve: np.ndarray, base: np.ndarray) -> np.ndarray:
+    return 100 * (curve - base).mean(axis=1)
+
+
+def _gain(curve: np.ndarray, base: np.ndarray) -> np.ndarray:
+    """The paper's gain in percent; a resample in which base has no right answer counts as an endless gain."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.nan_to_num(100 * (curve / base - 1).mean(axis=1), nan=0.0, posinf=np.inf)
+
+
+def _excess_gain(curve: np.ndarray, base: np.ndarray, edge: int) -> np.ndarray:
+    """Gain over the first `edge` sizes minus gain over the others."""
+    return _gain(curve[:, :edge], base[:, :edge]) - _gain(curve[:, edge:], base[:, edge:])
+
+
+def _gain_difference(better: np.ndarray, worse: np.ndarray, base: np.ndarray) -> np.ndarray:
+    return _gain(better, base) - _gain(worse, base)
+
+
+def _growth(one: np.ndarray, other: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
+    return _slope(one - other, sizes)
+
+
+def _drop(curve: np.ndarray) -> np.ndarray:
+    return 100 * (curve[:, 0] - curve[:, -1])
+
+
+def _slope(curve: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
+    """Least-squares slope of accuracy (points) per doubling of the images."""
+    x = np.log2(np.asarray(sizes, float))
+    x -= x.mean()
+    return 100 * (curve @ x) / (x @ x)
+
+
+def _times(over: np.ndarray, under: np.ndarray) -> np.ndarray:
+    """Quotient of losses in points; endless where the denominator loses less than any table could print."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(under > 0.005, over / under, np.inf)
+
+
+# ------------------------------------------------------------------ tests
+
+
+def shrinkage(source: Source) -> Outcome:
+    teacher = (source.teacher, "base")
+    found, remarks = [], []
+    for student in source.students:
+        key = (student, "base")
+        sizes = source.sizes(key, teacher)
+        what = f"{student} loses more than {source.teacher} from {sizes[0]} to {sizes[-1]} images"
+        found.append(statement(source, what, [key, teacher], sizes, lambda s, t: _drop(s) - _drop(t)))
+        remarks.append(f"{student} loses {_drop(source.point(key, sizes))[0]:.1f} points")
+    remarks.append(
+        f"{source.teacher} loses {_drop(source.point(teacher, source.sizes(teacher)))[0]:.1f} points"
+    )
+    return conclude(source, found, remarks)
+
+
+def decay(source: Source, times: float) -> Outcome:
+    student, teacher = (source.students[-1], "base"), (source.teacher, "base")
+    sizes = source.sizes(student, teacher)
+    names = f"{student[0]} over {teacher[0]}"
+    main = statement(
+        source, f"{names}, loss per doubling of images", [student, teacher], sizes,
+        lambda s, t: _times(-_slope(s, sizes), -_slope(t, sizes)), bound=times, unit="times",
+    )  # fmt: skip
+    readings = {"loss per doubling": main.value}
+    curves = source.point(student, sizes), source.point(teacher, sizes)
+    for i in range(1, len(sizes)):
+        s, t = (curve[:, [0, i]] for curve in curves)
+        readings[f"points lost from {sizes[0]} to {sizes[i]}"] = float(_times(_drop(s), _drop(t))[0])
+        relative = _times(100 * (1 - s[:, 1] / s[:, 0]), 100 * (1 - t[:, 1] / t[:, 0]))
+        readings[f"share lost from {sizes[0]} to {sizes[i]}"] = float(relative[0])
+    near = {what: v for what, v in readings.items() if abs(v / times - 1) <= 0.05}
+    best = min(readings, key=lambda what: abs(readings[what] - times))
+    remark = "; ".join(f"{what} {stats.number(v)}x" for what, v in near.items())
+    remarks = [
+        f"readings within 5 % of {times:g}: {remark}" if near
+        else f"no reading comes within 5 % of {times:g}; the nearest is {best}, {_number(readings[best], 'times')}"
+    ]  # fmt: skip
+    outcome = conclude(source, [main], remarks)
+    if isinstance(source, PublishedSource) and near:
+        outcome.verdict = SUPPORTED
+    return outcome
+
+
+def no_help(source: Source, methods: Sequence[str], margin: float) -> Outcome:
+    found = []
+    for student in source.students:
+        for method in methods:
+            if source.has(student, method):
+                keys = [(student, method), (student, "base")]
+                _, long = source.windows(*keys)
+                what = f"{student} {method} minus base, mean over {_listed(long)} images"
+                found.append(statement(source, what, keys, long, _points, bound=margin, below=True))
+    return conclude(source, found)
+
+
+def short_biased(source: Source, method: str) -> Outcome:
+    found = []
+    for student in source.students:
+        if not source.has(student, method):
+            continue
+        keys = [(student, method), (student, "base")]
+        short, long = source.windows(*keys)
+        gain = statement(source, f"{student} short gain", keys, short, _gain, unit="%")
+        excess = partial(_excess_gain, edge=len(short))
+        more = statement(
+            source, f"{student} short gain minus long gain", keys, short + long, excess, unit="%"
+        )
+        found += [gain, more]
+    return conclude(source, found)
+
+
+def gains(source: Source, method: str) -> Outcome:
+    found = []
+    for student in source.students:
+        if source.has(student, method):
+            keys = [(student, method), (student, "base")]
+            for name, sizes in zip(("short", "long"), source.windows(*keys), strict=True):
+                found.append(statement(source, f"{student} {name} gain", keys, sizes, _gain, unit="%"))
+    return conclude(source, found)
+
+
+def over_kd(source: Source) -> Outcome:
+    found, remarks = [], []
+    for student in source.students:
+        if not source.has(student, "laid", source.kd):
+            continue
+        keys = [(student, "laid"), (student, source.kd)]
+        short, long = source.windows(*keys)
+        sizes = [size for size in short + long if size <= 100]  # those of Figure 3
+        growth = partial(_growth, sizes=sizes)
+        what = f"{student} LAid minus KD, mean over {_listed(sizes)} images"
+        found.append(statement(source, what, keys, sizes, _points))
+        what = f"{student} growth of that difference per doubling of images"
+        found.append(statement(source, what, keys, sizes, growth))
+        each = 100 * (source.point(keys[0], sizes) - source.point(keys[1], sizes))[0]
+        by_size = (f"{d:+.1f} at {s}" for s, d in zip(sizes, each, strict=True))
+        remarks.append(f"{student} by size: {', '.join(by_size)}")
+    return conclude(source, found, remarks)
+
+
+def ablation_order(source: Source) -> Outcome:
+    order = ["laid", "laid_wo_kl", "laid_wo_laid", "base"]
+    found = []
+    for student in source.students:
+        if not source.has(student, *order):
+            continue
+        windows = source.windows(*((student, method) for method in order))
+        for name, sizes in zip(("short", "long"), windows, strict=True):
+            for better, worse in itertools.pairwise(order):
+                keys = [(student, better), (student, worse), (student, "base")]
+                what = f"{student} {name} gain, {better} minus {worse}"
+                found.append(statement(source, what, keys, sizes, _gain_difference, unit="%"))
+    return conclude(source, found)
+
+
+def window_ratio(source: Source, times: float) -> Outcome:
+    found, remarks = [], []
+    for student in source.students:
+        if not source.has(student, "laid"):
+            continue
+        keys = [(student, "laid"), (student, "base")]
+        sizes = source.sizes(*keys)
+        told = []
+        for threshold in sorted({*THRESHOLDS, source.threshold}):
+            points, draws = (
+                stats.ratios(*(stats.effective_windows(sizes, of(key, sizes), threshold) for key in keys))
+                for of in (source.point, source.draws)
+            )
+            value, interval = stats.Bounds(*points[0]), stats.bounds_interval(draws)
+            told.append(f"{value.text('x')} at {threshold:g}")
+            if threshold == source.threshold:
+                what = f"{student} effective window at {threshold:g}, LAid over base ({value.text('x')})"
+                # A ratio known only from below counts with its lower bound; "at least" takes the bound itself in.
+                bound = float(np.nextafter(times, 0))
+                found.append(Statement(what, value.low, interval.low, interval.high, bound, "times"))
+        remarks.append(f"{student}: {', '.join(told)}")
+    if isinstance(source, PublishedSource):
+        remarks.append(reading_of_32(times))
+    return conclude(source, found, remarks, some=True)
+
+
+def kept(source: Source, method: str, margin: float) -> Outcome:
+    found = []
+    for student in source.students:
+        if source.has(student, method):
+            keys = [(student, method), (student, "base")]
+            size = source.sizes(*keys)[:1]
+            what = f"{student} {method} minus base at {size[0]} image{'s' if size[0] > 1 else ''}"
+            found.append(statement(source, what, keys, size, _points, bound=-margin))
+    return conclude(source, found)
+
+
+def not_measured(source: Source, why: str) -> Outcome:
+    return Outcome(NOT_MEASURED, remarks=[why])
+
+
+def same_shapes(source: Source, method: str, root: Path | None = None) -> Outcome:
+    """Compares exported checkpoints under `root` with base's; see laid.results.exports."""
+    if isinstance(source, PublishedSource) or root is None:
+        return Outcome(NOT_MEASURED, remarks=["the paper prints no figure for it"])
+    verdicts, remarks = [], []
+    for student in source.students:
+        same, text = shape_report(root, student, method)
+        verdicts.append({True: SUPPORTED, False: NOT, None: UNDECIDED}[same])
+        remarks.append(f"{student}: {text}")
+    if all(v == UNDECIDED for v in verdicts):
+        return Outcome(NOT_MEASURED, remarks=remarks)
+    return Outcome(_together(verdicts, some=False), remarks=remarks)
+
+
+TESTS: dict[str, Callable[..., Outcome]] = {
+    test.__name__: test
+    for test in (
+        shrinkage, decay, no_help, short_biased, gains, over_kd, ablation_order, window_ratio, kept, not_measured,
+        same_shapes,
+    )
+}  # fmt: skip
+
+
+def _listed(sizes: Sequence[int]) -> str:
+    return ", ".join(map(str, sizes))

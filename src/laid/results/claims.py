@@ -1,0 +1,126 @@
+"""The ledger of claims: read, put to the tests of laid.results.claim_tests, written as JSON and Markdown."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from laid.errors import LaidError
+from laid.results.claim_tests import TESTS
+from laid.results.render import Entry, Table
+from laid.results.sources import Source
+
+
+def read_ledger(path: str | Path) -> list[dict[str, Any]]:
+    """The claims of claims.yaml. Raises LaidError for a broken file, a missing key or an unknown test."""
+    path = Path(path)
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise LaidError(f"{path}: no such ledger of claims; it lies at the root of the repository") from None
+    except yaml.YAMLError as error:
+        raise LaidError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    entries = content.get("claims") if isinstance(content, dict) else None
+    if not isinstance(entries, list) or not entries:
+        raise LaidError(f"{path}: expected a list under `claims`")
+    seen = set()
+    for i, entry in enumerate(entries):
+        wanted = {"id", "title", "claim", "where", "test", "how"}
+        if not isinstance(entry, dict) or not wanted <= entry.keys() <= wanted | {"with"}:
+            raise LaidError(f"{path}: claim {i + 1} needs {', '.join(sorted(wanted))} and may have `with`")
+        if entry["test"] not in TESTS:
+            raise LaidError(
+                f"{path}: claim {entry['id']!r} asks for test {entry['test']!r}; tests: {', '.join(TESTS)}"
+            )
+        known = [
+            name
+            for name in inspect.signature(TESTS[entry["test"]]).parameters
+            if name not in ("source", "root")
+        ]
+        if sorted(entry.get("with") or {}) != sorted(known):
+            asked = ", ".join(known) or "nothing"
+            raise LaidError(f"{path}: claim {entry['id']!r}: test {entry['test']} takes {asked} under `with`")
+        if entry["id"] in seen:
+            raise LaidError(f"{path}: claim {entry['id']!r} stands twice")
+        seen.add(entry["id"])
+    return entries
+
+
+def assess(ledger: Sequence[dict[str, Any]], sources: Sequence[Source], root: Path | None) -> dict[str, Any]:
+    """Every claim on every source, as the content of claims.json. root: <results>/<scale>, for exported models."""
+    found = []
+    for entry in ledger:
+        outcomes = {}
+        for source in sources:
+            settings = dict(entry.get("with", {}))
+            if entry["test"] == "same_shapes":
+                settings["root"] = root
+            outcome = TESTS[entry["test"]](source, **settings)
+            outcomes[source.name] = {
+                "verdict": outcome.verdict,
+                "with_error": outcome.with_error,
+                "statements": [
+                    {k: _finite(v) for k, v in asdict(s).items()} | {"text": s.text(), "verdict": s.verdict}
+                    for s in outcome.statements
+                ],
+                "remarks": outcome.remarks,
+            }
+        text = {key: " ".join(str(entry[key]).split()) for key in ("id", "title", "claim", "where", "how")}
+        found.append({**text, "results": outcomes})
+    return {"format": "laid-claims/1", "sources": [source.name for source in sources], "claims": found}
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def verdict_text(result: dict[str, Any]) -> str:
+    """The verdict, and beside a verdict on printed figures what sampling error would leave of it."""
+    if result["with_error"] in (None, result["verdict"]):
+        return result["verdict"]
+    return f"{result['verdict']} ({result['with_error']} within sampling error)"
+
+
+def summary(found: dict[str, Any]) -> Table:
+    """One line a claim: the verdict on each source."""
+    sources = found["sources"]
+    rows = [
+        [Entry(claim["title"]), *(Entry(verdict_text(claim["results"][name])) for name in sources)]
+        for claim in found["claims"]
+    ]
+    notes = ["Supported: every statement of the test holds with its 95 % interval; not supported: one fails."]
+    if "published" in sources:
+        notes.append(
+            "Published: the printed figures as exact; in parentheses what remains if each came from 100 questions."
+        )
+    header = ["Claim", *(name if name == "published" else f"scale {name}" for name in sources)]
+    return Table("claims", "Claims of the paper", header, rows, [], notes, names=len(header))
+
+
+def markdown(found: dict[str, Any]) -> str:
+    """The ledger with its figures: a summary table, then every claim with its statements."""
+    from laid.results.render import markdown as table_markdown
+
+    lines = [table_markdown(summary(found))]
+    for claim in found["claims"]:
+        lines += [
+            f"### {claim['title']}",
+            "",
+            f"{claim['claim']} ({claim['where']})",
+            "",
+            f"Test: {claim['how']}",
+            "",
+        ]
+        for name in found["sources"]:
+            result = claim["results"][name]
+            lines.append(f"- **{name}: {verdict_text(result)}**")
+            lines += [f"  - {s['text']}: {s['verdict']}" for s in result["statements"]]
+            lines += [f"  - {remark}" for remark in result["remarks"]]
+        lines.append("")
+    return "\n".join(lines).replace("<=", "&lt;=")
