@@ -24,7 +24,7 @@ rule all:
 # Coarse targets, which the stages of dvc.yaml name.
 rule family:
     input:
-        expand(f"{ROOT}/models/{{member}}", member=[TEACHER, *STUDENTS]),
+        [checkpoint_files(member) for member in [TEACHER, *STUDENTS]],
         f"{ROOT}/teacher_cache",
 
 

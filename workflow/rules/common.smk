@@ -21,6 +21,7 @@ shell.prefix(f"set -euo pipefail; CONFIG={resolved_file(config, '.snakemake/laid
 
 ROOT = f"{config['results']}/{config['scale']}"
 COCO = config["data"]["root"] if config["data"]["source"] == "local" else f"{ROOT}/coco"
+IMAGES = [] if config["data"]["source"] == "rendered" else f"{ROOT}/images.checked"
 TEACHER, STUDENTS = config["models"]["teacher"], config["models"]["students"]
 SIZES = sorted(config["haystacks"]["test"]["sizes"])
 TRAINED = ["sft", "kd", "laid", "laid_wo_kl", "laid_wo_laid"]
@@ -44,6 +45,17 @@ def relevant(step):
 def above(path, levels=1):
     """The folder `levels` above a file."""
     return str(Path(path).parents[levels - 1])
+
+
+def checkpoint(member):
+    """Where a member's checkpoint is: a folder made here, a folder of the user's, or a hub id."""
+    return config["models"]["checkpoints"].get(member, f"{ROOT}/models/{member}")
+
+
+def checkpoint_files(member):
+    """input: the checkpoint, unless it is a hub id, which is no file."""
+    given = config["models"]["checkpoints"].get(member)
+    return [] if given and not Path(given).exists() else checkpoint(member)
 
 
 def teacher_cache_for(wildcards):

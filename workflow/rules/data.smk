@@ -52,3 +52,34 @@ rule haystacks:
         out=lambda wildcards, output: above(output.train),
     shell:
         "laid haystacks --config $CONFIG --coco {params.coco} --out {params.out} 2>&1 | tee {log}"
+
+
+# Rendered images are all there. Downloaded ones are fetched, a user's own ones looked at, once the questions name them.
+if config["data"]["source"] != "rendered":
+
+    rule images:
+        input:
+            train=f"{ROOT}/haystacks/train.json",
+            test=expand(
+                f"{ROOT}/haystacks/test/visual_haystack_{{size}}.json", size=SIZES
+            ),
+            validation=expand(
+                f"{ROOT}/haystacks/validation/visual_haystack_{{size}}.json",
+                size=config["haystacks"]["validation"]["sizes"],
+            ),
+        output:
+            touch(f"{ROOT}/images.checked"),
+        log:
+            f"{ROOT}/logs/images.log",
+        conda:
+            "../../envs/laid.yaml"
+        threads: ask("data", "threads")
+        resources:
+            cpus_per_task=ask("data", "threads"),
+            mem_mb=ask("data", "mem_mb"),
+            runtime=ask("data", "runtime"),
+        params:
+            coco=f"{ROOT}/coco",
+        shell:
+            "laid data --config $CONFIG --out {params.coco}"
+            " --questions {input.train} {input.validation} {input.test} 2>&1 | tee {log}"

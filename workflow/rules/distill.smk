@@ -3,8 +3,9 @@
 
 rule train:
     input:
-        student=f"{ROOT}/models/{{student}}",
+        student=lambda wildcards: checkpoint_files(wildcards.student),
         questions=f"{ROOT}/haystacks/train.json",
+        images=IMAGES,
         cache=teacher_cache_for,
     output:
         directory(f"{ROOT}/runs/{{student}}/{{trained}}/seed{{seed}}"),
@@ -24,11 +25,12 @@ rule train:
         gpu=ask("train", "gpu"),
     params:
         relevant=lambda wc: relevant("train")(dict(wc) | {"method": wc.trained}),
+        student=lambda wildcards: checkpoint(wildcards.student),
         coco=COCO,
         cache=lambda wildcards, input: (
             f"--teacher-cache {input.cache}" if input.cache else ""
         ),
     shell:
         "laid train --config $CONFIG --method {wildcards.trained} --seed {wildcards.seed}"
-        " --student-name {wildcards.student} --student {input.student} {params.cache}"
+        " --student-name {wildcards.student} --student {params.student} {params.cache}"
         " --coco {params.coco} --questions {input.questions} --out {output} --threads {resources.cpus_per_task} 2>&1 | tee {log}"

@@ -7,8 +7,9 @@ if config["evaluation"]["shard"] == "model":
 
     rule evaluate:
         input:
-            model=f"{ROOT}/models/{{student}}",
+            model=lambda wildcards: checkpoint_files(wildcards.student),
             runs=runs_for,
+            images=IMAGES,
             questions=expand(
                 f"{ROOT}/haystacks/test/visual_haystack_{{size}}.json", size=SIZES
             ),
@@ -31,6 +32,7 @@ if config["evaluation"]["shard"] == "model":
             gpu=ask("evaluate", "gpu"),
         params:
             relevant=relevant("evaluate"),
+            model=lambda wildcards: checkpoint(wildcards.student),
             coco=COCO,
             questions=lambda wildcards, input: above(input.questions[0]),
             out=lambda wildcards, output: above(output[0]),
@@ -38,15 +40,16 @@ if config["evaluation"]["shard"] == "model":
             sizes=SIZES,
         shell:
             "laid evaluate --config $CONFIG --student-name {wildcards.student} --method {wildcards.method}"
-            " --model {input.model} {params.runs} --coco {params.coco} --questions {params.questions}"
+            " --model {params.model} {params.runs} --coco {params.coco} --questions {params.questions}"
             " --sizes {params.sizes} --out {params.out} --threads {resources.cpus_per_task} 2>&1 | tee {log}"
 
 else:
 
     rule evaluate:
         input:
-            model=f"{ROOT}/models/{{student}}",
+            model=lambda wildcards: checkpoint_files(wildcards.student),
             runs=runs_for,
+            images=IMAGES,
             questions=f"{ROOT}/haystacks/test/visual_haystack_{{size}}.json",
         output:
             f"{ROOT}/cells/{{student}}/{{method}}/{{size}}.json",
@@ -62,11 +65,12 @@ else:
             gpu=ask("evaluate", "gpu"),
         params:
             relevant=relevant("evaluate"),
+            model=lambda wildcards: checkpoint(wildcards.student),
             coco=COCO,
             questions=lambda wildcards, input: above(input.questions),
             out=lambda wildcards, output: above(output[0]),
             runs=lambda wildcards, input: flag("runs", input.runs),
         shell:
             "laid evaluate --config $CONFIG --student-name {wildcards.student} --method {wildcards.method}"
-            " --model {input.model} {params.runs} --coco {params.coco} --questions {params.questions}"
+            " --model {params.model} {params.runs} --coco {params.coco} --questions {params.questions}"
             " --sizes {wildcards.size} --out {params.out} --threads {resources.cpus_per_task} 2>&1 | tee {log}"

@@ -30,8 +30,9 @@ rule pretrain:
 
 rule teacher_cache:
     input:
-        teacher=f"{ROOT}/models/{TEACHER}",
+        teacher=checkpoint_files(TEACHER),
         questions=f"{ROOT}/haystacks/train.json",
+        images=IMAGES,
     output:
         directory(f"{ROOT}/teacher_cache"),
     log:
@@ -49,7 +50,8 @@ rule teacher_cache:
         gpu=ask("teacher_cache", "gpu"),
     params:
         relevant=relevant("teacher_cache"),
+        teacher=lambda wildcards: checkpoint(TEACHER),
         coco=COCO,
     shell:
-        "laid teacher-cache --config $CONFIG --teacher {input.teacher} --coco {params.coco}"
+        "laid teacher-cache --config $CONFIG --teacher {params.teacher} --coco {params.coco}"
         " --questions {input.questions} --out {output} --threads {resources.cpus_per_task} 2>&1 | tee {log}"
