@@ -1,0 +1,33 @@
+"""`laid teacher-cache`: run the teacher once over the training questions."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from laid.commands.shared import config_argument, device_arguments
+
+    config_argument(parser)
+    parser.add_argument("--teacher", required=True, help="checkpoint: a folder or a hub id")
+    parser.add_argument("--coco", type=Path, required=True, help="COCO root that the questions' paths start from")
+    parser.add_argument("--questions", type=Path, required=True, help="training questions, VHs JSON")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the cache")
+    device_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    from laid import config, provenance
+    from laid.commands.shared import deterministic, pick_device
+    from laid.distill.teacher_cache import build_cache
+    from laid.io import write_json
+
+    start = time.perf_counter()
+    settings = config.load(args.config)
+    deterministic(args.threads)
+    index = build_cache(settings, args.teacher, args.coco, args.questions, args.out, pick_device(args.device))
+    write_json(Path(args.out).parent / f"{Path(args.out).name}.cost.json", provenance.cost(start))
+    print(f"teacher cache: {len(index['lengths'])} questions in {len(index['shards'])} shards, layers {index['layers']}")
+    return 0

@@ -1,0 +1,66 @@
+"""Checkpoints to go on from: weights, optimiser and log, in safetensors and JSON, written whole or not at all."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from laid.errors import LaidError
+from laid.io import atomic_path, read_json, write_json
+
+
+class Checkpoint:
+    """One run's checkpoint folder. `key` names the run's configuration and inputs: another run's is not taken up."""
+
+    def __init__(self, folder: Path, key: str, minutes: float):
+        self.folder, self.key, self.minutes = folder, key, minutes
+        self.last = time.monotonic()
+
+    def due(self) -> bool:
+        """Whether the time between checkpoints has passed."""
+        return self.minutes > 0 and time.monotonic() - self.last >= 60 * self.minutes
+
+    def save(
+        self, step: int, tensors: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer, log: list[dict]
+    ) -> None:
+        """Keep the state after `step` steps; the one before it is replaced."""
+        state = optimizer.state_dict()
+        flat = {f"optimizer/{i}/{k}": v for i, entry in state["state"].items() for k, v in entry.items() if torch.is_tensor(v)}
+        with atomic_path(self.folder) as folder:
+            folder.mkdir()
+            everything = {**{f"weights/{k}": v for k, v in tensors.items()}, **flat}
+            save_file({k: v.detach().cpu().contiguous() for k, v in everything.items()}, folder / "state.safetensors")
+            write_json(folder / "state.json", {"key": self.key, "step": step, "log": log}, indent=None)
+        self.last = time.monotonic()
+
+    def load(self, optimizer: torch.optim.Optimizer) -> tuple[int, dict[str, torch.Tensor], list[dict[str, Any]]] | None:
+        """(steps done, weights, log), the optimiser restored; None where there is no checkpoint of this very run."""
+        if not (self.folder / "state.json").is_file():
+            return None
+        about = read_json(self.folder / "state.json")
+        if about.get("key") != self.key:
+            return None
+        try:
+            tensors = load_file(self.folder / "state.safetensors")
+        except (OSError, SafetensorError) as error:
+            raise LaidError(f"{self.folder}: broken checkpoint ({error}); remove it to start again") from None
+        state = optimizer.state_dict()
+        for name, tensor in tensors.items():
+            kind, _, rest = name.partition("/")
+            if kind == "optimizer":
+                number, _, key = rest.partition("/")
+                state["state"].setdefault(int(number), {})[key] = tensor
+        optimizer.load_state_dict(state)
+        weights = {name.removeprefix("weights/"): t for name, t in tensors.items() if name.startswith("weights/")}
+        return about["step"], weights, about["log"]
+
+    def remove(self) -> None:
+        """The run is finished."""
+        shutil.rmtree(self.folder, ignore_errors=True)
