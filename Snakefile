@@ -25,7 +25,7 @@ rule all:
 rule family:
     input:
         [checkpoint_files(member) for member in [TEACHER, *STUDENTS]],
-        f"{ROOT}/teacher_cache",
+        f"{ROOT}/teacher_cache/index.json",
 
 
 rule baselines:

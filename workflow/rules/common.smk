@@ -60,7 +60,7 @@ def checkpoint_files(member):
 
 def teacher_cache_for(wildcards):
     """Every trained method but SFT learns from the teacher."""
-    return [] if wildcards.trained == "sft" else f"{ROOT}/teacher_cache"
+    return [] if wildcards.trained == "sft" else f"{ROOT}/teacher_cache/index.json"
 
 
 def runs_for(wildcards):

@@ -34,7 +34,8 @@ rule teacher_cache:
         questions=f"{ROOT}/haystacks/train.json",
         images=IMAGES,
     output:
-        directory(f"{ROOT}/teacher_cache"),
+        # Names every shard and its hash: as long as it stays the same, nothing that reads the cache runs again.
+        index=f"{ROOT}/teacher_cache/index.json",
     log:
         f"{ROOT}/logs/teacher_cache.log",
     benchmark:
@@ -52,6 +53,7 @@ rule teacher_cache:
         relevant=relevant("teacher_cache"),
         teacher=lambda wildcards: checkpoint(TEACHER),
         coco=COCO,
+        out=lambda wildcards, output: above(output.index),
     shell:
         "laid teacher-cache --config $CONFIG --teacher {params.teacher} --coco {params.coco}"
-        " --questions {input.questions} --out {output} --threads {resources.cpus_per_task} 2>&1 | tee {log}"
+        " --questions {input.questions} --out {params.out} --threads {resources.cpus_per_task} 2>&1 | tee {log}"
