@@ -72,11 +72,6 @@ def runs_for(wildcards):
     ]
 
 
-def flag(name, paths):
-    """A command line flag with its values, or nothing where there are none."""
-    return f"--{name} {paths}" if paths else ""
-
-
 def ask(rule, key):
     """resources: what config.yaml grants a job of `rule`; memory and time grow by half with every further attempt."""
     value = config["resources"][rule][key]

@@ -28,7 +28,7 @@ rule train:
         student=lambda wildcards: checkpoint(wildcards.student),
         coco=COCO,
         cache=lambda wildcards, input: (
-            f"--teacher-cache {input.cache}" if input.cache else ""
+            f"--teacher-cache {above(input.cache)}" if input.cache else ""
         ),
     shell:
         "laid train --config $CONFIG --method {wildcards.trained} --seed {wildcards.seed}"

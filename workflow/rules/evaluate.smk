@@ -36,11 +36,10 @@ if config["evaluation"]["shard"] == "model":
             coco=COCO,
             questions=lambda wildcards, input: above(input.questions[0]),
             out=lambda wildcards, output: above(output[0]),
-            runs=lambda wildcards, input: flag("runs", input.runs),
             sizes=SIZES,
         shell:
             "laid evaluate --config $CONFIG --student-name {wildcards.student} --method {wildcards.method}"
-            " --model {params.model} {params.runs} --coco {params.coco} --questions {params.questions}"
+            " --model {params.model} --runs {input.runs} --coco {params.coco} --questions {params.questions}"
             " --sizes {params.sizes} --out {params.out} --threads {resources.cpus_per_task} 2>&1 | tee {log}"
 
 else:
@@ -69,8 +68,7 @@ else:
             coco=COCO,
             questions=lambda wildcards, input: above(input.questions),
             out=lambda wildcards, output: above(output[0]),
-            runs=lambda wildcards, input: flag("runs", input.runs),
         shell:
             "laid evaluate --config $CONFIG --student-name {wildcards.student} --method {wildcards.method}"
-            " --model {params.model} {params.runs} --coco {params.coco} --questions {params.questions}"
+            " --model {params.model} --runs {input.runs} --coco {params.coco} --questions {params.questions}"
             " --sizes {wildcards.size} --out {params.out} --threads {resources.cpus_per_task} 2>&1 | tee {log}"
