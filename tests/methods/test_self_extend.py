@@ -115,17 +115,25 @@ def two_with_padding():
     return ids, positions, mask
 
 
-@pytest.mark.parametrize("axes", ["all", "image_base", "text"])
+@pytest.mark.parametrize(
+    "axes, backend",
+    [
+        ("all", "blocks"),
+        ("all", "flash"),
+        ("image_base", "blocks"),
+        ("image_base", "flash"),
+        ("text", "auto"),
+    ],
+)
 @pytest.mark.parametrize("group, window", [(2, 4), (3, 5)])
-def test_against_brute_force_with_images(group, window, axes):
+def test_against_brute_force_with_images(group, window, axes, backend):
     ids, positions, _ = prompt(MODEL, grids=((4, 4), (6, 4)), tail=3)
-    check_against_brute_force(ids, positions, None, group, window, axes)
+    check_against_brute_force(ids, positions, None, group, window, axes, backend=backend)
 
 
-def test_against_brute_force_in_small_blocks_and_fused():
+def test_against_brute_force_in_small_blocks():
     ids, positions, _ = prompt(MODEL, grids=((4, 4), (6, 4)), tail=3)
     check_against_brute_force(ids, positions, None, 2, 4, "all", block_elements=250, backend="blocks")
-    check_against_brute_force(ids, positions, None, 2, 4, "all", backend="flash")
 
 
 @pytest.mark.parametrize("axes", ["all", "text"])

@@ -81,7 +81,7 @@ def _blocks(query, key, value, far_query, far_key, mask, regrouping, scaling):
     copies = heads // kv_heads
     block = max(1, regrouping.block_elements // (batch * heads * keys))
     out = []
-    for start in range(0, queries, block):
+    for start in reversed(range(0, queries, block)):  # widest first, so that freed memory fits what follows
         stop = min(queries, start + block)
         end = past + stop
         near_from, far_to = regrouping.bounds(start, stop, end)
@@ -108,7 +108,7 @@ def _blocks(query, key, value, far_query, far_key, mask, regrouping, scaling):
         merged = merged.masked_fill(~allowed, torch.finfo(merged.dtype).min)
         weights = merged.softmax(-1).to(value.dtype).view(batch, kv_heads, copies * (stop - start), end)
         out.append((weights @ value[:, :, :end]).view(batch, heads, stop - start, dim))
-    return torch.cat(out, dim=2)
+    return torch.cat(out[::-1], dim=2)
 
 
 def _why_not_fused(query, key, mask, regrouping) -> str | None:
@@ -159,7 +159,7 @@ def merge_by_lse(parts: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor
     output: (batch, heads, queries, head_dim), log-sum-exp: (batch, heads, queries).
     """
     total = torch.stack([lse for _, lse in parts]).logsumexp(0)
-    merged = sum(output.float() * (lse - total).exp()[..., None] for output, lse in parts)
+    merged = sum(output.to(lse.dtype) * (lse - total).exp()[..., None] for output, lse in parts)
     return merged.to(parts[0][0].dtype)
 
 
@@ -170,4 +170,4 @@ def _with_lse(q, k, v, causal: bool, scaling: float) -> tuple[torch.Tensor, torc
         output, lse = ops._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=scaling)[:2]
     else:
         output, lse = ops._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scaling)
-    return output, lse.float()
+    return output, lse
