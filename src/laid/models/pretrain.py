@@ -43,7 +43,8 @@ class Layout:
 
     All branches continue one stem, "... For the image with {anchor}, is there", at the same positions; the list
     question leaves it after the anchor. ids: (T,) template; positions: (3, 1, T); mask: (1, 1, T, T) additive;
-    image, anchor, target, answers: token indices.
+    image, anchor, target, answers, ends: token indices; at `answers` the answer is predicted (the last one is the
+    list's), at `ends`, the given answers, the end of the turn.
     """
 
     ids: np.ndarray
@@ -56,6 +57,7 @@ class Layout:
     anchor: int
     target: int
     answers: np.ndarray
+    ends: np.ndarray
 
 
 class QuestionTree:
@@ -69,7 +71,8 @@ class QuestionTree:
         self.prefix, after = self._ends("single", first, second)
         self.anchor = int(np.flatnonzero(after == self.category_ids[0])[0])
         self.stem_length = int(np.flatnonzero(after == self.category_ids[1])[0]) - 1  # up to "is there"
-        self.branch_length = len(after) - self.stem_length
+        self.branch_length = len(after) - self.stem_length + 1  # and the answer, after which the turn ends
+        self.end = self.encoder.tokenizer.convert_tokens_to_ids("<|im_end|>")
         self.listing_length = len(self._list(first)) - self.anchor - 1
 
     def _one(self, text: str) -> int:
@@ -114,16 +117,17 @@ class QuestionTree:
             listing=tail,
             anchor=start + self.anchor,
             target=1,  # within a branch: the article, then the target
-            answers=np.array([part.stop - 1 for part in branches] + [total - 1]),
+            answers=np.array([part.stop - 2 for part in branches] + [total - 1]),
+            ends=np.array([part.stop - 1 for part in branches]),
         )
 
     def fill(self, layout: Layout, haystack: Haystack) -> np.ndarray:
         """Token ids (T,) of one haystack's questions in `layout`."""
         ids = layout.ids.copy()
-        for part, (target, _) in zip(layout.branches, haystack.targets):
+        for part, (target, answer) in zip(layout.branches, haystack.targets):
             after = self._ends("single", haystack.anchor, target)[1]
             ids[layout.stem] = after[: self.stem_length]
-            ids[part] = after[self.stem_length :]
+            ids[part] = np.append(after[self.stem_length :], self.yes if answer else self.no)
         ids[layout.listing] = self._list(haystack.anchor)[self.anchor + 1 :]
         return ids
 
@@ -255,6 +259,7 @@ class Pretraining:
             use_cache=False,
         ).last_hidden_state
         logits = self.model.lm_head(hidden[:, layout.answers])
+        ends = self.model.lm_head(hidden[:, layout.ends])
         label = torch.zeros(len(haystacks), questions, dtype=torch.bool)
         asked = torch.zeros(len(haystacks), questions)
         for row, haystack in enumerate(haystacks):
@@ -279,6 +284,7 @@ class Pretraining:
             "list": listed,
             "beside": F.binary_cross_entropy_with_logits(at_anchor, objects),
             "contained": (target_loss * weight).sum(),
+            "end": 0.1 * F.cross_entropy(ends.flatten(0, 1), torch.full((ends.shape[0] * ends.shape[1],), self.tree.end)),
         }
         right = (logits[:, :-1, self.tree.yes] > logits[:, :-1, self.tree.no]) == label
         return losses, float((right * weight).sum())

@@ -103,6 +103,8 @@ def mrope_positions(prefix: int, grids: Sequence[tuple[int, int]], suffix: int) 
     """
     parts = [np.broadcast_to(np.arange(prefix), (3, prefix))]
     at = prefix
+    if grids and set(grids) == {(1, 1)}:  # one token an image: text and images advance alike
+        return np.broadcast_to(np.arange(prefix + 3 * len(grids) + suffix), (3, prefix + 3 * len(grids) + suffix)).copy()
     for height, width in grids:
         parts.append(np.full((3, 1), at))
         rows, columns = np.divmod(np.arange(height * width), width)
