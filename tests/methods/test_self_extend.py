@@ -136,6 +136,17 @@ def test_against_brute_force_in_small_blocks():
     check_against_brute_force(ids, positions, None, 2, 4, "all", block_elements=250, backend="blocks")
 
 
+@pytest.mark.parametrize("backend", ["blocks", "flash"])
+def test_against_brute_force_with_two_layouts_padded_at_the_right(backend):
+    """Padding at the right is seen by no real token, so no mask is passed; positions of the padding stay put."""
+    ids, positions, mask = two_with_padding()
+    pad = int((mask[0] == 0).sum())
+    ids[0], positions[:, 0] = ids[0].roll(-pad), positions[:, 0].roll(-pad, dims=-1)
+    positions[:, 0, -pad:] = positions[:, 0, -pad - 1, None]
+    ids[0, -pad:] = 0
+    check_against_brute_force(ids, positions, None, 2, 3, "all", backend=backend)
+
+
 @pytest.mark.parametrize("axes", ["all", "text"])
 def test_against_brute_force_in_a_padded_batch(axes):
     check_against_brute_force(*two_with_padding(), 2, 3, axes)

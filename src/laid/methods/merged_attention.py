@@ -118,9 +118,7 @@ def _why_not_fused(query, key, mask, regrouping) -> str | None:
         return "far keys are no prefix of the sequence"
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad):
         return "gradients are needed"
-    if not bool((regrouping.k_base == regrouping.k_base[:1]).all()):
-        return "the sequences of the batch differ in layout"
-    if bool((regrouping.k_base[0].diff() < 0).any()):
+    if bool((regrouping.k_base.diff() < 0).any()):
         return "base positions do not rise along the sequence"
     if query.is_cuda and (query.dtype not in (torch.float16, torch.bfloat16) or query.shape[-1] % 8):
         return f"fused CUDA attention needs half precision and head_dim a multiple of 8, not {query.dtype}, {query.shape[-1]}"
@@ -133,9 +131,21 @@ def _fused(query, key, value, far_query, far_key, regrouping, scaling):
     heads, queries = query.shape[1], query.shape[2]
     past = key.shape[2] - queries
     key, far_key, value = (repeat_kv(x, heads) for x in (key, far_key, value))
-    # far keys of a query are a prefix: every key whose base lies at least a window back
-    limit = (regrouping.q_base[0] - regrouping.window).contiguous()
-    boundary = torch.searchsorted(regrouping.k_base[0].contiguous(), limit, right=True)
+    # Far keys of a query are a prefix: every key whose base lies at least a window back.
+    limit = (regrouping.q_base - regrouping.window).contiguous()
+    boundaries = torch.searchsorted(regrouping.k_base.contiguous(), limit, right=True)
+    if not bool((boundaries == boundaries[:1]).all()):  # layouts differ: one sequence at a time
+        tensors = (query, key, value, far_query, far_key)
+        rows = range(query.shape[0])
+        return torch.cat(
+            [_runs(*(x[b : b + 1] for x in tensors), boundaries[b], past, scaling) for b in rows]
+        )
+    return _runs(query, key, value, far_query, far_key, boundaries[0], past, scaling)
+
+
+def _runs(query, key, value, far_query, far_key, boundary, past, scaling):
+    """Fused attention for each run of queries with one boundary (queries,): keys before it are far."""
+    queries = query.shape[2]
     new_run = torch.nonzero(boundary.diff()).flatten() + 1
     edges = [0, *new_run.tolist(), queries]
     out = torch.empty_like(query)

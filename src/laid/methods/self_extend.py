@@ -48,8 +48,8 @@ def apply_self_extend(
         keep ordinary positions at every distance (an image of one token is positioned as text is, and counts as text).
     backend: "blocks" scores a block of queries against all keys (block_elements floats at a time) and takes one
         softmax. "flash" runs fused attention on the near and the far part and merges them by log-sum-exp, one pair of
-        calls per run of queries with a common boundary; it needs no padding, no gradient, one layout for the whole
-        batch, and axes other than "text". "auto" takes flash wherever it can, else blocks. Memory grows linearly with
+        calls per run of queries with a common boundary; it needs no padding mask (padding at the right needs none), no
+        gradient, and axes other than "text". "auto" takes flash wherever it can, else blocks. Memory grows linearly with
         tokens in both; over 5,000 to 20,000 tokens on one CPU thread flash took 1 to 2 times the unmodified
         attention, blocks 3 to 5 times.
     Works with a batch, padding, prefill in parts and a KV cache (the positions of cached keys are kept on the cache).
