@@ -68,7 +68,7 @@ def hidden_states(model, batch: Batch) -> torch.Tensor:
     """(B, T, hidden) of the last layer, after the final norm."""
     mask = {"full_attention": None, "sliding_attention": None}
     # None asks sdpa and flash attention for their causal form; eager attention would see the future.
-    if text_model(model).config._attn_implementation == "eager":
+    if text_model(model).config._attn_implementation.endswith("eager"):  # also our variants of it
         mask = None
     return text_model(model)(
         inputs_embeds=embed(model, batch), position_ids=batch.positions, attention_mask=mask, use_cache=False
