@@ -21,6 +21,7 @@ VERBS = {
     "evaluate": "evaluate a model with a method over haystack sizes into cells",
     "tables": "build Tables 1, 2 and 3 from cells and print them",
     "figures": "draw the figures from cells and training logs",
+    "report": "write one offline results page: tables, figures, claims, provenance",
     "claims": "hold the paper's claims against its tables and against the cells",
     "config": "print the resolved, validated configuration",
 }

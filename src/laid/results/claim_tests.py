@@ -98,7 +98,7 @@ def _together(verdicts: list[str], some: bool) -> str:
 def _number(value: float, unit: str) -> str:
     if unit != "times":
         return f"{value:+.1f}"
-    return "no bound" if math.isinf(value) else f"{stats.number(value)}x"
+    return "endless" if math.isinf(value) else f"{stats.number(value)}x"
 
 
 # ------------------------------------------------------------------ numbers, each from curves (n, sizes) to (n,)
@@ -178,12 +178,14 @@ def decay(source: Source, times: float) -> Outcome:
         relative = _times(100 * (1 - s[:, 1] / s[:, 0]), 100 * (1 - t[:, 1] / t[:, 0]))
         readings[f"share lost from {sizes[0]} to {sizes[i]}"] = float(relative[0])
     near = {what: v for what, v in readings.items() if abs(v / times - 1) <= 0.05}
-    best = min(readings, key=lambda what: abs(readings[what] - times))
+    best = min(readings, key=lambda what: (abs(readings[what] - times), what))
     remark = "; ".join(f"{what} {stats.number(v)}x" for what, v in near.items())
     remarks = [
         f"readings within 5 % of {times:g}: {remark}" if near
         else f"no reading comes within 5 % of {times:g}; the nearest is {best}, {_number(readings[best], 'times')}"
     ]  # fmt: skip
+    if math.isinf(main.value):
+        remarks = [f"{teacher[0]} loses nothing over these sizes, so the ratio has no end"]
     outcome = conclude(source, [main], remarks)
     if isinstance(source, PublishedSource) and near:
         outcome.verdict = SUPPORTED

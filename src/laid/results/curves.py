@@ -125,7 +125,11 @@ def training(logs: Sequence[Log]) -> Drawing | None:
         " Linear below 0.01, logarithmic above."
     )
     return Drawing(
-        "training", caption, figure, [["student", "method", "seed", "part", "step", "value"], *rows]
+        "training",
+        "Loss parts over training",
+        caption,
+        figure,
+        [["student", "method", "seed", "part", "step", "value"], *rows],
     )
 
 

@@ -47,6 +47,7 @@ def figure1(grid: Grid) -> Drawing:
     threshold = grid.settings["threshold"]
     return Drawing(
         "figure1",
+        "Figure 1. Window shrinkage",
         f"Accuracy over images in the haystack before any post-training, with 95 % intervals. Dashed: the threshold"
         f" {threshold:g}; the tick on it marks the effective window, the largest haystack answered at that accuracy."
         f" {grid.questions_note()}",
@@ -73,6 +74,7 @@ def methods(grid: Grid) -> Drawing:
     _below(figure, panels[0], columns=4)
     return Drawing(
         "methods",
+        "Every method over images",
         "Accuracy over images for every method; bands: 95 % intervals of base and LAid. Ticks on the dashed line mark"
         f" effective windows. {grid.questions_note()}",
         figure,
@@ -192,6 +194,7 @@ def figure3(grid: Grid) -> Drawing:
     _below(figure, panels[0], columns=3)
     return Drawing(
         "figure3",
+        "Figure 3. Base, KD and LAid",
         f"Base, plain distillation (L_KL + L_SFT) and LAid; whiskers: 95 % intervals; dashed: chance. {grid.questions_note()}",
         figure,
         [["student", "method", "images", "accuracy", "low", "high"], *rows],
@@ -233,6 +236,7 @@ def needle_position(grid: Grid) -> Drawing | None:
     _below(figure, panels[-1][0], columns=4)
     return Drawing(
         "needle_position",
+        "Accuracy by needle position",
         "Accuracy by the needle's place in the haystack (first to last fifth), with 95 % intervals. A level line knows"
         f' no place; a dip in the middle is "lost in the middle". {grid.questions_note()}',
         figure,

@@ -85,9 +85,10 @@ STYLE = {
 
 @dataclass
 class Drawing:
-    """A finished figure, its caption, and the numbers in it (header first)."""
+    """A finished figure, its title and caption, and the numbers in it (header first)."""
 
     name: str
+    title: str
     caption: str
     figure: Figure
     csv: list[list[str]]
@@ -130,8 +131,8 @@ def save(drawing: Drawing, out: str | Path) -> list[Path]:
 
 
 def write_captions(drawings: Sequence[Drawing], out: str | Path) -> None:
-    """Write captions.json, figure name -> caption, for the reports."""
-    captions = {drawing.name: drawing.caption for drawing in drawings}
+    """Write captions.json, the figures in their order with title and caption, for the reports."""
+    captions = [{"name": d.name, "title": d.title, "caption": d.caption} for d in drawings]
     update(Path(out) / "captions.json", dumps(captions) + "\n")
 
 

@@ -18,6 +18,7 @@ class Entry:
     detail: str = ""
     stars: str = ""
     mark: str = ""
+    cell: str = ""  # <student>/<method>/<size> of the cell it stands for
 
 
 @dataclass

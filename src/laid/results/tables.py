@@ -287,7 +287,8 @@ def _gain(grid: Grid, student: str, method: str, sizes: Sequence[int]) -> float 
 
 def _accuracy_entry(cell: dict[str, Any]) -> Entry:
     low, high = cell["interval"]
-    return Entry(f"{100 * cell['accuracy']:.2f}", f"[{100 * low:.1f}, {100 * high:.1f}]")
+    key = f"{cell['student']}/{cell['method']}/{cell['size']}"
+    return Entry(f"{100 * cell['accuracy']:.2f}", f"[{100 * low:.1f}, {100 * high:.1f}]", cell=key)
 
 
 def _gain_entry(gain: float | None) -> Entry:

@@ -1,0 +1,209 @@
+import html.parser
+import json
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+import synthetic
+
+from laid.cli import main
+from laid.errors import LaidError
+from laid.io import write_json
+from laid.results import report
+from laid.results.cells import write_cell
+
+SIZES = [1, 20, 150]
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A small scale with cells, a run record, figures, claims and the page, all made by the verbs."""
+    folder = tmp_path_factory.mktemp("page")
+    (folder / "config.yaml").write_text(
+        f"scale: test\nresults: {folder}\nmodels: {{teacher: big, students: [mid, tiny]}}\n"
+        f"haystacks: {{test: {{sizes: {SIZES}}}}}\n"
+        "tables: {methods: [base, sft, laid], ablations: [base, laid]}\n"
+    )
+    root = folder / "test"
+    rng = np.random.default_rng(0)
+    for student, method, reach in (
+        ("big", "base", 900), ("mid", "base", 40), ("mid", "sft", 60), ("mid", "laid", 400),
+        ("tiny", "base", 20), ("tiny", "sft", 30), ("tiny", "laid", 200),
+    ):  # fmt: skip
+        for size in SIZES:
+            right = (rng.random((1, 40)) < 1 / (1 + size / reach)).astype(int)
+            data = {"model": "a" * 64, "questions": "b" * 64, "annotations_val2017": "c" * 64}
+            if method not in ("base",):
+                data["run_seed0"] = "e" * 64
+            provenance = {**synthetic.PROVENANCE, "data": data, "settings": {"note": "</script><b>bold</b>"}}
+            cell = synthetic.cell(student, method, size, right, provenance=provenance)
+            write_cell(root / "cells" / student / method / f"{size}.json", cell)
+    write_json(root / "runs" / "mid" / "laid" / "seed0" / "run.json", {"config": "f" * 64, "steps": 1500})
+    flags = ["--config", str(folder / "config.yaml")]
+    for verb in ("figures", "claims", "report"):
+        assert main([verb, *flags]) == 0
+    return root
+
+
+@pytest.fixture(scope="module")
+def page(root):
+    return (root / "report.html").read_text()
+
+
+class Reader(html.parser.HTMLParser):
+    """Collects tags with their attributes and ids, and checks that elements are closed in order."""
+
+    EMPTY = {"meta", "br", "path", "use", "image", "rect", "circle"}
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.tags = [], []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in self.EMPTY:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        if tag not in self.EMPTY:
+            assert self.open.pop() == tag
+
+
+@pytest.fixture(scope="module")
+def tags(page):
+    reader = Reader()
+    reader.feed(page)
+    assert reader.open == []
+    return reader.tags
+
+
+def test_the_page_needs_nothing_outside_itself(page, tags):
+    for tag, attributes in tags:
+        for name in ("src", "href", "xlink:href", "data", "action", "poster"):
+            assert attributes.get(name, "#").startswith(("#", "data:")), (tag, attributes)
+    style = re.search(r"<style>.*?</style>", page, re.DOTALL)[0]
+    assert "url(" not in style and "@import" not in style
+    assert "default-src 'none'" in page
+
+
+def test_ids_are_unique_and_references_lead_somewhere(page, tags):
+    ids = [attributes["id"] for _, attributes in tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    wanted = {
+        a[name][1:] for _, a in tags for name in ("href", "xlink:href") if a.get(name, "").startswith("#")
+    }
+    wanted |= set(re.findall(r"url\(#([^)]+)\)", page))
+    assert wanted <= set(ids)
+
+
+def test_every_cell_of_tables_1_and_3_leads_to_its_chain(page, tags, root):
+    data = report.read_page_data(page)
+    keys = [
+        attributes["data-cell"] for tag, attributes in tags if tag == "button" and "data-cell" in attributes
+    ]
+    assert (
+        set(keys) == set(data["cells"]) and len(keys) == 7 * 3 + 2 * 2
+    )  # Table 1, and 1 and 20 images of Table 3
+    cell = data["cells"]["mid/laid/20"]
+    assert cell["title"] == "mid, LAid, 20 images"
+    assert cell["command"] == f"snakemake --cores all {root}/cells/mid/laid/20.json"
+    stored = json.loads((root / "cells" / "mid" / "laid" / "20.json").read_text())
+    assert f"{100 * stored['accuracy']:.2f} %" in cell["facts"][0][1]
+    hashes = {name: value for step in cell["chain"] for name, value in step["hashes"]}
+    assert (
+        hashes["questions"] == "b" * 64 and hashes["run_seed0"] == "e" * 64 and hashes["settings"] == "c" * 64
+    )
+    run = next(step for step in cell["chain"] if step["what"] == "Trained with laid, seed0")
+    assert json.loads(data["records"][run["details"]])["steps"] == 1500
+    evaluation = next(step for step in cell["chain"] if step["what"] == "Evaluation")
+    assert (
+        "</script>" in data["records"][evaluation["details"]]
+    )  # carried whole, yet it did not end the script
+
+
+def test_right_by_label_adds_up(page):
+    data = report.read_page_data(page)
+    facts = dict(map(tuple, data["cells"]["tiny/base/150"]["facts"]))
+    yes, no = (float(facts[f"Right where {label} is right"].split()[0]) for label in ("yes", "no"))
+    assert (yes + no) / 2 == pytest.approx(float(facts["Accuracy"].split()[0]), abs=0.1)
+
+
+def test_figures_keep_their_order_and_captions(page):
+    titles = re.findall(r'<h3 id="figure-(\w+)">', page)
+    assert titles == ["figure1", "methods", "figure3", "needle_position"]
+    assert page.count("<figcaption>") == 4 and "<metadata>" not in page
+
+
+def test_the_same_inputs_give_the_same_bytes_and_an_unchanged_page_keeps_its_time(root, page):
+    before = (root / "report.html").stat().st_mtime_ns
+    assert main(["report", "--config", str(root.parent / "config.yaml")]) == 0
+    assert (root / "report.html").stat().st_mtime_ns == before
+
+
+def test_missing_or_foreign_inputs_are_one_clear_line(root, tmp_path, capsys):
+    config = ["--config", str(root.parent / "config.yaml"), "--out", str(tmp_path / "report.html")]
+    write_json(tmp_path / "claims.json", {"format": "other"})
+    assert main(["report", *config, "--claims", str(tmp_path / "claims.json")]) == 2
+    assert "not a file of `laid claims`" in capsys.readouterr().err
+    write_json(tmp_path / "captions.json", [{"name": "figure9", "title": "t", "caption": "c"}])
+    assert main(["report", *config, "--figures", str(tmp_path)]) == 2
+    assert "figure9.svg: named in captions.json, but not there" in capsys.readouterr().err
+    write_json(tmp_path / "captions.json", [{"name": "../figure9", "title": "t", "caption": "c"}])
+    assert main(["report", *config, "--figures", str(tmp_path)]) == 2
+    assert "leaves its folder" in capsys.readouterr().err
+    assert not (tmp_path / "report.html").exists()
+    with pytest.raises(LaidError, match="carries no cells"):
+        report.read_page_data("<html></html>")
+
+
+ACTIONS = """
+const found = {};
+addEventListener("error", (e) => { found.error = e.message; });
+const table = document.querySelector("#table1 + .scroll table"), column = table.tHead.rows[0].cells[4];
+const shown = () => [...table.tBodies[0].rows].map((r) => parseFloat(r.cells[4].textContent));
+const printed = shown();
+column.click(); found.down = shown(); column.click(); found.up = shown(); column.click(); found.back = shown();
+found.printed = printed;
+document.querySelector('button[data-cell="mid/laid/150"]').click();
+found.open = document.getElementById("chain").open;
+found.dialog = document.getElementById("chain-body").textContent;
+found.bold = document.querySelectorAll("#chain-body b").length;
+document.getElementById("chain").close();
+const tip = document.querySelector("svg .tip");
+tip.dispatchEvent(new MouseEvent("click", { bubbles: true, clientX: 50, clientY: 90 }));
+found.bubble = document.getElementById("bubble").textContent;
+found.title = tip.querySelector("title").textContent;
+found.overflow = document.documentElement.scrollWidth - innerWidth;
+found.width = innerWidth;
+const out = document.createElement("pre");
+out.id = "found"; out.textContent = JSON.stringify(found); document.body.append(out);
+"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+@pytest.mark.parametrize("width", [1280, 500])
+def test_the_page_works_in_a_browser(page, tmp_path, width):
+    (tmp_path / "page.html").write_text(page.replace("</body>", f"<script>{ACTIONS}</script></body>"))
+    command = [
+        CHROMIUM,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--user-data-dir={tmp_path / 'profile'}",
+    ]
+    command += [f"--window-size={width},900", "--dump-dom", f"file://{tmp_path / 'page.html'}"]
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    found = json.loads(html.unescape(re.search(r'<pre id="found">(.*?)</pre>', dom, re.DOTALL)[1]))
+    assert "error" not in found
+    assert found["down"] == sorted(found["printed"], reverse=True) and found["up"] == sorted(found["printed"])
+    assert found["back"] == found["printed"] != found["up"]
+    assert found["open"] and "mid, LAid, 150 images" in found["dialog"] and "e" * 64 in found["dialog"]
+    assert found["bold"] == 0  # what a record says is shown, never run
+    assert found["bubble"] == found["title"]
+    assert found["width"] == width and found["overflow"] <= 0
