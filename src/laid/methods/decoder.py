@@ -22,8 +22,8 @@ def text_model(model: nn.Module) -> nn.Module:
     found = [
         module
         for module in model.modules()
-        if isinstance(getattr(module, "layers", None), nn.ModuleList)
-        and hasattr(module, "rotary_emb")
+        if "rotary_emb" in module._modules  # cheap to ask: this runs several times a step
+        and isinstance(module._modules.get("layers"), nn.ModuleList)
         and len(module.layers)
         and hasattr(getattr(module.layers[0], "self_attn", None), "q_proj")
     ]
