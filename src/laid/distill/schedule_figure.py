@@ -44,7 +44,7 @@ def draw_schedule(
         f" {schedule.power:g}, growing from progress {schedule.start:g} to {schedule.end:g}), and the positions that"
         f" gapped samples may span ({short:g} to {long:g})."
     )
-    return Drawing(name, caption, figure, rows)
+    return Drawing(name=name, title="Distance schedule", caption=caption, figure=figure, csv=rows)
 
 
 _DASHES = ("-", (0, (6, 1)), (0, (4, 1.5)), (0, (2, 1)), (0, (1, 1)))

@@ -281,7 +281,7 @@ class Trainer:
     def _align(self, alignment: HeadAlignment, q_s, k_s, q_t, k_t, mask, weights) -> Tensor:
         a = self.method_settings["alignment"]
         if self.to_fit:
-            alignment.fit_(q_s.detach(), q_t, mask)
+            alignment.fit_(q_s.detach(), k_s.detach(), q_t, k_t, mask)
         return alignment(q_s, k_s, q_t, k_t, mask, weights, a["norm"], a["normalize"])
 
     def _plain_rotation(self, inputs: Batch, indices: list[int], own: LayerQK) -> tuple[Tensor, Tensor]:
