@@ -53,10 +53,11 @@ def page(root):
     return (root / "report.html").read_text()
 
 
+EMPTY = {"meta", "br", "path", "use", "image", "rect", "circle"}
+
+
 class Reader(html.parser.HTMLParser):
     """Collects tags with their attributes and ids, and checks that elements are closed in order."""
-
-    EMPTY = {"meta", "br", "path", "use", "image", "rect", "circle"}
 
     def __init__(self):
         super().__init__()
@@ -64,14 +65,14 @@ class Reader(html.parser.HTMLParser):
 
     def handle_starttag(self, tag, attributes):
         self.tags.append((tag, dict(attributes)))
-        if tag not in self.EMPTY:
+        if tag not in EMPTY:
             self.open.append(tag)
 
     def handle_startendtag(self, tag, attributes):
         self.tags.append((tag, dict(attributes)))
 
     def handle_endtag(self, tag):
-        if tag not in self.EMPTY:
+        if tag not in EMPTY:
             assert self.open.pop() == tag
 
 

@@ -157,7 +157,11 @@ def schedules(logs: Sequence[Log]) -> Drawing | None:
     _legend(figure, panels)
     caption = f"What is planned or learned beside the weights, over training steps: {', '.join(keys)}; {students[0]}."
     return Drawing(
-        "schedules", caption, figure, [["student", "method", "seed", "part", "step", "value"], *rows]
+        "schedules",
+        "Schedules and gains over training",
+        caption,
+        figure,
+        [["student", "method", "seed", "part", "step", "value"], *rows],
     )
 
 
