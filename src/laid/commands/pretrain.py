@@ -10,10 +10,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from laid.commands.shared import config_argument
 
     config_argument(parser)
-    parser.add_argument("--member", required=True, help="which member of the family (family.members in the configuration)")
-    parser.add_argument("--coco", type=Path, required=True, help="COCO root: annotations/, train2017/, val2017/")
+    parser.add_argument(
+        "--member", required=True, help="which member of the family (family.members in the configuration)"
+    )
+    parser.add_argument(
+        "--coco", type=Path, required=True, help="COCO root: annotations/, train2017/, val2017/"
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads (the same number gives the same bytes)")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="CPU threads (the same number gives the same bytes)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -24,5 +30,7 @@ def run(args: argparse.Namespace) -> int:
     settings = config.load(args.config)
     deterministic(args.threads)
     record = make_member(settings, args.member, args.coco, args.out)
-    print(f"{args.member}: {record['parameters']:,} parameters, window {record['window']}, vision error {record['vision_error']:.4f}")
+    print(
+        f"{args.member}: {record['parameters']:,} parameters, window {record['window']}, vision error {record['vision_error']:.4f}"
+    )
     return 0

@@ -10,14 +10,23 @@ from pathlib import Path
 def config_argument(parser: argparse.ArgumentParser) -> None:
     """Add `--config FILE [FILE ...]`."""
     parser.add_argument(
-        "--config", type=Path, nargs="+", default=[Path("config.yaml")], metavar="FILE", help="base, then overlays"
+        "--config",
+        type=Path,
+        nargs="+",
+        default=[Path("config.yaml")],
+        metavar="FILE",
+        help="base, then overlays",
     )
 
 
 def device_arguments(parser: argparse.ArgumentParser) -> None:
     """Add `--device` and `--threads`."""
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ...; auto takes a GPU where there is one")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads (the same number gives the same bytes)")
+    parser.add_argument(
+        "--device", default="auto", help="cpu, cuda, cuda:1 ...; auto takes a GPU where there is one"
+    )
+    parser.add_argument(
+        "--threads", type=int, default=1, help="CPU threads (the same number gives the same bytes)"
+    )
 
 
 def pick_device(name: str) -> str:

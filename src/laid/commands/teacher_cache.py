@@ -12,7 +12,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     config_argument(parser)
     parser.add_argument("--teacher", required=True, help="checkpoint: a folder or a hub id")
-    parser.add_argument("--coco", type=Path, required=True, help="COCO root that the questions' paths start from")
+    parser.add_argument(
+        "--coco", type=Path, required=True, help="COCO root that the questions' paths start from"
+    )
     parser.add_argument("--questions", type=Path, required=True, help="training questions, VHs JSON")
     parser.add_argument("--out", type=Path, required=True, help="folder for the cache")
     device_arguments(parser)
@@ -29,5 +31,7 @@ def run(args: argparse.Namespace) -> int:
     deterministic(args.threads)
     index = build_cache(settings, args.teacher, args.coco, args.questions, args.out, pick_device(args.device))
     write_json(Path(args.out).parent / f"{Path(args.out).name}.cost.json", provenance.cost(start))
-    print(f"teacher cache: {len(index['lengths'])} questions in {len(index['shards'])} shards, layers {index['layers']}")
+    print(
+        f"teacher cache: {len(index['lengths'])} questions in {len(index['shards'])} shards, layers {index['layers']}"
+    )
     return 0

@@ -10,12 +10,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from laid.commands.shared import config_argument, device_arguments
 
     config_argument(parser)
-    parser.add_argument("--method", required=True, help="a trained method (methods in the configuration): sft, kd, laid ...")
+    parser.add_argument(
+        "--method", required=True, help="a trained method (methods in the configuration): sft, kd, laid ..."
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of data order, gaps and adapters")
     parser.add_argument("--student-name", required=True, help="name of the student (models.students)")
     parser.add_argument("--student", required=True, help="checkpoint: a folder or a hub id")
     parser.add_argument("--teacher-cache", type=Path, help="folder of `laid teacher-cache`; SFT needs none")
-    parser.add_argument("--coco", type=Path, required=True, help="COCO root that the questions' paths start from")
+    parser.add_argument(
+        "--coco", type=Path, required=True, help="COCO root that the questions' paths start from"
+    )
     parser.add_argument("--questions", type=Path, required=True, help="training questions, VHs JSON")
     parser.add_argument("--out", type=Path, required=True, help="folder for model/, log.jsonl and run.json")
     device_arguments(parser)
@@ -33,5 +37,7 @@ def run(args: argparse.Namespace) -> int:
         args.questions, args.out, pick_device(args.device),
     )  # fmt: skip
     record = trainer.train()
-    print(f"{args.student_name} {args.method} seed {args.seed}: {record['steps']} steps, loss {record['final']['loss']:.4f}")
+    print(
+        f"{args.student_name} {args.method} seed {args.seed}: {record['steps']} steps, loss {record['final']['loss']:.4f}"
+    )
     return 0

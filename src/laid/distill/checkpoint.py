@@ -28,19 +28,33 @@ class Checkpoint:
         return self.minutes > 0 and time.monotonic() - self.last >= 60 * self.minutes
 
     def save(
-        self, step: int, tensors: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer, log: list[dict]
+        self,
+        step: int,
+        tensors: Mapping[str, torch.Tensor],
+        optimizer: torch.optim.Optimizer,
+        log: list[dict],
     ) -> None:
         """Keep the state after `step` steps; the one before it is replaced."""
         state = optimizer.state_dict()
-        flat = {f"optimizer/{i}/{k}": v for i, entry in state["state"].items() for k, v in entry.items() if torch.is_tensor(v)}
+        flat = {
+            f"optimizer/{i}/{k}": v
+            for i, entry in state["state"].items()
+            for k, v in entry.items()
+            if torch.is_tensor(v)
+        }
         with atomic_path(self.folder) as folder:
             folder.mkdir()
             everything = {**{f"weights/{k}": v for k, v in tensors.items()}, **flat}
-            save_file({k: v.detach().cpu().contiguous() for k, v in everything.items()}, folder / "state.safetensors")
+            save_file(
+                {k: v.detach().cpu().contiguous() for k, v in everything.items()},
+                folder / "state.safetensors",
+            )
             write_json(folder / "state.json", {"key": self.key, "step": step, "log": log}, indent=None)
         self.last = time.monotonic()
 
-    def load(self, optimizer: torch.optim.Optimizer) -> tuple[int, dict[str, torch.Tensor], list[dict[str, Any]]] | None:
+    def load(
+        self, optimizer: torch.optim.Optimizer
+    ) -> tuple[int, dict[str, torch.Tensor], list[dict[str, Any]]] | None:
         """(steps done, weights, log), the optimiser restored; None where there is no checkpoint of this very run."""
         if not (self.folder / "state.json").is_file():
             return None
@@ -58,7 +72,9 @@ class Checkpoint:
                 number, _, key = rest.partition("/")
                 state["state"].setdefault(int(number), {})[key] = tensor
         optimizer.load_state_dict(state)
-        weights = {name.removeprefix("weights/"): t for name, t in tensors.items() if name.startswith("weights/")}
+        weights = {
+            name.removeprefix("weights/"): t for name, t in tensors.items() if name.startswith("weights/")
+        }
         return about["step"], weights, about["log"]
 
     def remove(self) -> None:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from laid.data.questions import Question, ordered_images
+from laid.errors import LaidError
 from laid.models.features import ImageFeatures
 from laid.models.prompts import EncodedPrompt
-from laid.errors import LaidError
 
 
 @dataclass

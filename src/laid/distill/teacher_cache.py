@@ -44,11 +44,18 @@ def build_cache(
     from laid.evaluation.evaluate import source_of
 
     settings = config["teacher_cache"]
-    record = provenance.collect("teacher_cache", config, {"teacher": source_of(teacher), "questions": questions})
-    model = load_model(teacher, getattr(torch, config["training"]["dtype"]), config["evaluation"]["attention"], device)
+    record = provenance.collect(
+        "teacher_cache", config, {"teacher": source_of(teacher), "questions": questions}
+    )
+    model = load_model(
+        teacher, getattr(torch, config["training"]["dtype"]), config["evaluation"]["attention"], device
+    )
     processor = Processor.load(teacher)
     features = ImageFeatures(
-        model, processor, lambda path: safe_join(coco_root, path), limit_bytes=int(config["evaluation"]["feature_cache_gb"] * 2**30)
+        model,
+        processor,
+        lambda path: safe_join(coco_root, path),
+        limit_bytes=int(config["evaluation"]["feature_cache_gb"] * 2**30),
     )
     samples = build_samples(read_questions(questions), features, config["evaluation"]["order_seed"])
     shape = geometry(model)
@@ -56,8 +63,13 @@ def build_cache(
     dtype = getattr(torch, settings["dtype"])
     tokens = sum(len(s.prompt.ids) for s in samples)
     width = (shape.heads + shape.kv_heads) * shape.head_dim * len(layers) * dtype.itemsize
-    print(f"teacher cache: {len(samples)} questions, {tokens} tokens, {tokens * width / 1e6:.0f} MB of queries and keys", flush=True)
-    key = sha256_json({"inputs": record["data"], "settings": record["settings"], "code": record["code"].get("source")})
+    print(
+        f"teacher cache: {len(samples)} questions, {tokens} tokens, {tokens * width / 1e6:.0f} MB of queries and keys",
+        flush=True,
+    )
+    key = sha256_json(
+        {"inputs": record["data"], "settings": record["settings"], "code": record["code"].get("source")}
+    )
     partial = Path(out).parent / f".{Path(out).name}.partial-{key[:12]}"
     partial.mkdir(parents=True, exist_ok=True)
     shards = []
@@ -66,10 +78,14 @@ def build_cache(
             part = samples[start : start + SHARD]
             file = partial / f"shard-{number:05d}.safetensors"
             if not file.is_file():
-                tensors = _teacher_pass(model, features, part, layers, dtype, config["evaluation"]["batch_tokens"])
+                tensors = _teacher_pass(
+                    model, features, part, layers, dtype, config["evaluation"]["batch_tokens"]
+                )
                 with atomic_path(file) as beside:
                     save_file(tensors, beside)
-            shards.append({"file": file.name, "first": start, "questions": len(part), "sha256": sha256_file(file)})
+            shards.append(
+                {"file": file.name, "first": start, "questions": len(part), "sha256": sha256_file(file)}
+            )
             bar.update(len(part))
     index = {
         "format": FORMAT,
@@ -90,7 +106,12 @@ def build_cache(
 
 @torch.inference_mode()
 def _teacher_pass(
-    model, features: ImageFeatures, samples: Sequence[Sample], layers: Sequence[int], dtype: torch.dtype, batch_tokens: int
+    model,
+    features: ImageFeatures,
+    samples: Sequence[Sample],
+    layers: Sequence[int],
+    dtype: torch.dtype,
+    batch_tokens: int,
 ) -> dict[str, torch.Tensor]:
     """Tensors of one shard: logits (N, 2, vocabulary); q.<layer>, k.<layer> (tokens of all samples, heads * head_dim)."""
     device = next(model.parameters()).device
@@ -128,7 +149,10 @@ def _teacher_pass(
     for sample in per_sample:
         for name, tensor in sample.items():
             found.setdefault(name, []).append(tensor)
-    return {name: (torch.stack if name == "logits" else torch.cat)(parts).contiguous() for name, parts in found.items()}
+    return {
+        name: (torch.stack if name == "logits" else torch.cat)(parts).contiguous()
+        for name, parts in found.items()
+    }
 
 
 class TeacherCache:
@@ -142,7 +166,9 @@ class TeacherCache:
         self.folder = Path(folder)
         index = read_json(self.folder / "index.json")
         if not isinstance(index, dict) or index.get("format") != FORMAT:
-            raise LaidError(f"{self.folder}: not a teacher cache ({FORMAT}); make it with `laid teacher-cache`")
+            raise LaidError(
+                f"{self.folder}: not a teacher cache ({FORMAT}); make it with `laid teacher-cache`"
+            )
         self.index, self.layers = index, index["layers"]
         self.heads, self.kv_heads, self.head_dim = (index[k] for k in ("heads", "kv_heads", "head_dim"))
         if questions is not None and sha256_file(questions) != index["provenance"]["data"]["questions"]:
@@ -164,13 +190,18 @@ class TeacherCache:
 
     def digest(self) -> str:
         """Hex SHA-256 that stands for the whole content: the index names every shard's own."""
-        return sha256_json({k: v for k, v in self.index.items() if k != "provenance"} | {"data": self.index["provenance"]["data"]})
+        return sha256_json(
+            {k: v for k, v in self.index.items() if k != "provenance"}
+            | {"data": self.index["provenance"]["data"]}
+        )
 
     def logits(self, indices: Sequence[int]) -> torch.Tensor:
         """(B, 2, vocabulary) float32 logits at the answer and after it."""
         return torch.stack([self._slice(k, "logits", whole=False) for k in indices])
 
-    def queries_keys(self, layer: int, indices: Sequence[int], tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def queries_keys(
+        self, layer: int, indices: Sequence[int], tokens: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """(q, k) of an absolute teacher layer: (B, heads, tokens, head_dim), (B, kv_heads, tokens, head_dim), padded right."""
         if layer not in self.layers:
             raise LaidError(
@@ -192,5 +223,3 @@ class TeacherCache:
             return tensor[at : at + 1][0]
         starts = self.offsets[shard]
         return tensor[starts[at] : starts[at + 1]]
-
-

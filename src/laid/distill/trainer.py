@@ -25,7 +25,13 @@ from laid.distill.gaps import open_gaps
 from laid.distill.kl import forward_kl, generalised_jsd
 from laid.distill.objective import Objective
 from laid.distill.samples import Sample, batches_of, build_samples
-from laid.distill.schedule import DistanceSchedule, LambdaSchedule, distance_to_answer, learning_rate_factor, reach
+from laid.distill.schedule import (
+    DistanceSchedule,
+    LambdaSchedule,
+    distance_to_answer,
+    learning_rate_factor,
+    reach,
+)
 from laid.distill.teacher_cache import TeacherCache
 from laid.errors import LaidError
 from laid.io import atomic_path, safe_join, sha256_json, write_json
@@ -105,14 +111,21 @@ class Trainer:
             for part in (text_model(self.model), self.model.get_output_embeddings()):
                 part.requires_grad_(True)
         if s["train_vision"]:
-            raise LaidError("training.train_vision: true needs features that are computed anew in every step; set it to false")
+            raise LaidError(
+                "training.train_vision: true needs features that are computed anew in every step; set it to false"
+            )
         if s["gradient_checkpointing"]:
             text_model(self.model).gradient_checkpointing_enable({"use_reentrant": False})
         gain = self.method_settings["gain"]
         self.gain = None
         if gain is not None:
             self.gain = RopeGain(
-                self.model, gain["layers"], gain["granularity"], gain["length_aware"], gain["reference"], gain["exponent"]
+                self.model,
+                gain["layers"],
+                gain["granularity"],
+                gain["length_aware"],
+                gain["reference"],
+                gain["exponent"],
             ).to(self.device)
             self.gain.attach(self.model)
 
@@ -137,7 +150,9 @@ class Trainer:
         if not needs:
             return
         if cache is None:
-            raise LaidError(f"method {self.method} learns from the teacher ({', '.join(needs)}): give --teacher-cache")
+            raise LaidError(
+                f"method {self.method} learns from the teacher ({', '.join(needs)}): give --teacher-cache"
+            )
         self.cache = TeacherCache(cache, questions)
         self.inputs["teacher_cache"] = Path(cache) / "index.json"
         if not self.objective.needs("laid") and not self.objective.needs("rows"):
@@ -170,16 +185,20 @@ class Trainer:
         if self.cache is not None:
             mine, theirs = [len(s.prompt.ids) for s in self.samples], self.cache.index["lengths"]
             if mine != theirs:
-                at = next((k for k, (a, b) in enumerate(zip(mine, theirs)) if a != b), min(len(mine), len(theirs)))
+                at = next(
+                    (k for k, (a, b) in enumerate(zip(mine, theirs)) if a != b), min(len(mine), len(theirs))
+                )
                 raise LaidError(
                     f"{self.cache.folder}: teacher and student do not see the same tokens: question {at} has"
-                    f" {theirs[at:at + 1]} tokens for the teacher and {mine[at:at + 1]} for the student:"
+                    f" {theirs[at : at + 1]} tokens for the teacher and {mine[at : at + 1]} for the student:"
                     " both need one tokenizer and one image size"
                 )
         batch, s = self.settings["batch_size"], self.settings
         per_epoch = len(self.samples) // batch
         if per_epoch == 0:
-            raise LaidError(f"{questions}: {len(self.samples)} questions do not fill one batch of {batch} (training.batch_size)")
+            raise LaidError(
+                f"{questions}: {len(self.samples)} questions do not fill one batch of {batch} (training.batch_size)"
+            )
         epochs = self.method_settings["epochs"] or s["epochs"]
         self.per_epoch, self.steps = per_epoch, max(1, round(epochs * per_epoch))
 
@@ -248,7 +267,9 @@ class Trainer:
             return generalised_jsd(student, teacher, m["jsd_beta"], m["temperature"])
         return forward_kl(student, teacher, m["temperature"])
 
-    def _teacher_parts(self, inputs: Batch, caught: Mapping[int, LayerQK], indices: list[int], step: int) -> dict[str, Tensor]:
+    def _teacher_parts(
+        self, inputs: Batch, caught: Mapping[int, LayerQK], indices: list[int], step: int
+    ) -> dict[str, Tensor]:
         """L_LAid (eq. 7), summed over layer pairs, and the matching of attention rows at the answer position."""
         a, mask, progress = self.method_settings["alignment"], inputs.token_mask, step / self.steps
         answer = inputs.lengths - 2
@@ -295,12 +316,18 @@ class Trainer:
         s = self.settings
         key = sha256_json(
             {
-                "settings": slice_for("train", dict(self.config), method=self.method, student=self.name, seed=self.seed),
-                "inputs": {k: provenance.fingerprint(Path(v)) for k, v in self.inputs.items() if Path(v).exists()},
+                "settings": slice_for(
+                    "train", dict(self.config), method=self.method, student=self.name, seed=self.seed
+                ),
+                "inputs": {
+                    k: provenance.fingerprint(Path(v)) for k, v in self.inputs.items() if Path(v).exists()
+                },
                 "seed": self.seed,
             }
         )
-        checkpoint = Checkpoint(self.out.parent / f".{self.out.name}.checkpoint", key, s["checkpoint_minutes"])
+        checkpoint = Checkpoint(
+            self.out.parent / f".{self.out.name}.checkpoint", key, s["checkpoint_minutes"]
+        )
         done = self._resume(checkpoint)
         before = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "interrupted", True))
         label = f"{self.name} {self.method} seed {self.seed}"
@@ -312,7 +339,9 @@ class Trainer:
                 for step in range(done, self.steps):
                     epoch, at = divmod(step, self.per_epoch)
                     if at == 0 or not order:
-                        order = batches_of([len(x.prompt.ids) for x in self.samples], s["batch_size"], [self.seed, 4, epoch])
+                        order = batches_of(
+                            [len(x.prompt.ids) for x in self.samples], s["batch_size"], [self.seed, 4, epoch]
+                        )
                     line = self._step(order[at], step)
                     if (step + 1) % s["log_every"] == 0 or step == self.steps - 1:
                         self.log.append(line)
@@ -335,8 +364,12 @@ class Trainer:
         factor = learning_rate_factor(step, self.steps, s["warmup"], s["schedule"])
         for group, peak in zip(self.optimizer.param_groups, self.peaks):
             group["lr"] = peak * factor
-        torch.manual_seed(self.seed * 1_000_003 + step)  # dropout follows from the step alone, so that resuming is exact
-        pieces = [indices[k : k + s["per_device_batch"]] for k in range(0, len(indices), s["per_device_batch"])]
+        torch.manual_seed(
+            self.seed * 1_000_003 + step
+        )  # dropout follows from the step alone, so that resuming is exact
+        pieces = [
+            indices[k : k + s["per_device_batch"]] for k in range(0, len(indices), s["per_device_batch"])
+        ]
         sums: dict[str, float] = {}
         for piece in pieces:
             parts = self._loss_step(piece, step)
@@ -355,14 +388,22 @@ class Trainer:
         norm = nn.utils.clip_grad_norm_(self.trained, s["max_grad_norm"])
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        line = {"step": step + 1, **{k: round(v, 6) for k, v in sums.items()}, "grad_norm": round(float(norm), 6)}
+        line = {
+            "step": step + 1,
+            **{k: round(v, 6) for k, v in sums.items()},
+            "grad_norm": round(float(norm), 6),
+        }
         line |= {"lr": self.peaks[0] * factor, "distance_emphasis": self.distance.emphasis(progress)}
         for part in ("laid", "kl", "sft", "rows"):
             if self.objective.needs(part):
                 line[f"lambda_{part}"] = getattr(self.objective, part)(progress)
         if self.gain is not None:
             gains = self.gain.gains().detach()
-            line |= {"gain_min": float(gains.min()), "gain_mean": float(gains.mean()), "gain_max": float(gains.max())}
+            line |= {
+                "gain_min": float(gains.min()),
+                "gain_mean": float(gains.mean()),
+                "gain_max": float(gains.max()),
+            }
             if self.gain.length_aware:
                 line["exponent_mean"] = float(self.gain.exponent.detach().mean())
         return line
@@ -395,7 +436,10 @@ class Trainer:
                     if f"{name}/{key}" in tensors:
                         parameter.copy_(tensors[f"{name}/{key}"])
         self.to_fit = False
-        print(f"{self.name} {self.method} seed {self.seed}: goes on after step {step} of {self.steps}", flush=True)
+        print(
+            f"{self.name} {self.method} seed {self.seed}: goes on after step {step} of {self.steps}",
+            flush=True,
+        )
         return step
 
     def _save(self) -> dict[str, Any]:
@@ -423,7 +467,9 @@ class Trainer:
         with atomic_path(self.out) as folder:
             folder.mkdir()
             self._export(folder / "model")
-            (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in self.log), encoding="utf-8")
+            (folder / "log.jsonl").write_text(
+                "".join(json.dumps(line) + "\n" for line in self.log), encoding="utf-8"
+            )
             write_json(folder / "learned.json", weights, indent=None)
             write_json(folder / "run.json", record)
         write_json(self.out.parent / f"{self.out.name}.cost.json", provenance.cost(self.start))
@@ -443,5 +489,3 @@ class Trainer:
             length_gain.export_(model, self.gain)
         model.save_pretrained(str(folder))
         self.processor.save(folder)
-
-

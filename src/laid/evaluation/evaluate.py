@@ -38,8 +38,15 @@ class Asked:
 class Evaluator:
     """Answers questions with one loaded model. Features are kept between sizes; every image is seen once."""
 
-    def __init__(self, loaded: Loaded, coco_root: str | Path, settings: Mapping[str, Any], label: str = "evaluate"):
-        self.model, self.processor, self.settings, self.label = loaded.model, loaded.processor, settings, label
+    def __init__(
+        self, loaded: Loaded, coco_root: str | Path, settings: Mapping[str, Any], label: str = "evaluate"
+    ):
+        self.model, self.processor, self.settings, self.label = (
+            loaded.model,
+            loaded.processor,
+            settings,
+            label,
+        )
         self.features = ImageFeatures(
             self.model,
             self.processor,
@@ -131,7 +138,9 @@ def evaluate_cells(
     for size, entries in asked_of.items():
         wrong = next((q for q in entries if q.size != size), None)
         if wrong is not None:
-            raise LaidError(f"{haystack_file(questions, size)}: question {wrong.id} has {wrong.size} images, expected {size}")
+            raise LaidError(
+                f"{haystack_file(questions, size)}: question {wrong.id} has {wrong.size} images, expected {size}"
+            )
     answers: dict[int, list[dict[str, Any]]] = {size: [] for size in sizes}
     tokens: dict[int, list[int]] = {size: [] for size in sizes}
     spans: dict[int, list[int]] = {size: [] for size in sizes}
@@ -156,7 +165,10 @@ def evaluate_cells(
         inputs: dict[str, Any] = {
             "questions": haystack_file(questions, size),
             "model": source_of(model),
-            **{f"annotations_{split}": annotation_file(coco_root, split) for split in ("train2017", "val2017")},
+            **{
+                f"annotations_{split}": annotation_file(coco_root, split)
+                for split in ("train2017", "val2017")
+            },
             **{f"run_seed{seed_of(run)}": Path(run) / "model" for run in runs},
         }
         cell = make_cell(
@@ -169,7 +181,9 @@ def evaluate_cells(
             answers=answers[size],
             tokens_mean=sum(tokens[size]) / len(tokens[size]),
             positions_mean=sum(spans[size]) / len(spans[size]),
-            provenance=provenance.collect("evaluate", config, inputs, student=student, method=method, size=size),
+            provenance=provenance.collect(
+                "evaluate", config, inputs, student=student, method=method, size=size
+            ),
         )
         write_cell(Path(out) / f"{size}.json", cell)
         cells.append(cell)

@@ -20,7 +20,9 @@ def answer_tokens(tokenizer) -> tuple[list[int], list[int]]:
         ids = [tokenizer(word, add_special_tokens=False)["input_ids"] for word in words]
         single = sorted({i[0] for i in ids if len(i) == 1})
         if not single:
-            raise LaidError(f"the tokenizer has no single token for {words[0]!r}: use evaluation.scoring: generate")
+            raise LaidError(
+                f"the tokenizer has no single token for {words[0]!r}: use evaluation.scoring: generate"
+            )
         found.append(single)
     return found[0], found[1]
 

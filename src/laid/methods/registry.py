@@ -56,7 +56,9 @@ def load_with_method(
     return Loaded(student, processor)
 
 
-def load_run(folder: Path, base: str | Path, dtype: torch.dtype, attention: str, device: str) -> torch.nn.Module:
+def load_run(
+    folder: Path, base: str | Path, dtype: torch.dtype, attention: str, device: str
+) -> torch.nn.Module:
     """A run's model: its own checkpoint, or its adapter merged into `base`."""
     if not folder.is_dir():
         raise LaidError(f"{folder}: no such folder: this run did not finish; make it again with `laid train`")

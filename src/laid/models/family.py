@@ -22,7 +22,12 @@ def build_processor(categories: Sequence[str], image_pixels: int) -> Processor:
 
     image_pixels: pixels an image is resized to; 784 = 28 x 28 gives one visual token of 2 x 2 patches.
     """
-    sentences = [OFFICIAL_PROMPT, LIST_QUESTION, "system user assistant You are a helpful assistant.", "yes no Yes No"]
+    sentences = [
+        OFFICIAL_PROMPT,
+        LIST_QUESTION,
+        "system user assistant You are a helpful assistant.",
+        "yes no Yes No",
+    ]
     sentences += [t.format(anchor="a thing", target="an object") for t in TEMPLATES.values()]
     words = [word for name in categories for word in with_article(name).split()]
     tokenizer = build_tokenizer(sentences, words)
@@ -30,7 +35,9 @@ def build_processor(categories: Sequence[str], image_pixels: int) -> Processor:
     return Processor(tokenizer, images)
 
 
-def build_config(processor: Processor, family: Mapping[str, Any], member: Mapping[str, Any]) -> Qwen2_5_VLConfig:
+def build_config(
+    processor: Processor, family: Mapping[str, Any], member: Mapping[str, Any]
+) -> Qwen2_5_VLConfig:
     """The configuration of one member. `family`, `member`: the sections of config.yaml of those names."""
     tokenizer, encoder = processor.tokenizer, processor.encoder
     vision = family["vision"]

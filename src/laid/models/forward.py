@@ -106,7 +106,9 @@ def last_logits(model, batch: Batch, chunk: int = 0, cache=None) -> torch.Tensor
     return model.get_output_embeddings()(last)
 
 
-def generate(model, batch: Batch, max_new_tokens: int, stop_ids: Sequence[int], chunk: int = 0) -> list[list[int]]:
+def generate(
+    model, batch: Batch, max_new_tokens: int, stop_ids: Sequence[int], chunk: int = 0
+) -> list[list[int]]:
     """Greedy answers, token ids without the stop token. All prompts of the batch must have one length.
 
     Written out because `generate` of the library would run the vision tower again for every question.

@@ -61,7 +61,9 @@ def load_model(
         )
     absent = [name for name in report.get("missing_keys", ()) if name != "lm_head.weight"]
     if absent:
-        raise LaidError(f"{source}: {len(absent)} weights are missing, first {sorted(absent)[0]}: get it again")
+        raise LaidError(
+            f"{source}: {len(absent)} weights are missing, first {sorted(absent)[0]}: get it again"
+        )
     return model.to(device).eval()
 
 

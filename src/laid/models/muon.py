@@ -8,7 +8,7 @@ float32 and with all matrices of one shape in one batched product; tests compare
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import Iterable
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -31,11 +31,13 @@ def orthogonalise(matrices: Tensor, steps: int = 5, eps: float = 1e-7) -> Tensor
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised per matrix, scaled to AdamW's update size (0.2 sqrt(max(rows, columns)))."""
 
-    def __init__(self, params: Iterable[Tensor], lr: float = 3e-3, momentum: float = 0.95, weight_decay: float = 0.0):
+    def __init__(
+        self, params: Iterable[Tensor], lr: float = 3e-3, momentum: float = 0.95, weight_decay: float = 0.0
+    ):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure=None):  # noqa: ANN001, ANN201 - the base class's signature
+    def step(self, closure=None):
         """Update every matrix that has a gradient."""
         for group in self.param_groups:
             by_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
@@ -51,7 +53,9 @@ class Muon(torch.optim.Optimizer):
                     buffers.append(state["momentum_buffer"])
                 gradients = [matrix.grad for matrix in matrices]
                 torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
-                updates = orthogonalise(torch.stack(torch._foreach_lerp(gradients, buffers, group["momentum"])))
+                updates = orthogonalise(
+                    torch.stack(torch._foreach_lerp(gradients, buffers, group["momentum"]))
+                )
                 scale = 0.2 * max(shape) ** 0.5
                 if group["weight_decay"]:
                     torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])

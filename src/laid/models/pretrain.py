@@ -78,7 +78,9 @@ class QuestionTree:
     def _one(self, text: str) -> int:
         ids = self.encoder.tokenizer(text, add_special_tokens=False)["input_ids"]
         if len(ids) != 1:
-            raise LaidError(f"the tokenizer splits {text!r} into {len(ids)} tokens, expected 1: build it on these categories")
+            raise LaidError(
+                f"the tokenizer splits {text!r} into {len(ids)} tokens, expected 1: build it on these categories"
+            )
         return ids[0]
 
     def _ends(self, mode: str, anchor: str, target: str) -> tuple[np.ndarray, np.ndarray]:
@@ -90,7 +92,12 @@ class QuestionTree:
     @lru_cache(maxsize=256)  # noqa: B019 - one tree lives as long as its training
     def layout(self, images: int, questions: int) -> Layout:
         """The layout of `images` one-token images and `questions` yes/no questions beside the list question."""
-        head, stem, branch, listing = len(self.prefix), self.stem_length, self.branch_length, self.listing_length
+        head, stem, branch, listing = (
+            len(self.prefix),
+            self.stem_length,
+            self.branch_length,
+            self.listing_length,
+        )
         start = head + 3 * images
         total = start + stem + questions * branch + listing
         ids = np.zeros(total, dtype=np.int64)
@@ -106,7 +113,9 @@ class QuestionTree:
         cut = start + self.anchor + 1
         positions[tail] = cut + np.arange(listing)
         mask[tail, cut : tail.start] = False
-        additive = torch.zeros(total, total).masked_fill(~torch.from_numpy(mask), torch.finfo(torch.float32).min)
+        additive = torch.zeros(total, total).masked_fill(
+            ~torch.from_numpy(mask), torch.finfo(torch.float32).min
+        )
         return Layout(
             ids=ids,
             positions=torch.from_numpy(positions)[None, None].expand(3, 1, -1),
@@ -136,7 +145,12 @@ class Curriculum:
     """The largest haystack asked now: raised by `grow` whenever the running accuracy passes `threshold`."""
 
     def __init__(self, start: int, window: int, threshold: float, grow: float):
-        self.largest, self.window, self.threshold, self.grow = float(min(start, window)), window, threshold, grow
+        self.largest, self.window, self.threshold, self.grow = (
+            float(min(start, window)),
+            window,
+            threshold,
+            grow,
+        )
         self.accuracy = 0.5
 
     def draw(self, rng: np.random.Generator) -> int:
@@ -157,7 +171,12 @@ class Pretraining:
     """One member's training: `language`, then `vision`; `log` holds a line of numbers every so often."""
 
     def __init__(
-        self, processor: Processor, coco: CocoSplit, family: Mapping[str, Any], member: Mapping[str, Any], name: str
+        self,
+        processor: Processor,
+        coco: CocoSplit,
+        family: Mapping[str, Any],
+        member: Mapping[str, Any],
+        name: str,
     ):
         self.processor, self.coco, self.settings, self.member, self.name = (
             processor, coco, family["pretrain"], member, name,
@@ -269,12 +288,18 @@ class Pretraining:
         # Yes and no weigh the same, however many of each a batch holds.
         weight = 0.5 * yes / yes.sum().clamp(min=1) + 0.5 * no / no.sum().clamp(min=1)
         wanted = torch.where(label, self.tree.yes, self.tree.no)
-        answer = F.cross_entropy(logits[:, :-1].flatten(0, 1), wanted.flatten(), reduction="none").view_as(weight)
+        answer = F.cross_entropy(logits[:, :-1].flatten(0, 1), wanted.flatten(), reduction="none").view_as(
+            weight
+        )
         objects = held[torch.arange(len(haystacks)), torch.tensor([h.needle for h in haystacks])]
         anchors = torch.tensor([self.coco.categories.index(h.anchor) for h in haystacks])
         others = objects.scatter(1, anchors[:, None], 0.0)
         share = others / others.sum(1, keepdim=True).clamp(min=1)
-        listed = -(share * logits[:, -1].log_softmax(-1)[:, torch.from_numpy(self.tree.category_ids)]).sum(1).mean()
+        listed = (
+            -(share * logits[:, -1].log_softmax(-1)[:, torch.from_numpy(self.tree.category_ids)])
+            .sum(1)
+            .mean()
+        )
         at_anchor = beside(self.text.norm(layers[0][:, layout.anchor]))
         targets = torch.tensor([part.start + layout.target for part in layout.branches])
         at_target = contained(self.text.norm(layers[1][:, targets]))[..., 0]
@@ -284,7 +309,10 @@ class Pretraining:
             "list": listed,
             "beside": F.binary_cross_entropy_with_logits(at_anchor, objects),
             "contained": (target_loss * weight).sum(),
-            "end": 0.1 * F.cross_entropy(ends.flatten(0, 1), torch.full((ends.shape[0] * ends.shape[1],), self.tree.end)),
+            "end": 0.1
+            * F.cross_entropy(
+                ends.flatten(0, 1), torch.full((ends.shape[0] * ends.shape[1],), self.tree.end)
+            ),
         }
         right = (logits[:, :-1, self.tree.yes] > logits[:, :-1, self.tree.no]) == label
         return losses, float((right * weight).sum())
@@ -301,8 +329,12 @@ class Pretraining:
         merge = self.processor.image_processor.merge_size
         grid = torch.tensor([[1, merge, merge]])
         if pixels[0].shape[0] != merge * merge:
-            raise LaidError(f"{self.name}: an image has {pixels[0].shape[0]} patches, expected {merge * merge} (family.image_pixels)")
-        optimizer = torch.optim.AdamW(visual.parameters(), lr=s["lr"], betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+            raise LaidError(
+                f"{self.name}: an image has {pixels[0].shape[0]} patches, expected {merge * merge} (family.image_pixels)"
+            )
+        optimizer = torch.optim.AdamW(
+            visual.parameters(), lr=s["lr"], betas=(0.9, 0.95), weight_decay=0.0, fused=True
+        )
         error = 1.0
         visual.train()
         with Progress(s["steps"], f"{self.name}: vision", unit="steps") as bar:
@@ -311,7 +343,9 @@ class Pretraining:
                 for group in optimizer.param_groups:
                     group["lr"] = s["lr"] * factor
                 rows = self.rng.choice(len(paths), min(s["batch"], len(paths)), replace=False)
-                output = visual(torch.cat([pixels[r] for r in rows]), grid_thw=grid.expand(len(rows), -1)).pooler_output
+                output = visual(
+                    torch.cat([pixels[r] for r in rows]), grid_thw=grid.expand(len(rows), -1)
+                ).pooler_output
                 loss = F.mse_loss(output, wanted[torch.from_numpy(rows)]) / spread
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
@@ -325,7 +359,9 @@ class Pretraining:
         return error
 
 
-def make_member(config: Mapping[str, Any], name: str, coco_root: str | Path, out: str | Path) -> dict[str, Any]:
+def make_member(
+    config: Mapping[str, Any], name: str, coco_root: str | Path, out: str | Path
+) -> dict[str, Any]:
     """Train member `name` on the train2017 images that no validation question uses; write its checkpoint to `out`.
 
     The folder also holds pretrain.json (the training log) and laid.json (what it is and where it came from); the

@@ -33,7 +33,9 @@ class Processor:
         self.encoder = PromptEncoder(tokenizer, merge_size=image_processor.merge_size)
 
     @classmethod
-    def load(cls, source: str | Path, min_pixels: int | None = None, max_pixels: int | None = None) -> Processor:
+    def load(
+        cls, source: str | Path, min_pixels: int | None = None, max_pixels: int | None = None
+    ) -> Processor:
         """From a hub id or a local folder. min_pixels, max_pixels: override what the checkpoint says."""
         source = resolve(source)
         with source_errors(source):
@@ -100,5 +102,7 @@ def _chat_template(source: str) -> str:
     with source_errors(source):
         file = cached_file(source, "chat_template.json", _raise_exceptions_for_missing_entries=False)
     if file is None:
-        raise LaidError(f"{source}: no chat template in tokenizer_config.json, chat_template.jinja or chat_template.json")
+        raise LaidError(
+            f"{source}: no chat template in tokenizer_config.json, chat_template.jinja or chat_template.json"
+        )
     return read_json(file)["chat_template"]

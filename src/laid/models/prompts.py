@@ -6,8 +6,8 @@ token, <|vision_end|>. Both ends come from the model's own chat template, render
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Sequence
 
 import numpy as np
 
@@ -63,7 +63,9 @@ class PromptEncoder:
         """Token ids before the first image and after the last one, for the user message `images + text`."""
         if text not in self._ends:
             message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}
-            rendered = self.tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
+            rendered = self.tokenizer.apply_chat_template(
+                [message], tokenize=False, add_generation_prompt=True
+            )
             block = self.vision_start + self.image_pad + self.vision_end
             if rendered.count(block) != 1:
                 raise LaidError(
@@ -77,12 +79,16 @@ class PromptEncoder:
             )
         return self._ends[text]
 
-    def encode(self, question: str, grids: Sequence[tuple[int, int]], prompt: str = OFFICIAL_PROMPT) -> EncodedPrompt:
+    def encode(
+        self, question: str, grids: Sequence[tuple[int, int]], prompt: str = OFFICIAL_PROMPT
+    ) -> EncodedPrompt:
         """Encode `prompt + question` after images of merged grids (height, width), in visual tokens."""
         before, after = self.ends(prompt + question)
         sizes = np.array([h * w for h, w in grids], dtype=np.int64)
         lengths = sizes + 2
-        starts = len(before) + np.concatenate([[0], np.cumsum(lengths)[:-1]]) if len(sizes) else np.zeros(0, int)
+        starts = (
+            len(before) + np.concatenate([[0], np.cumsum(lengths)[:-1]]) if len(sizes) else np.zeros(0, int)
+        )
         total = len(before) + int(lengths.sum()) + len(after)
         ids = np.full(total, self.pad_id, dtype=np.int64)
         ids[: len(before)] = before
@@ -92,7 +98,9 @@ class PromptEncoder:
         mask = np.zeros(total, dtype=bool)
         mask[len(before) : total - len(after)] = True
         mask[starts] = mask[starts + lengths - 1] = False
-        return EncodedPrompt(ids, mrope_positions(len(before), grids, len(after)), starts.astype(np.int64), mask)
+        return EncodedPrompt(
+            ids, mrope_positions(len(before), grids, len(after)), starts.astype(np.int64), mask
+        )
 
 
 def mrope_positions(prefix: int, grids: Sequence[tuple[int, int]], suffix: int) -> np.ndarray:
@@ -104,7 +112,9 @@ def mrope_positions(prefix: int, grids: Sequence[tuple[int, int]], suffix: int) 
     parts = [np.broadcast_to(np.arange(prefix), (3, prefix))]
     at = prefix
     if grids and set(grids) == {(1, 1)}:  # one token an image: text and images advance alike
-        return np.broadcast_to(np.arange(prefix + 3 * len(grids) + suffix), (3, prefix + 3 * len(grids) + suffix)).copy()
+        return np.broadcast_to(
+            np.arange(prefix + 3 * len(grids) + suffix), (3, prefix + 3 * len(grids) + suffix)
+        ).copy()
     for height, width in grids:
         parts.append(np.full((3, 1), at))
         rows, columns = np.divmod(np.arange(height * width), width)
