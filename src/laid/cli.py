@@ -19,10 +19,13 @@ VERBS = {
     "teacher-cache": "run the teacher once over the training questions and keep what distillation needs",
     "train": "post-train a student (sft, kd, laid and its ablations)",
     "evaluate": "evaluate a model with a method over haystack sizes into cells",
+    "analyse": "look into the attention heads of a student: needles, spectra",
     "tables": "build Tables 1, 2 and 3 from cells and print them",
     "figures": "draw the figures from cells and training logs",
     "report": "write one offline results page: tables, figures, claims, provenance",
     "claims": "hold the paper's claims against its tables and against the cells",
+    "verify": "check every cell against its inputs; rebuild one and compare bytes",
+    "explain": "print the chain from image files to one cell",
     "config": "print the resolved, validated configuration",
 }
 

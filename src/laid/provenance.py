@@ -14,7 +14,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -23,7 +23,7 @@ from typing import Any
 from laid import __version__
 from laid.config import slice_for
 from laid.errors import LaidError
-from laid.io import sha256_file, sha256_json
+from laid.io import safe_join, sha256_file, sha256_json
 
 PACKAGE = Path(__file__).resolve().parent
 RECORDS = ("laid.json", "run.json", "pretrain.json", "log.jsonl", "cost.json")
@@ -31,12 +31,15 @@ _WITH_DOCSTRING = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionD
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors", "numpy", "pillow")
 
 
-def collect(step: str, config: Mapping[str, Any], inputs: Mapping[str, str | Path], **wildcards: Any) -> dict:
+Input = str | Path | tuple[str | Path, Sequence[str]]
+
+
+def collect(step: str, config: Mapping[str, Any], inputs: Mapping[str, Input], **wildcards: Any) -> dict:
     """The record of one step: code, configuration slice, input hashes, seeds (if a wildcard), libraries.
 
-    `inputs` maps a name to a file or folder; choose its path below <results>/<scale>/ as the name
-    ("models/small", "haystacks/test/visual_haystack_5.json"), which is where `laid verify` looks again. A model given
-    by hub id is passed as a plain string that is no path ("hub:Qwen/...@<revision>") and recorded as it is.
+    `inputs` maps a name to a file, a folder, or (folder, names of files in it); laid.lineage knows by the name where
+    to look again. A model given by hub id is passed as a plain string that is no path ("hub:Qwen/...@<revision>")
+    and recorded as it is.
     The input named "model", if there is one, stands under "model" as well.
     Wildcards (student, method, seed, size, member) choose the slice and are recorded. Raises LaidError for an input
     that is missing.
@@ -55,14 +58,16 @@ def collect(step: str, config: Mapping[str, Any], inputs: Mapping[str, str | Pat
     }
 
 
-def fingerprint(value: str | Path) -> str:
-    """Hex SHA-256 of a file or of a folder's names and contents; a "hub:..." string stands for itself.
+def fingerprint(value: Input) -> str:
+    """Hex SHA-256 of a file, of a folder's names and contents, or of the named files; "hub:..." stands for itself.
 
     A folder's own records (RECORDS) and hidden files are left out: the same weights made by another commit, or with
     another log, are the same model.
     """
     if isinstance(value, str) and value.startswith("hub:"):
         return value
+    if isinstance(value, tuple):
+        return sha256_json({name: fingerprint(safe_join(value[0], name)) for name in sorted(value[1])})
     path = Path(value)
     if path.is_file():
         return _file_hash(path)

@@ -59,16 +59,15 @@ class Evaluator:
             self.yes, self.no = answer_tokens(self.processor.tokenizer)
 
     def ask(self, questions: Sequence[Question]) -> list[Asked]:
-        """Order the images, compute missing features, encode the prompts."""
+        """Order the images, compute their features ahead as far as memory allows, encode the prompts."""
         ordered = [ordered_images(q, self.settings["order_seed"]) for q in questions]
-        if not self.features.kept:
-            self.features.prepare((p for paths, _ in ordered for p in paths), f"{self.label}: images")
-        asked = []
-        for question, (paths, needles) in zip(questions, ordered):
-            self.features.prepare(paths)
-            grids = [self.features.grids[p] for p in paths]
-            asked.append(Asked(question, paths, needles, self.processor.encoder.encode(question.text, grids)))
-        return asked
+        label = None if self.features.computed else f"{self.label}: images"
+        self.features.prepare((p for paths, _ in ordered for p in paths), label)
+        encode = self.processor.encoder.encode
+        return [
+            Asked(question, paths, needles, encode(question.text, self.features.grids(paths)))
+            for question, (paths, needles) in zip(questions, ordered)
+        ]
 
     @torch.inference_mode()
     def answer(self, asked: Sequence[Asked]) -> list[dict[str, Any]]:
@@ -130,10 +129,14 @@ def evaluate_cells(
     """Measure one student under one method at every size; write out/<size>.json each and out/cost.json.
 
     model: the checkpoint of the student as it is. runs: for a trained method, one run folder per seed.
-    Raises LaidError for a method without its runs, a missing question file, a broken image.
+    Raises LaidError for a method without its runs, two runs of one seed, a missing question file, a broken image;
+    nothing is written then.
     """
     start = time.perf_counter()
     settings = config["evaluation"]
+    sizes, seeds = list(dict.fromkeys(sizes)), [seed_of(run) for run in runs]
+    if len(set(seeds)) < len(seeds):
+        raise LaidError(f"{student} {method}: two of the {len(seeds)} runs have one seed: {sorted(seeds)}")
     asked_of = {size: read_questions(haystack_file(questions, size)) for size in sizes}
     for size, entries in asked_of.items():
         wrong = next((q for q in entries if q.size != size), None)
@@ -164,6 +167,7 @@ def evaluate_cells(
     for size in sizes:
         inputs: dict[str, Any] = {
             "questions": haystack_file(questions, size),
+            "images": (coco_root, sorted({p for q in asked_of[size] for p in (*q.needles, *q.distractors)})),
             "model": source_of(model),
             **{
                 f"annotations_{split}": annotation_file(coco_root, split)
