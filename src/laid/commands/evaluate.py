@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from laid.commands.shared import config_argument, device_arguments
+    from laid.commands.shared import config_argument, count, device_arguments
 
     config_argument(parser)
     parser.add_argument(
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--questions", type=Path, required=True, help="folder of visual_haystack_<size>.json files"
     )
-    parser.add_argument("--sizes", type=int, nargs="+", required=True, help="haystack sizes, in images")
+    parser.add_argument("--sizes", type=count, nargs="+", required=True, help="haystack sizes, in images")
     parser.add_argument("--out", type=Path, required=True, help="folder for <size>.json cells and cost.json")
     device_arguments(parser)
 

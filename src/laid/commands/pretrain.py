@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from laid.commands.shared import config_argument
+    from laid.commands.shared import config_argument, threads_argument
 
     config_argument(parser)
     parser.add_argument(
@@ -17,9 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--coco", type=Path, required=True, help="COCO root: annotations/, train2017/, val2017/"
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
-    parser.add_argument(
-        "--threads", type=int, default=1, help="CPU threads (the same number gives the same bytes)"
-    )
+    threads_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int:

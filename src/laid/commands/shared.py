@@ -24,23 +24,43 @@ def device_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", default="auto", help="cpu, cuda, cuda:1 ...; auto takes a GPU where there is one"
     )
+    threads_argument(parser)
+
+
+def threads_argument(parser: argparse.ArgumentParser) -> None:
+    """Add `--threads`."""
     parser.add_argument(
-        "--threads", type=int, default=1, help="CPU threads (the same number gives the same bytes)"
+        "--threads", type=count, default=1, help="CPU threads (the same number gives the same bytes)"
     )
+
+
+def count(text: str, least: int = 1) -> int:
+    """A flag's value that counts something: a whole number, `least` or more."""
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} on")
+    return int(text)
+
+
+def seed(text: str) -> int:
+    """A flag's value that is a seed: a whole number, 0 or more."""
+    return count(text, least=0)
 
 
 def pick_device(name: str) -> str:
     """The device `--device` stands for. Raises LaidError for one that is not there."""
+    import re
+
     import torch
 
     from laid.errors import LaidError
 
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise LaidError(f"--device {name}: this machine has no CUDA device; use --device cpu")
-    if name != "cpu" and not name.startswith("cuda"):
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise LaidError(f"--device {name}: expected auto, cpu, cuda or cuda:<number>")
+    there = torch.cuda.device_count()
+    if name != "cpu" and int(name.partition(":")[2] or 0) >= there:
+        raise LaidError(f"--device {name}: this machine has {there or 'no'} CUDA devices; use --device cpu")
     return name
 
 
@@ -53,3 +73,19 @@ def deterministic(threads: int | None = None) -> None:
     torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
     if threads:
         torch.set_num_threads(threads)
+
+
+def runs_by_method(methods: list[str], runs: list[Path]) -> dict[str, Path | None]:
+    """method -> the first of its run folders (<method>/seed<k>), None for one without training. Raises LaidError."""
+    from laid.errors import LaidError
+    from laid.methods.registry import UNTRAINED
+
+    found: dict[str, Path | None] = {}
+    for method in methods:
+        own = [run for run in runs if run.resolve().parent.name == method]
+        if not own and method not in UNTRAINED:
+            raise LaidError(
+                f"method {method} is trained: give its run folder (.../{method}/seed0) with --runs"
+            )
+        found[method] = own[0] if own else None
+    return found

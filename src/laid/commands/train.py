@@ -7,13 +7,13 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from laid.commands.shared import config_argument, device_arguments
+    from laid.commands.shared import config_argument, device_arguments, seed
 
     config_argument(parser)
     parser.add_argument(
         "--method", required=True, help="a trained method (methods in the configuration): sft, kd, laid ..."
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of data order, gaps and adapters")
+    parser.add_argument("--seed", type=seed, default=0, help="seed of data order, gaps and adapters")
     parser.add_argument("--student-name", required=True, help="name of the student (models.students)")
     parser.add_argument("--student", required=True, help="checkpoint: a folder or a hub id")
     parser.add_argument("--teacher-cache", type=Path, help="folder of `laid teacher-cache`; SFT needs none")

@@ -17,8 +17,9 @@ from laid.models.prompts import EncodedPrompt
 class Sample:
     """One training sample.
 
-    prompt: the encoded prompt with the answer token appended, T tokens. labels: (2,) token ids, the answer and the
-    end of the turn, predicted at the last two tokens. index: the question's place in its file.
+    index: the question's place in its file. paths: its images, in the order shown. prompt: the encoded prompt with
+    the answer token appended, T tokens. labels: (2,) token ids, the answer and the end of the turn, predicted at
+    the last two tokens. text_start: index of the first text token after the last image.
     """
 
     index: int
@@ -34,14 +35,17 @@ class Sample:
 
 
 def build_samples(questions: Sequence[Question], features: ImageFeatures, order_seed: int) -> list[Sample]:
-    """Encode questions; image grids are computed where they are missing."""
+    """Encode questions and compute the features of their images ahead, as far as memory allows.
+
+    Raises LaidError where an answer is not one token, or an image is missing or broken.
+    """
     tokenizer, encoder = features.processor.tokenizer, features.processor.encoder
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     ordered = [ordered_images(question, order_seed)[0] for question in questions]
     features.prepare((path for paths in ordered for path in paths), "images")
     samples = []
     for index, (question, paths) in enumerate(zip(questions, ordered)):
-        prompt = encoder.encode(question.text, [features.grids[path] for path in paths])
+        prompt = encoder.encode(question.text, features.grids(paths))
         answer = tokenizer(question.answer, add_special_tokens=False)["input_ids"]
         if len(answer) != 1:
             raise LaidError(
@@ -64,10 +68,10 @@ def batches_of(lengths: Sequence[int], batch: int, seed: Sequence[int], group: i
     """A shuffled order in batches of like length, so that padding wastes little.
 
     Indices are shuffled, taken `group` batches at a time, sorted by length within that, and the batches shuffled.
-    An incomplete last batch is left out, so that every step weighs the same.
+    What does not fill a last batch is left out, whatever its length, so that every step weighs the same.
     """
     rng = np.random.default_rng(list(seed))
-    order = rng.permutation(len(lengths))
+    order = rng.permutation(len(lengths))[: len(lengths) // batch * batch]
     batches = []
     for start in range(0, len(order), batch * group):
         part = sorted(order[start : start + batch * group].tolist(), key=lambda k: (lengths[k], k))

@@ -64,9 +64,13 @@ def load_run(
         raise LaidError(f"{folder}: no such folder: this run did not finish; make it again with `laid train`")
     if not (folder / "adapter_config.json").is_file():
         return enable_length_gain(load_model(folder, dtype, attention, device), attention)
+    if not (folder / "adapter_model.safetensors").is_file():  # peft would read a pickled one instead
+        raise LaidError(
+            f"{folder}: no adapter_model.safetensors beside adapter_config.json; make the run again"
+        )
     from peft import PeftModel
 
     student = load_model(resolve(base), dtype, attention, device)
     with source_errors(str(folder)):
-        adapted = PeftModel.from_pretrained(student, str(folder), use_safetensors=True)
+        adapted = PeftModel.from_pretrained(student, str(folder))
     return adapted.merge_and_unload().eval()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
 
-from laid.models.processing import Processor
+from laid.models.processing import Processor, image_size
 from laid.progress import Progress
 
 
@@ -15,7 +15,8 @@ class ImageFeatures:
     """The language model's inputs for images, by path; each image goes through the vision tower once.
 
     model: a Qwen2.5-VL model. file: path in a question -> file on disk. limit_bytes: what is kept in memory; the
-    oldest are dropped and computed again when asked for. Features are (tokens, hidden), in the model's dtype.
+    longest unused are dropped and computed again when asked for. Features are (tokens, hidden), in the
+    model's dtype, on its device.
     """
 
     def __init__(
@@ -29,41 +30,49 @@ class ImageFeatures:
         self.model, self.processor, self.file = model, processor, file
         self.batch, self.limit_bytes = batch, limit_bytes
         self.kept: dict[str, torch.Tensor] = {}
-        self.grids: dict[str, tuple[int, int]] = {}
         self.bytes = 0
         self.computed = 0
+        self._grids: dict[str, tuple[int, int]] = {}
 
-    @torch.no_grad()
+    def grids(self, paths: Sequence[str]) -> list[tuple[int, int]]:
+        """Merged grids (height, width) of `paths`, in visual tokens, from the files' headers alone."""
+        for path in paths:
+            if path not in self._grids:
+                self._grids[path] = self.processor.grid(*image_size(self.file(path)))
+        return [self._grids[path] for path in paths]
+
     def prepare(self, paths: Iterable[str], label: str | None = None) -> None:
-        """Compute what is not there yet, in batches; `label` shows progress under that name."""
+        """Compute ahead, in full batches, until the limit is reached; `label` shows progress under that name."""
         todo = [path for path in dict.fromkeys(paths) if path not in self.kept]
         bar = Progress(len(todo), label, unit="images") if label and todo else None
-        merge = self.processor.image_processor.merge_size
-        device = next(self.model.parameters()).device
         for start in range(0, len(todo), self.batch):
-            part = todo[start : start + self.batch]
-            pixels, grid = self.processor.pixels([self.file(path) for path in part])
-            grid = grid.to(device)
-            output = self.model.model.get_image_features(pixels.to(device), grid)
-            for path, feature, (_, height, width) in zip(part, output.pooler_output, grid.tolist()):
-                self.kept[path] = feature.detach()
-                self.grids[path] = (height // merge, width // merge)
-                self.bytes += feature.numel() * feature.element_size()
-            self.computed += len(part)
+            if self.bytes >= self.limit_bytes:
+                break
+            self._compute(todo[start : start + self.batch])
             if bar is not None:
-                bar.update(len(part))
+                bar.update(len(todo[start : start + self.batch]))
         if bar is not None:
             bar.__exit__(None, None, None)
 
-    def get(self, paths: list[str]) -> list[torch.Tensor]:
+    def get(self, paths: Sequence[str]) -> list[torch.Tensor]:
         """The features of `paths`, in order, computed where they are missing."""
-        self.prepare(paths)
+        todo = [path for path in dict.fromkeys(paths) if path not in self.kept]
+        for start in range(0, len(todo), self.batch):
+            self._compute(todo[start : start + self.batch])
+        for path in dict.fromkeys(paths):  # used last, dropped last
+            self.kept[path] = self.kept.pop(path)
         found = [self.kept[path] for path in paths]
-        needed = set(paths)
-        for path in list(self.kept):
-            if self.bytes <= self.limit_bytes:
-                break
-            if path not in needed:
-                old = self.kept.pop(path)
-                self.bytes -= old.numel() * old.element_size()
+        while self.bytes > self.limit_bytes and self.kept:
+            old = self.kept.pop(next(iter(self.kept)))
+            self.bytes -= old.numel() * old.element_size()
         return found
+
+    @torch.no_grad()
+    def _compute(self, paths: list[str]) -> None:
+        pixels, grid = self.processor.pixels([self.file(path) for path in paths])
+        device = next(self.model.parameters()).device
+        output = self.model.model.get_image_features(pixels.to(device), grid.to(device))
+        for path, feature in zip(paths, output.pooler_output, strict=True):
+            self.kept[path] = feature.clone()  # not a view: dropping it is to free its memory
+            self.bytes += feature.numel() * feature.element_size()
+        self.computed += len(paths)

@@ -48,7 +48,11 @@ def load_model(
     attention: str = "sdpa",
     device: str | torch.device = "cpu",
 ) -> PreTrainedModel:
-    """A vision-language model, in evaluation mode; only safetensors weights are read and no remote code is run."""
+    """A vision-language model, in evaluation mode; only safetensors weights are read and no remote code is run.
+
+    Raises LaidError, one line naming `source`, for files that are missing, cut short, not safetensors, or another
+    model's.
+    """
     source = resolve(source)
     with source_errors(source):
         model, report = AutoModelForImageTextToText.from_pretrained(
@@ -59,11 +63,10 @@ def load_model(
             trust_remote_code=False,
             output_loading_info=True,
         )
-    absent = [name for name in report.get("missing_keys", ()) if name != "lm_head.weight"]
+    tied = model.config.tie_word_embeddings
+    absent = [name for name in report["missing_keys"] if not (tied and name == "lm_head.weight")]
     if absent:
-        raise LaidError(
-            f"{source}: {len(absent)} weights are missing, first {sorted(absent)[0]}: get it again"
-        )
+        raise LaidError(f"{source}: {len(absent)} weights are missing, first {min(absent)}: get it again")
     return model.to(device).eval()
 
 

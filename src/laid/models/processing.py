@@ -6,10 +6,10 @@ parts. Both are loaded from the files a checkpoint carries, by hub id or from a 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from transformers import AutoTokenizer
@@ -56,43 +56,50 @@ class Processor:
         self.tokenizer.save_pretrained(str(folder))
         self.image_processor.save_pretrained(str(folder))
 
-    def grid(self, width: int, height: int) -> tuple[int, int]:
-        """Merged grid (height, width) in visual tokens of an image of that many pixels, without decoding it."""
+    def grid(self, width: int, height: int, file: str | Path = "an image") -> tuple[int, int]:
+        """Merged grid (height, width) in visual tokens of an image of that many pixels, without decoding it.
+
+        Raises LaidError, naming `file`, for proportions that the image processor refuses (200 to 1).
+        """
         ip = self.image_processor
         factor = ip.patch_size * ip.merge_size
         try:
             resized = smart_resize(height, width, factor, ip.size["shortest_edge"], ip.size["longest_edge"])
         except ValueError as error:
-            raise LaidError(f"an image of {width} x {height} pixels cannot be used: {error}") from None
+            raise LaidError(f"{file}: {width} x {height} pixels cannot be used: {error}") from None
         return resized[0] // factor, resized[1] // factor
 
     def pixels(self, files: Sequence[str | Path]) -> tuple[torch.Tensor, torch.Tensor]:
         """(patches, grid_thw) of image files: (sum of patches, 3 * 2 * 14 * 14) float32 and (images, 3) int64."""
-        batch = self.image_processor(images=[open_image(file) for file in files], return_tensors="pt")
+        images = [open_image(file) for file in files]
+        for file, image in zip(files, images):
+            self.grid(*image.size, file)
+        batch = self.image_processor(images=images, return_tensors="pt")
         return batch["pixel_values"], batch["image_grid_thw"]
 
 
 def open_image(file: str | Path) -> Image.Image:
     """Decode an image file to RGB. Raises LaidError where it is missing or broken."""
+    with _image(file) as image:
+        return image.convert("RGB")
+
+
+def image_size(file: str | Path) -> tuple[int, int]:
+    """(width, height) in pixels, from the file's header. Raises LaidError where it is missing or broken."""
+    with _image(file) as image:
+        return image.size
+
+
+@contextmanager
+def _image(file: str | Path) -> Iterator[Image.Image]:
     try:
         with Image.open(file) as image:
-            return image.convert("RGB")
+            yield image
     except FileNotFoundError:
         raise LaidError(f"{file}: no such image") from None
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise LaidError(f"{file}: not a whole image ({error}); get it again") from None
-
-
-def image_grids(sizes: np.ndarray, processor: Processor) -> list[tuple[int, int]]:
-    """Merged grids of many (width, height) pairs."""
-    known: dict[tuple[int, int], tuple[int, int]] = {}
-    grids = []
-    for width, height in sizes:
-        key = (int(width), int(height))
-        if key not in known:
-            known[key] = processor.grid(*key)
-        grids.append(known[key])
-    return grids
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise LaidError(f"{file}: not a whole image ({reason}); get it again") from None
 
 
 def _chat_template(source: str) -> str:
@@ -105,4 +112,7 @@ def _chat_template(source: str) -> str:
         raise LaidError(
             f"{source}: no chat template in tokenizer_config.json, chat_template.jinja or chat_template.json"
         )
-    return read_json(file)["chat_template"]
+    template = read_json(file)
+    if not isinstance(template, dict) or not isinstance(template.get("chat_template"), str):
+        raise LaidError(f"{file}: holds no text under chat_template; get it again")
+    return template["chat_template"]
