@@ -10,7 +10,7 @@ from laid.results import places
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     places.add_arguments(parser, "figures")
-    parser.add_argument("--runs", type=Path, help="folder of runs, for the training curves from their logs")
+    parser.add_argument("--runs", type=Path, help="folder of runs, for training curves (default: beside the cells, if there)")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -25,10 +25,9 @@ def run(args: argparse.Namespace) -> None:
     cells, out = args.cells or root / "cells", args.out or root / "figures"
     grid = tables.Grid(load_cells(cells), settings, cells)
     drawings = figures.build(grid)
-    if args.runs is not None:
-        if not args.runs.is_dir():
-            raise LaidError(f"{args.runs}: no such folder of runs; leave --runs out, or train first")
-        drawings += curves.build(curves.load_logs(args.runs))
+    if args.runs is not None and not args.runs.is_dir():
+        raise LaidError(f"{args.runs}: no such folder of runs; leave --runs out, or train first")
+    drawings += curves.build(curves.load_logs(args.runs or cells.parent / "runs"))
     written = [path for drawing in drawings for path in plotting.save(drawing, out)]
     plotting.write_captions(drawings, out)
     names = ", ".join(path.stem for path in written if path.suffix == ".svg")
