@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format clean distclean
+.PHONY: help demo report test lint format clean distclean
 
 # Any Python 3.11 or 3.12: `make demo PYTHON=/path/to/python3.12`. Left empty, it is looked for.
 PYTHON ?=
@@ -16,6 +16,7 @@ unexport PYTHONPATH
 
 help:
 	@echo "make demo    install into .venv, run the small scale on all cores, print Tables 1, 2 and 3"
+	@echo "make report  Snakemake's own HTML report beside the results page"
 	@echo "make test    install test tools too, run the tests"
 	@echo "make lint    ruff, snakefmt, snakemake --lint"
 	@echo "make format  let ruff and snakefmt rewrite the sources"
@@ -24,6 +25,11 @@ help:
 demo: $(VENV)/.demo
 	@snakemake --cores $(CORES)
 	@laid tables
+
+report: $(VENV)/.demo
+	@snakemake --cores $(CORES)
+	@snakemake --report results/snakemake-report.html
+	@echo "results/snakemake-report.html: the run as Snakemake tells it; results/<scale>/report.html: the results page"
 
 test: $(VENV)/.dev
 	@OMP_NUM_THREADS=1 python -m pytest $(PYTEST_ARGS)
