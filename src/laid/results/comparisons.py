@@ -170,7 +170,8 @@ def window_tables(answers: Answers) -> list[Table]:
         f" interpolated over log size through {_listed(grid.sizes)} images."
     )
     legend = "In brackets the 95 % interval: bootstrap over questions and seeds."
-    notes = [grid.questions_note(), about]
+    chance = "Half the answers are yes, so 0.5 is what guessing scores: a window at 0.5 says little."
+    notes = [grid.questions_note(), about, chance]
     names = ("windows", "window_ratios", "window_tokens")
     titles = (
         "Effective windows in images",

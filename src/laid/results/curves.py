@@ -17,7 +17,7 @@ from laid.results.tables import METHOD_NAMES
 
 POINTS = 80  # a curve is drawn as the means of at most this many equal stretches of steps
 # Keys of a log line that follow a plan or describe the model, rather than measure an error.
-SCHEDULES = ("lr", "lambda", "gain", "gap", "weight", "distance", "progress", "span")
+SCHEDULES = ("lr", "lambda", "gain", "gap", "weight", "distance", "progress", "span", "exponent")
 DASHES = ["-", (0, (4, 1.5)), (0, (1, 1)), (0, (6, 1, 1, 1)), (0, (3, 1, 1, 1, 1, 1))]
 
 
