@@ -22,14 +22,18 @@ SCHEMA = Path("workflow/schemas/config.schema.json")
 
 # step -> the dotted keys its result depends on, read left to right: "a.b" adds, "-a.b" takes away again,
 # {name} is a wildcard. The results of earlier steps are not listed: they are inputs, known by their hashes.
-# Keys that change no result (results, resources, how work is sharded) stand nowhere.
+# Keys that change no result (results, resources, how work is sharded) stand nowhere, nor does what only chooses inputs.
 SLICES: dict[str, list[str]] = {
     "data": ["data", "-data.download"],
-    "haystacks": ["haystacks"],
+    "haystacks": ["haystacks", "-haystacks.long"],
+    "haystacks_long": [
+        "haystacks", "-haystacks.train", "-haystacks.validation", "-haystacks.test", "haystacks.validation.share",
+    ],
     "pretrain": ["family", "-family.members", "family.members.{member}", "haystacks.validation.share", "haystacks.seed"],
     "teacher_cache": ["teacher_cache", "training.dtype", "evaluation.order_seed"],
-    "train": ["training", "methods.{method}", "evaluation.order_seed"],
-    "evaluate": ["evaluation", "-evaluation.shard", "methods.{method}"],
+    "train": ["training", "methods.{method}", "-methods.{method}.questions", "evaluation.order_seed"],
+    "evaluate": ["evaluation", "-evaluation.shard", "methods.{method}", "-methods.{method}.questions"],
+    "analyse": ["analysis.questions", "analysis.spectrum_size", "evaluation.order_seed", "evaluation.dtype", "haystacks.train.max_size", "haystacks.test.sizes"],
     "tables": ["tables", "models", "haystacks.test.sizes"],
 }
 
@@ -311,14 +315,22 @@ def _extended(values: dict[str, Any], sources: list[tuple]) -> dict[str, Any]:
 
 def _cross_checks(config: dict[str, Any]) -> Iterable[tuple[str, str]]:
     """(dotted key, complaint) for every pair of values that contradict each other."""
-    data, train, models = config["data"], config["haystacks"]["train"], config["models"]
+    data, models = config["data"], config["models"]
     if data["source"] == "local" and not data["root"]:
         yield (
             "data.root",
             "data.source is 'local', so this must name the folder with annotations/ and the images",
         )
-    if train["min_size"] > train["max_size"]:
-        yield "haystacks.train.min_size", f"{train['min_size']} is above max_size {train['max_size']}"
+    for part in ("train", "long"):
+        low, high = (config["haystacks"][part][key] for key in ("min_size", "max_size"))
+        if low > high:
+            yield f"haystacks.{part}.min_size", f"{low} is above max_size {high}"
+    for name, method in config["methods"].items():
+        if method.get("questions") == "long" and method["lambda_sft"] > 0:
+            yield (
+                f"methods.{name}.lambda_sft",
+                f"{method['lambda_sft']:g} weighs labels, which questions: long does without; set it to 0",
+            )
     if models["teacher"] in models["students"]:
         yield "models.students", f"{models['teacher']!r} is the teacher and cannot be a student of itself"
 

@@ -24,7 +24,7 @@ COCO = config["data"]["root"] if config["data"]["source"] == "local" else f"{ROO
 IMAGES = [] if config["data"]["source"] == "rendered" else f"{ROOT}/images.checked"
 TEACHER, STUDENTS = config["models"]["teacher"], config["models"]["students"]
 SIZES = sorted(config["haystacks"]["test"]["sizes"])
-TRAINED = ["sft", "kd", "laid", "laid_wo_kl", "laid_wo_laid"]
+TRAINED = [name for name, method in config["methods"].items() if "lambda_sft" in method]
 ABLATED = [method for method in TRAINED if method.startswith("laid")]
 
 
@@ -58,9 +58,27 @@ def checkpoint_files(member):
     return [] if given and not Path(given).exists() else checkpoint(member)
 
 
+def long(method):
+    """Whether a method learns from the long haystacks, without labels."""
+    return config["methods"][method].get("questions") == "long"
+
+
+LONG = f"{ROOT}/haystacks/long.json"
+# The long haystacks, where a table asks for a method that learns from them.
+LONG_ASKED = [LONG] if any(long(cell.split("/")[1]) for cell in CELLS) else []
+
+
+def questions_for(wildcards):
+    """The questions a method learns from."""
+    return LONG if long(wildcards.trained) else f"{ROOT}/haystacks/train.json"
+
+
 def teacher_cache_for(wildcards):
-    """Every trained method but SFT learns from the teacher."""
-    return [] if wildcards.trained == "sft" else f"{ROOT}/teacher_cache/index.json"
+    """Every trained method but SFT learns from the teacher, who has answered the same questions."""
+    if wildcards.trained == "sft":
+        return []
+    folder = "teacher_cache_long" if long(wildcards.trained) else "teacher_cache"
+    return f"{ROOT}/{folder}/index.json"
 
 
 def runs_for(wildcards):

@@ -54,6 +54,29 @@ rule haystacks:
         "laid haystacks --config $CONFIG --coco {params.coco} --out {params.out} 2>&1 | tee {log}"
 
 
+rule haystacks_long:
+    input:
+        train=f"{COCO}/annotations/instances_train2017.json",
+        # Built second: `laid haystacks` replaces the folder.
+        first=f"{ROOT}/haystacks/train.json",
+    output:
+        LONG,
+    log:
+        f"{ROOT}/logs/haystacks_long.log",
+    conda:
+        "../../envs/laid.yaml"
+    threads: ask("data", "threads")
+    resources:
+        cpus_per_task=ask("data", "threads"),
+        mem_mb=ask("data", "mem_mb"),
+        runtime=ask("data", "runtime"),
+    params:
+        relevant=relevant("haystacks_long"),
+        coco=lambda wildcards, input: above(input.train, 2),
+    shell:
+        "laid haystacks --config $CONFIG --coco {params.coco} --long {output} 2>&1 | tee {log}"
+
+
 # Rendered images are all there. Downloaded ones are fetched, a user's own ones looked at, once the questions name them.
 if config["data"]["source"] != "rendered":
 
@@ -67,6 +90,7 @@ if config["data"]["source"] != "rendered":
                 f"{ROOT}/haystacks/validation/visual_haystack_{{size}}.json",
                 size=config["haystacks"]["validation"]["sizes"],
             ),
+            long=LONG_ASKED,
         output:
             touch(f"{ROOT}/images.checked"),
         log:
@@ -82,4 +106,4 @@ if config["data"]["source"] != "rendered":
             coco=f"{ROOT}/coco",
         shell:
             "laid data --config $CONFIG --out {params.coco}"
-            " --questions {input.train} {input.validation} {input.test} 2>&1 | tee {log}"
+            " --questions {input.train} {input.validation} {input.test} {input.long} 2>&1 | tee {log}"

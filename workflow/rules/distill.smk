@@ -4,7 +4,7 @@
 rule train:
     input:
         student=lambda wildcards: checkpoint_files(wildcards.student),
-        questions=f"{ROOT}/haystacks/train.json",
+        questions=questions_for,
         images=IMAGES,
         cache=teacher_cache_for,
     output:

@@ -57,3 +57,33 @@ rule teacher_cache:
     shell:
         "laid teacher-cache --config $CONFIG --teacher {params.teacher} --coco {params.coco}"
         " --questions {input.questions} --out {params.out} --threads {resources.cpus_per_task} 2>&1 | tee {log}"
+
+
+rule teacher_cache_long:
+    input:
+        teacher=checkpoint_files(TEACHER),
+        questions=LONG,
+        images=IMAGES,
+    output:
+        index=f"{ROOT}/teacher_cache_long/index.json",
+    log:
+        f"{ROOT}/logs/teacher_cache_long.log",
+    benchmark:
+        f"{ROOT}/benchmarks/teacher_cache_long.tsv"
+    priority: 80
+    conda:
+        "../../envs/laid.yaml"
+    threads: ask("teacher_cache", "threads")
+    resources:
+        cpus_per_task=ask("teacher_cache", "threads"),
+        mem_mb=ask("teacher_cache", "mem_mb"),
+        runtime=ask("teacher_cache", "runtime"),
+        gpu=ask("teacher_cache", "gpu"),
+    params:
+        relevant=relevant("teacher_cache"),
+        teacher=lambda wildcards: checkpoint(TEACHER),
+        coco=COCO,
+        out=lambda wildcards, output: above(output.index),
+    shell:
+        "laid teacher-cache --config $CONFIG --teacher {params.teacher} --coco {params.coco} --without-labels"
+        " --questions {input.questions} --out {params.out} --threads {resources.cpus_per_task} 2>&1 | tee {log}"

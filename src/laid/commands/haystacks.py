@@ -18,17 +18,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--coco", type=Path, required=True, help="COCO root: annotations/, train2017/, val2017/"
     )
-    parser.add_argument(
-        "--out", type=Path, required=True, help="folder for train.json, validation/, test/, shortcuts.*"
-    )
+    target = parser.add_mutually_exclusive_group(required=True)
+    target.add_argument("--out", type=Path, help="folder for train.json, validation/, test/, shortcuts.*")
+    target.add_argument("--long", type=Path, help="file for the long haystacks (haystacks.long) alone")
 
 
 def run(args: argparse.Namespace) -> int:
     from laid import config
-    from laid.data.haystacks import build_haystacks
+    from laid.data.haystacks import build_haystacks, build_long
     from laid.data.shortcuts import markdown
 
     settings = config.load(args.config)
+    if args.long is not None:
+        questions = build_long(settings, args.coco, args.long)
+        print(f"{args.long}: {len(questions)} long haystacks, {sum(q.size for q in questions)} images in all")
+        return 0
     scores = build_haystacks(settings, args.coco, args.out)
     if settings["data"]["source"] == "download":  # now it is known which images are needed
         from laid.data.download import CocoDownload

@@ -16,6 +16,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--coco", type=Path, required=True, help="COCO root that the questions' paths start from"
     )
     parser.add_argument("--questions", type=Path, required=True, help="training questions, VHs JSON")
+    parser.add_argument(
+        "--without-labels", action="store_true", help="do not read the questions' answers (for laid_long)"
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder for the cache")
     device_arguments(parser)
 
@@ -29,7 +32,10 @@ def run(args: argparse.Namespace) -> int:
     start = time.perf_counter()
     settings = config.load(args.config)
     deterministic(args.threads)
-    index = build_cache(settings, args.teacher, args.coco, args.questions, args.out, pick_device(args.device))
+    index = build_cache(
+        settings, args.teacher, args.coco, args.questions, args.out, pick_device(args.device),
+        labelled=not args.without_labels,
+    )  # fmt: skip
     write_json(Path(args.out).parent / f"{Path(args.out).name}.cost.json", provenance.cost(start))
     print(
         f"teacher cache: {len(index['lengths'])} questions in {len(index['shards'])} shards, layers {index['layers']}"

@@ -365,24 +365,30 @@ def build_haystacks(
     return scores
 
 
-_OURS = re.compile(r"train\.json|shortcuts\.(json|md)|(validation|test)/visual_haystack_\d+\.json")
+def build_long(config: Mapping[str, Any], coco_root: str | Path, out: str | Path) -> list[Question]:
+    """Write one file of long haystacks from the training images, as `config["haystacks"]["long"]` asks; returns them.
+
+    The images are those of train.json: no validation image is among them. The file has the form of all question files,
+    answers and all, but what it is for does without them (methods with questions: long).
+    Raises LaidError as `synthesise` does.
+    """
+    train = load_coco(coco_root, "train2017")
+    questions = _from_training_images(config["haystacks"], train, "long", 3, Path(out).name)
+    if problems := check_haystacks(questions, train.labels):
+        raise AssertionError(f"{out}: {problems[0]}")
+    write_questions(out, questions)
+    return questions
+
+
+_OURS = re.compile(r"(train|long)\.json|shortcuts\.(json|md)|(validation|test)/visual_haystack_\d+\.json")
 
 
 def _synthesise_all(
     settings: Mapping[str, Any], train: CocoSplit, test: CocoSplit
 ) -> dict[str, list[Question]]:
-    seed = settings["seed"]
-    learn, choose = split_paths(train, settings["validation"]["share"], seed)
-    common = {key: settings[key] for key in ("hard_negatives", "vocabulary", "min_needles")}
-    common["mode"] = settings["needles"]
-    low, high, count = (settings["train"][key] for key in ("min_size", "max_size", "questions"))
-    if low > high:
-        raise LaidError(f"haystacks.train: min_size {low} is above max_size {high}")
-    sizes = np.random.default_rng([seed, 8]).permutation(np.resize(np.arange(low, high + 1), count)).tolist()
-    labels = {path: train.labels[path] for path in learn}
-    files = {
-        "train.json": synthesise(labels, train.categories, sizes, seed=[seed, 0], name="train.json", **common)
-    }
+    seed, common = settings["seed"], _common(settings)
+    choose = split_paths(train, settings["validation"]["share"], seed)[1]
+    files = {"train.json": _from_training_images(settings, train, "train", 0, "train.json")}
     held_out = {path: train.labels[path] for path in choose}
     for code, folder, images in ((1, "validation", held_out), (2, "test", test.labels)):
         for size in settings[folder]["sizes"]:
@@ -392,3 +398,23 @@ def _synthesise_all(
                 images, test.categories, sizes, seed=[seed, code, size], name=name, **common
             )
     return files
+
+
+def _common(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: settings[key] for key in ("hard_negatives", "vocabulary", "min_needles")} | {
+        "mode": settings["needles"]
+    }
+
+
+def _from_training_images(
+    settings: Mapping[str, Any], train: CocoSplit, part: str, code: int, name: str
+) -> list[Question]:
+    """Questions of `settings[part]`, every size from min_size to max_size as often, in a random order."""
+    seed = settings["seed"]
+    low, high, count = (settings[part][key] for key in ("min_size", "max_size", "questions"))
+    if low > high:
+        raise LaidError(f"haystacks.{part}: min_size {low} is above max_size {high}")
+    sizes = np.resize(np.arange(low, high + 1), count)
+    sizes = np.random.default_rng([seed, 8, *([code] if code else [])]).permutation(sizes).tolist()
+    labels = {path: train.labels[path] for path in split_paths(train, settings["validation"]["share"], seed)[0]}
+    return synthesise(labels, train.categories, sizes, seed=[seed, code], name=name, **_common(settings))

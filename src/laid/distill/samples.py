@@ -25,7 +25,7 @@ class Sample:
     index: int
     paths: list[str]
     prompt: EncodedPrompt
-    labels: np.ndarray
+    labels: np.ndarray | None
     text_start: int
 
     @property
@@ -46,10 +46,11 @@ def build_samples(questions: Sequence[Question], features: ImageFeatures, order_
     samples = []
     for index, (question, paths) in enumerate(zip(questions, ordered)):
         prompt = encoder.encode(question.text, features.grids(paths))
-        answer = tokenizer(question.answer, add_special_tokens=False)["input_ids"]
+        word = question.answer if labelled else ("yes", "no")[index % 2]
+        answer = tokenizer(word, add_special_tokens=False)["input_ids"]
         if len(answer) != 1:
             raise LaidError(
-                f"the tokenizer splits the answer {question.answer!r} into {len(answer)} tokens, expected 1:"
+                f"the tokenizer splits the answer {word!r} into {len(answer)} tokens, expected 1:"
                 " use the tokenizer of a Qwen vision-language model"
             )
         last = prompt.positions[:, -1:] + 1
@@ -60,7 +61,8 @@ def build_samples(questions: Sequence[Question], features: ImageFeatures, order_
             prompt.block_starts,
             np.append(prompt.image_mask, False),
         )
-        samples.append(Sample(index, paths, full, np.array([answer[0], end]), text_start))
+        labels = np.array([answer[0], end]) if labelled else None
+        samples.append(Sample(index, paths, full, labels, text_start))
     return samples
 
 

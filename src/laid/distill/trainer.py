@@ -140,6 +140,12 @@ class Trainer:
         )
         if not any(self.objective.needs(part) for part in ("laid", "kl", "sft", "rows")):
             raise LaidError(f"methods.{self.method}: every lambda is 0, there is nothing to train")
+        self.labelled = m["questions"] == "train"
+        if not self.labelled and self.objective.needs("sft"):
+            raise LaidError(
+                f"methods.{self.method}: lambda_sft is {m['lambda_sft']:g}, but questions: long are used without their"
+                " labels; set it to 0"
+            )
         self.distance = DistanceSchedule(**m["distance"])
 
     def _setup_teacher(self, cache: str | Path | None, questions: str | Path) -> None:
@@ -154,6 +160,12 @@ class Trainer:
                 f"method {self.method} learns from the teacher ({', '.join(needs)}): give --teacher-cache"
             )
         self.cache = TeacherCache(cache, questions)
+        if self.cache.index.get("labelled", True) != self.labelled:
+            made, wanted = ("without", "with") if self.labelled else ("with", "without")
+            raise LaidError(
+                f"{self.cache.folder}: was made {made} labels, method {self.method} learns {wanted} them:"
+                f" make the cache {'without' if self.labelled else 'with'} --without-labels"
+            )
         self.inputs["teacher_cache"] = Path(cache) / "index.json"
         if not self.objective.needs("laid") and not self.objective.needs("rows"):
             return
@@ -181,7 +193,9 @@ class Trainer:
             lambda path: safe_join(coco_root, path),
             limit_bytes=int(evaluation["feature_cache_gb"] * 2**30),
         )
-        self.samples = build_samples(read_questions(questions), self.features, evaluation["order_seed"])
+        self.samples = build_samples(
+            read_questions(questions), self.features, evaluation["order_seed"], self.labelled
+        )
         if self.cache is not None:
             mine, theirs = [len(s.prompt.ids) for s in self.samples], self.cache.index["lengths"]
             if mine != theirs:
@@ -219,8 +233,8 @@ class Trainer:
 
     # ---------------------------------------------------------------- one step
 
-    def _batch(self, indices: list[int], step: int) -> tuple[Batch, Tensor]:
-        """Inputs of these samples, with gaps opened as far as `step` allows, and labels (B, 2)."""
+    def _batch(self, indices: list[int], step: int) -> tuple[Batch, Tensor | None]:
+        """Inputs of these samples, with gaps opened as far as `step` allows, and labels (B, 2), if they have any."""
         samples = [self.samples[k] for k in indices]
         features = [f for s in samples for f in self.features.get(s.paths)]
         inputs = collate([s.prompt for s in samples], features)
@@ -230,7 +244,8 @@ class Trainer:
                 length = len(sample.prompt.ids)
                 rng = np.random.default_rng([self.seed, 3, step, sample.index])
                 inputs.positions[:, row, :length] = self._stretched(sample, step, rng)
-        return inputs.to(self.device), torch.from_numpy(np.stack([s.labels for s in samples])).to(self.device)
+        labels = torch.from_numpy(np.stack([s.labels for s in samples])) if self.labelled else None
+        return inputs.to(self.device), labels.to(self.device) if labels is not None else None
 
     def _stretched(self, sample: Sample, step: int, rng: np.random.Generator) -> Tensor:
         gaps = self.method_settings["gaps"]
