@@ -19,7 +19,8 @@ class Sample:
 
     index: the question's place in its file. paths: its images, in the order shown. prompt: the encoded prompt with
     the answer token appended, T tokens. labels: (2,) token ids, the answer and the end of the turn, predicted at
-    the last two tokens. text_start: index of the first text token after the last image.
+    the last two tokens; None for a sample without labels, which carries yes and no in turn, so that the teacher still
+    shows how a turn ends. text_start: index of the first text token after the last image.
     """
 
     index: int
@@ -34,9 +35,12 @@ class Sample:
         return len(self.prompt.ids) - 2
 
 
-def build_samples(questions: Sequence[Question], features: ImageFeatures, order_seed: int) -> list[Sample]:
+def build_samples(
+    questions: Sequence[Question], features: ImageFeatures, order_seed: int, labelled: bool = True
+) -> list[Sample]:
     """Encode questions and compute the features of their images ahead, as far as memory allows.
 
+    labelled=False reads no answer: the samples have no labels.
     Raises LaidError where an answer is not one token, or an image is missing or broken.
     """
     tokenizer, encoder = features.processor.tokenizer, features.processor.encoder
