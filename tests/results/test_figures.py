@@ -10,7 +10,7 @@ from matplotlib.text import Text
 from PIL import Image
 
 from laid.errors import LaidError
-from laid.results import curves, figures, plotting, tables
+from laid.results import curves, figures, learned, plotting, tables
 
 SIZES = [1, 2, 10, 50, 100, 150]
 
@@ -154,6 +154,27 @@ def test_a_broken_log_is_one_clear_line(tmp_path):
     path.write_text(path.read_text() + '{"step": 2, "lo')
     with pytest.raises(LaidError, match=r"log.jsonl: line 2 is not valid JSON"):
         curves.load_logs(tmp_path)
+
+
+def test_learned_gains_and_weights_are_drawn_as_they_are(tmp_path):
+    rng = np.random.default_rng(1)
+    log_gain, w = rng.standard_normal((3, 2, 8)) / 5, rng.random((2, 4))
+    path = tmp_path / "small" / "laid" / "seed0" / "learned.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(
+        json.dumps({"gain.log_gain": log_gain.tolist(), "alignment.2-2.w": w.tolist(), "gain.exponent": []})
+    )
+    (drawing,) = learned.build(learned.load(tmp_path, ["medium", "small"]))
+    values = {(row[1], int(row[2]), int(row[3])): float(row[4]) for row in drawing.csv[1:]}
+    assert len(values) == 6 * 8 + 8
+    assert values["gain", 3, 5] == pytest.approx(np.exp(log_gain[1, 1, 5]), rel=1e-5)
+    assert values["mixture", 1, 2] == pytest.approx(w[1, 2], rel=1e-5)
+    texts = [t for t in drawing.figure.findobj(Text) if t.get_text() and t.get_visible()]
+    assert min(t.get_fontsize() for t in texts) >= 8
+    path.write_text("[1]")
+    with pytest.raises(LaidError, match="arrays of numbers"):
+        learned.load(tmp_path, ["small"])
+    assert learned.build({}) == learned.build({"small": {}}) == []
 
 
 def test_no_logs_no_figures(tmp_path):

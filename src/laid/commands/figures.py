@@ -10,13 +10,15 @@ from laid.results import places
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     places.add_arguments(parser, "figures")
-    parser.add_argument("--runs", type=Path, help="folder of runs, for training curves (default: beside the cells, if there)")
+    parser.add_argument(
+        "--runs", type=Path, help="folder of runs, for training curves (default: beside the cells, if there)"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
     from laid import config
     from laid.errors import LaidError
-    from laid.results import curves, figures, plotting, tables
+    from laid.results import curves, figures, learned, plotting, tables
     from laid.results.cells import load_cells
     from laid.results.terminal import show
 
@@ -27,7 +29,9 @@ def run(args: argparse.Namespace) -> None:
     drawings = figures.build(grid)
     if args.runs is not None and not args.runs.is_dir():
         raise LaidError(f"{args.runs}: no such folder of runs; leave --runs out, or train first")
-    drawings += curves.build(curves.load_logs(args.runs or cells.parent / "runs"))
+    runs = args.runs or cells.parent / "runs"
+    drawings += curves.build(curves.load_logs(runs))
+    drawings += learned.build(learned.load(runs, grid.students))
     written = [path for drawing in drawings for path in plotting.save(drawing, out)]
     plotting.write_captions(drawings, out)
     names = ", ".join(path.stem for path in written if path.suffix == ".svg")
