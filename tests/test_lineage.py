@@ -253,3 +253,16 @@ def test_differences_of_a_rebuilt_cell():
     assert list(_differences(old, new)) == [
         "accuracy was 0.5, is 0.25 rebuilt", "1 of 3 answers differ", "provenance.code.commit was 'a', is 'b' rebuilt",
     ]  # fmt: skip
+
+
+def test_what_learns_from_long_haystacks_is_followed_there():
+    lineage = Lineage(config.load([TOP / "config.yaml"]), "r")
+    for method, questions, cache in (
+        ("laid", "train", "teacher_cache"),
+        ("laid_long", "long", "teacher_cache_long"),
+    ):
+        run = lineage.run("small", method, 0)
+        assert lineage.inputs_of(run, "questions")[0] == Path(f"r/haystacks/{questions}.json")
+        record, made = lineage.inputs_of(run, "teacher_cache")
+        assert record == Path(f"r/{cache}/index.json")
+        assert lineage.inputs_of(made, "questions")[0] == Path(f"r/haystacks/{questions}.json")

@@ -60,8 +60,15 @@ class Lineage:
             return None
         return Step("pretrain", (("member", name),), self.root / "models" / name / "laid.json")
 
-    def teacher_cache(self) -> Step:
-        return Step("teacher_cache", (), self.root / "teacher_cache" / "index.json")
+    def teacher_cache(self, long: bool = False) -> Step:
+        folder = "teacher_cache_long" if long else "teacher_cache"
+        return Step("teacher_cache", (("long", long),), self.root / folder / "index.json")
+
+    def _long(self, step: Step) -> bool:
+        """Whether a step learns from the long haystacks: its method does, or it is their teacher's cache."""
+        wildcards = dict(step.wildcards)
+        method = self.config["methods"].get(wildcards.get("method"), {})
+        return wildcards.get("long", method.get("questions") == "long")
 
     def inputs_of(self, step: Step, name: str) -> tuple[Any, Step | None]:
         """(what to hash, the step that made it) for the input that a record calls `name`.
@@ -73,7 +80,9 @@ class Lineage:
             split = name.removeprefix("annotations").removeprefix("_") or "train2017"
             return self.coco / "annotations" / f"instances_{split}.json", None
         if name == "questions":
-            where = f"test/visual_haystack_{wildcards['size']}.json" if "size" in wildcards else "train.json"
+            where = "long.json" if self._long(step) else "train.json"
+            if "size" in wildcards:
+                where = f"test/visual_haystack_{wildcards['size']}.json"
             return self.root / "haystacks" / where, None
         if name == "images":
             return (self.coco, self.images(self.inputs_of(step, "questions")[0])), None
@@ -87,7 +96,8 @@ class Lineage:
             run = self.run(wildcards["student"], wildcards["method"], int(name[8:]))
             return run.record.parent / "model", run
         if name == "teacher_cache":
-            return self.teacher_cache().record, self.teacher_cache()
+            cache = self.teacher_cache(self._long(step))
+            return cache.record, cache
         raise LaidError(f"{step.record}: names an input {name!r} that a {step.name} step does not have")
 
     def images(self, questions: Path) -> list[str]:
