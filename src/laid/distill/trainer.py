@@ -250,6 +250,8 @@ class Trainer:
     def _stretched(self, sample: Sample, step: int, rng: np.random.Generator) -> Tensor:
         gaps = self.method_settings["gaps"]
         positions = torch.from_numpy(sample.prompt.positions)
+        if rng.random() >= gaps["share"]:
+            return positions
         span = sample.prompt.span
         far = reach(step / self.steps, span, max(span, gaps["reach"]), gaps["start"], gaps["end"])
         return open_gaps(positions, sample.prompt.block_starts.tolist(), sample.text_start, far, rng)
