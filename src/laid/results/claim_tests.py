@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from laid.results import stats
+from laid.results import heads, stats
 from laid.results.comparisons import THRESHOLDS, reading_of_32
 from laid.results.exports import shape_report
 from laid.results.sources import Key, PublishedSource, Source
@@ -319,11 +319,41 @@ def same_shapes(source: Source, method: str, root: Path | None = None) -> Outcom
     return Outcome(_together(verdicts, some=False), remarks=remarks)
 
 
+def low_frequencies(source: Source, method: str, others: Sequence[str], root: Path | None = None) -> Outcome:
+    """Low-frequency share of attention energy (laid.analysis.spectrum): is `method` nearer to the teacher than others?"""
+    if isinstance(source, PublishedSource) or root is None:
+        return Outcome(NOT_MEASURED, remarks=["the paper prints no figure for it"])
+    if not (root / "analysis").is_dir():
+        return Outcome(NOT_MEASURED, remarks=[f"{root / 'analysis'} is not there: run `laid analyse`"])
+    records = heads.load(root / "analysis")
+    found, remarks = [], []
+    for student in source.students:
+        if source.teacher not in records or method not in records.get(student, {"methods": {}})["methods"]:
+            continue
+        spectra = {m: entry["spectrum"] for m, entry in records[student]["methods"].items()}
+        teacher = records[source.teacher]["methods"]["base"]["spectrum"]
+        for other in others:
+            if other in spectra:
+                value, draws = (
+                    100
+                    * (np.abs(of(spectra[method]) - of(teacher)) - np.abs(of(spectra[other]) - of(teacher)))
+                    for of in (lambda part: np.array(part["share"]), lambda part: np.array(part["draws"]))
+                )
+                low, high = np.quantile(draws, [0.025, 0.975])
+                what = f"{student} distance to the teacher's share, {method} minus {other}"
+                found.append(Statement(what, float(value), float(low), float(high), 0.0, below=True))
+        told = (f"{m} {100 * part['share']:.1f}" for m, part in spectra.items())
+        remarks.append(
+            f"{student}, low-frequency energy in %: {', '.join(told)}; teacher {100 * teacher['share']:.1f}"
+        )
+    return conclude(source, found, remarks)
+
+
 TESTS: dict[str, Callable[..., Outcome]] = {
     test.__name__: test
     for test in (
         shrinkage, decay, no_help, short_biased, gains, over_kd, ablation_order, window_ratio, kept, not_measured,
-        same_shapes,
+        same_shapes, low_frequencies,
     )
 }  # fmt: skip
 

@@ -111,7 +111,9 @@ def tests_table(answers: Answers) -> Table:
     header = ["Model", "Difference", *(name for name, sizes in zip(names, columns, strict=True) if sizes)]
     notes = [
         grid.questions_note(),
-        star_note(answers, len(found), "zero"),
+        star_note(answers, len(found), "zero")
+        if found
+        else "LAid or what it is held against is not among the methods.",
         f"Short: mean over {_listed(short)} images; long: {_listed(long)}.",
     ]
     legend = "In brackets the 95 % interval of one difference by itself: bootstrap over questions and seeds."

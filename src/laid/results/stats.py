@@ -54,21 +54,28 @@ def joint_draws(
     for i, key in enumerate(keys):
         count = models[key][0].shape[0]
         rng = np.random.default_rng([seed, 1, i, count])
-        by_seed[key] = rng.multinomial(count, np.full(count, 1 / count), size=resamples) / count
+        by_seed[key] = _draw_counts(rng, count, resamples) / count
     out = {key: np.empty((resamples, sizes)) for key in keys}
     for k in range(sizes):
         n = models[keys[0]][k].shape[1]
         rng = np.random.default_rng([seed, 2, k, n])
-        by_question = rng.multinomial(n, np.full(n, 1 / n), size=resamples) / n
+        by_question = _draw_counts(rng, n, resamples)
         for key in keys:
             right = models[key][k]
             if right.shape[1] != n:
                 raise ValueError(f"joint_draws: {right.shape[1]} and {n} questions at size {k}")
-            per_seed = by_question @ right.T.astype(float)  # (resamples, seeds)
+            # Whole numbers, so the product is exact and the same on every machine: (resamples, seeds).
+            per_seed = by_question @ right.T.astype(float) / n
             mean, count = per_seed.mean(axis=1), right.shape[0]
             scale = math.sqrt(count / (count - 1)) if count > 1 else 1.0
             out[key][:, k] = mean + scale * ((by_seed[key] * per_seed).sum(axis=1) - mean)
     return out
+
+
+def _draw_counts(rng: np.random.Generator, n: int, resamples: int) -> np.ndarray:
+    """How often (resamples, n) each of n things is drawn in n draws with replacement; as floats, rows sum to n."""
+    drawn = rng.integers(n, size=(resamples, n)) + n * np.arange(resamples)[:, None]
+    return np.bincount(drawn.ravel(), minlength=n * resamples).reshape(resamples, n).astype(float)
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
