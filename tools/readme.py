@@ -1,0 +1,63 @@
+"""Put the measured tables and claims of a scale into README.md, with the command and the commit that made them.
+
+python tools/readme.py results/small        (`make readme`)
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+from pathlib import Path
+
+from laid.errors import LaidError
+from laid.io import read_json, write_text
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def fill(text: str, name: str, body: str, inline: bool = False) -> str:
+    """`text` with what stands between the markers of `name` replaced by `body`."""
+    gap = "" if inline else "\n"
+    pattern = rf"(<!-- laid:{name} -->).*?(<!-- /laid:{name} -->)"
+    found, count = re.subn(pattern, lambda m: f"{m[1]}{gap}{body}{gap}{m[2]}", text, flags=re.DOTALL)
+    if count != 1:
+        raise LaidError(f"README.md: {count} places marked laid:{name}, expected 1")
+    return found
+
+
+def table(file: Path) -> str:
+    """A table's Markdown with its title one level lower."""
+    if not file.is_file():
+        raise LaidError(f"{file}: no such file; run `make demo` first")
+    return re.sub(r"^# ", "### ", file.read_text(encoding="utf-8").strip(), flags=re.MULTILINE)
+
+
+def main(results: Path) -> int:
+    try:
+        cell = next(iter(sorted(results.glob("cells/*/*/1.json"))), None)
+        if cell is None:
+            raise LaidError(f"{results}: no cells; run `make demo` first")
+        code = read_json(cell)["provenance"]["code"]
+        cost = read_json(cell.parent / "cost.json")
+        state = " with uncommitted changes" if code["dirty"] else ""
+        hardware = cost["hardware"]
+        head = (
+            f"Made by `make demo` at commit `{(code['commit'] or 'unknown')[:12]}`{state}, on {hardware['cores']} cores of"
+            f" {hardware['cpu']}, {hardware['memory_bytes'] / 2**30:.0f} GiB, no GPU; this section is written by `make readme`."
+        )
+        tables = [table(results / "tables" / f"{name}.md") for name in ("table1", "table2", "table3")]
+        text = (ROOT / "README.md").read_text(encoding="utf-8")
+        text = fill(text, "results", "\n\n".join([head, *tables]))
+        text = fill(text, "claims", table(results / "claims" / "claims.md").split("\n", 1)[1].strip())
+        write_text(ROOT / "README.md", text)
+        (ROOT / "docs" / "img").mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(results / "figures" / "figure1.png", ROOT / "docs" / "img" / "figure1.png")
+    except (LaidError, OSError) as error:
+        print(f"readme: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(Path(sys.argv[1] if len(sys.argv) > 1 else "results/small")))
