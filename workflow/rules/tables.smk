@@ -23,6 +23,8 @@ rule tables:
             ],
             suffix=["csv", "md"],
         ),
+        f"{ROOT}/tables/metrics.json",
+        f"{ROOT}/tables/curves.csv",
     log:
         f"{ROOT}/logs/tables.log",
     conda:

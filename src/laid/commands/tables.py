@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from laid import config
-    from laid.results import tables
+    from laid.results import metrics, tables
     from laid.results.cells import load_cells
     from laid.results.terminal import show
 
@@ -26,7 +26,9 @@ def run(args: argparse.Namespace) -> None:
     cells = args.cells or root / "cells"
     grid = tables.Grid(load_cells(cells), settings, cells)
     built, statistics = tables.build(grid), tables.build_statistics(grid)
-    tables.write([*built, *statistics], args.out or root / "tables")
+    out = args.out or root / "tables"
+    tables.write([*built, *statistics], out)
+    metrics.write(grid, out)
     footnote = shortcuts_line(cells.parent / "haystacks" / "shortcuts.json")
     show([*built, *statistics] if args.all else built, footnote)
 
