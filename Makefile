@@ -51,17 +51,20 @@ clean:
 distclean: clean
 	rm -rf $(VENV) .snakemake .pytest_cache .ruff_cache .hypothesis
 
-# The stamps: an environment is made again when its lock (or what pyproject.toml asks for) changes.
+# The stamps: an environment is made again when its lock (or what pyproject.toml asks for) changes. The locks pin every
+# package but those that one build of torch alone needs (CUDA), which pip therefore resolves itself.
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
 $(VENV)/.demo: envs/requirements.lock pyproject.toml
-	@python=$$(bash tools/find_python.sh "$(PYTHON)"); \
-	echo "Installing the pinned packages into $(VENV) with $$($$python --version) ..."; \
+	@set -eu; python=$$(bash tools/find_python.sh "$(PYTHON)"); \
+	echo "Installing the pinned packages into $(VENV) with $$("$$python" --version) ..."; \
 	rm -rf $(VENV); \
 	"$$python" -m venv $(VENV); \
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r envs/requirements.lock; \
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
-	@touch $@
+	$(PIP_INSTALL) -r envs/requirements.lock; \
+	$(PIP_INSTALL) --no-deps --no-build-isolation -e .; \
+	touch $@
 
 $(VENV)/.dev: $(VENV)/.demo envs/requirements-dev.lock
-	@echo "Installing the test tools into $(VENV) ..."
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r envs/requirements-dev.lock
-	@touch $@
+	@set -eu; echo "Installing the test tools into $(VENV) ..."; \
+	$(PIP_INSTALL) -r envs/requirements.lock -r envs/requirements-dev.lock; \
+	touch $@
