@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,6 +35,28 @@ def atomic_path(target: str | Path) -> Iterator[Path]:
         os.replace(beside, target)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextmanager
+def alone(target: str | Path) -> Iterator[None]:
+    """Hold the right to make `target`; wait, and say so, while another process on this file system holds it.
+
+    A job that a cluster believes dead, or that a killed workflow left behind, may still be writing. The lock is a
+    hidden file beside `target`; it is freed when its process ends, however it ends.
+    """
+    target = Path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with open(target.parent / f".{target.name}.lock", "a+") as handle:
+        try:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(
+                f"{target}: another process is making it; waiting for that one to end",
+                file=sys.stderr,
+                flush=True,
+            )
+            fcntl.lockf(handle, fcntl.LOCK_EX)
+        yield
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -23,11 +23,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from laid import config
     from laid.commands.shared import deterministic
+    from laid.io import alone
     from laid.models.pretrain import make_member
 
     settings = config.load(args.config)
     deterministic(args.threads)
-    record = make_member(settings, args.member, args.coco, args.out)
+    with alone(args.out):
+        record = make_member(settings, args.member, args.coco, args.out)
     print(
         f"{args.member}: {record['parameters']:,} parameters, window {record['window']}, vision error {record['vision_error']:.4f}"
     )

@@ -27,15 +27,16 @@ def run(args: argparse.Namespace) -> int:
     from laid import config, provenance
     from laid.commands.shared import deterministic, pick_device
     from laid.distill.teacher_cache import build_cache
-    from laid.io import write_json
+    from laid.io import alone, write_json
 
     start = time.perf_counter()
     settings = config.load(args.config)
     deterministic(args.threads)
-    index = build_cache(
-        settings, args.teacher, args.coco, args.questions, args.out, pick_device(args.device),
-        labelled=not args.without_labels,
-    )  # fmt: skip
+    with alone(args.out):
+        index = build_cache(
+            settings, args.teacher, args.coco, args.questions, args.out, pick_device(args.device),
+            labelled=not args.without_labels,
+        )  # fmt: skip
     write_json(Path(args.out).parent / f"{Path(args.out).name}.cost.json", provenance.cost(start))
     print(
         f"teacher cache: {len(index['lengths'])} questions in {len(index['shards'])} shards, layers {index['layers']}"

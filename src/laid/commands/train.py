@@ -29,14 +29,16 @@ def run(args: argparse.Namespace) -> int:
     from laid import config
     from laid.commands.shared import deterministic, pick_device
     from laid.distill.trainer import Trainer
+    from laid.io import alone
 
     settings = config.load(args.config)
     deterministic(args.threads)
-    trainer = Trainer(
-        settings, args.method, args.seed, args.student_name, args.student, args.teacher_cache, args.coco,
-        args.questions, args.out, pick_device(args.device),
-    )  # fmt: skip
-    record = trainer.train()
+    with alone(args.out):
+        trainer = Trainer(
+            settings, args.method, args.seed, args.student_name, args.student, args.teacher_cache, args.coco,
+            args.questions, args.out, pick_device(args.device),
+        )  # fmt: skip
+        record = trainer.train()
     print(
         f"{args.student_name} {args.method} seed {args.seed}: {record['steps']} steps, loss {record['final']['loss']:.4f}"
     )

@@ -1,0 +1,104 @@
+"""Files appear whole or not at all; paths stay inside; one process at a time makes a thing."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from laid import io
+from laid.errors import LaidError
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from laid.io import alone
+with alone(sys.argv[1]):
+    with open(sys.argv[2], "a") as log:
+        log.write("in ")
+        log.flush()
+        time.sleep(float(sys.argv[3]))
+        log.write("out ")
+"""
+
+
+def start(target, log, seconds):
+    words = [sys.executable, "-c", HOLD, str(target), str(log), str(seconds)]
+    return subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(log):
+    end = time.monotonic() + 60
+    while not (log.is_file() and log.read_text()):
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def test_two_processes_never_make_the_same_thing_at_once(tmp_path):
+    log = tmp_path / "log"
+    first = start(tmp_path / "run", log, 1.0)
+    wait_for(log)
+    second = start(tmp_path / "run", log, 0)
+    assert (
+        second.communicate()[1].strip().endswith("another process is making it; waiting for that one to end")
+    )
+    assert first.wait() == second.returncode == 0
+    assert log.read_text() == "in out in out "
+
+
+def test_the_lock_of_a_killed_process_is_free(tmp_path):
+    log = tmp_path / "log"
+    first = start(tmp_path / "run", log, 60)
+    wait_for(log)
+    first.kill()
+    first.communicate()
+    assert start(tmp_path / "run", log, 0).communicate()[1] == ""
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_a_failure_leaves_what_was_there(tmp_path, folder):
+    target = tmp_path / "thing"
+
+    def fill(path, text):
+        if folder:
+            path.mkdir()
+            path = path / "file"
+        path.write_text(text)
+
+    for text, fails in (("one", False), ("half", True), ("two", False)):
+        try:
+            with io.atomic_path(target) as beside:
+                fill(beside, text)
+                if fails:
+                    raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            assert (target / "file" if folder else target).read_text() == "one"
+        assert [p.name for p in tmp_path.iterdir()] == ["thing"]
+    assert (target / "file" if folder else target).read_text() == "two"
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a/../../x", "..", "a/../../../etc"])
+def test_paths_do_not_leave_their_folder(tmp_path, name):
+    with pytest.raises(LaidError, match="leaves its folder"):
+        io.safe_join(tmp_path, name)
+
+
+@given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(), lambda v: st.lists(v) | st.dictionaries(st.text(), v), max_leaves=6))  # fmt: skip
+def test_json_is_stable_and_comes_back(value):
+    text = io.dumps(value)
+    assert json.loads(text) == value and io.dumps(json.loads(text)) == text
+
+
+@pytest.mark.parametrize(("content", "said"), [(b'{"a": 1', "cut short or edited"), (b"\xff", "not UTF-8"), (None, "no such file")])  # fmt: skip
+def test_broken_json_is_one_line(tmp_path, content, said):
+    path = tmp_path / "x.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(LaidError, match=said) as caught:
+        io.read_json(path)
+    assert "\n" not in str(caught.value) and str(path) in str(caught.value)
+    assert isinstance(path, Path)
