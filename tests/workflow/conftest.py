@@ -29,25 +29,33 @@ class Workdir:
         (self.path / "micro.yaml").write_text(MICRO)
         self.root = self.path / "results/micro"
 
-    def snakemake(self, *words, overlay="micro.yaml", ok=True, timeout=300):
-        """Run `snakemake ...` here and return its whole output; checks that it succeeds (or, ok=False, fails)."""
-        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        source = os.pathsep.join([str(TOP / "src"), os.environ.get("PYTHONPATH", "")])
+    def start(self, *words, overlay="micro.yaml", env=None, output=subprocess.PIPE):
+        """Start `snakemake ...` here; its output, errors and all, goes to a pipe or to the file `output`."""
+        env = dict(env or os.environ)
+        env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
+        env["PYTHONPATH"] = os.pathsep.join([str(TOP / "src"), env.get("PYTHONPATH", "")])
         command = ["snakemake", "--snakefile", str(TOP / "Snakefile"), "--cores", "2", *map(str, words)]
-        if overlay:
-            command += ["--configfile", overlay]
-        done = subprocess.run(
+        command += ["--configfile", overlay] if overlay else []
+        handle = open(output, "w") if isinstance(output, Path) else output  # noqa: SIM115 (the process keeps it)
+        return subprocess.Popen(
             command,
             cwd=self.path,
-            env={**os.environ, "PATH": path, "PYTHONPATH": source, "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
+            env={**env, "OMP_NUM_THREADS": "1"},
+            stdout=handle,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=timeout,
-            check=False,
         )
-        assert (done.returncode == 0) is ok, done.stdout[-4000:]
-        return done.stdout
+
+    def snakemake(self, *words, ok=True, timeout=300, **options):
+        """Run `snakemake ...` here and return its whole output; checks that it succeeds (or, ok=False, fails)."""
+        process = self.start(*words, **options)
+        try:
+            output, _ = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
+        assert (process.returncode == 0) is ok, output[-4000:]
+        return output
 
     def planned(self, *words, **options):
         """rule -> number of jobs that a dry run of these words would start."""

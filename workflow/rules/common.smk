@@ -94,5 +94,5 @@ def ask(rule, key):
     """resources: what config.yaml grants a job of `rule`; memory and time grow by half with every further attempt."""
     value = config["resources"][rule][key]
     if key in ("mem_mb", "runtime"):
-        return lambda wildcards, attempt: int(value * (1 + 0.5 * (attempt - 1)))
+        return lambda wildcards, attempt: -(-value * (attempt + 1) // 2)
     return value
