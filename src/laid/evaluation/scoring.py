@@ -9,8 +9,9 @@ import torch
 from laid.errors import LaidError
 
 _YES, _NO = ("yes", "Yes", " yes", " Yes", "YES"), ("no", "No", " no", " No", "NO")
-# Where nltk.word_tokenize, which the official runner uses (vhs_benchmark, utils.py), parts words.
-_APART = re.compile(r"([;@#$%&?!\"()\[\]{}<>“”«»]|,(?!\d)|:(?!\d)|\.\.+|--+)")
+# Where nltk.word_tokenize, which the official runner uses (vhs_benchmark, utils.py), parts words. Marks that it keeps
+# within a word ("/", "_", "|", a full stop inside) keep it whole here too: "yes/no" is neither yes nor no.
+_APART = re.compile(r"([;@#$%&?!*\"()\[\]{}<>`“”„«»‘’\u2012-\u2015]|[,:](?!\d)|\.\.+|--+|'s\b)")
 
 
 def answer_tokens(tokenizer) -> tuple[list[int], list[int]]:
@@ -36,7 +37,7 @@ def probability_yes(logits: torch.Tensor, yes: list[int], no: list[int]) -> torc
 def words(text: str) -> list[str]:
     """Lower-case word tokens, as the official scorer sees them."""
     pieces = _APART.sub(r" \1 ", text.lower()).split()
-    return [word for piece in pieces if (word := piece.rstrip(".").strip("'`"))]
+    return [word for piece in pieces if (word := piece.rstrip(".").strip("'"))]
 
 
 def spoken_answer(text: str) -> str:

@@ -49,7 +49,10 @@ class Processor:
         if max_pixels is not None:
             size["longest_edge"] = max_pixels
         images.size = size
-        return cls(tokenizer, images)
+        try:
+            return cls(tokenizer, images)
+        except LaidError as error:  # transformers makes an empty tokenizer of a folder without one
+            raise LaidError(f"{source}: {error}") from None
 
     def save(self, folder: str | Path) -> None:
         """Write tokenizer and preprocessor files as `load` and transformers read them."""

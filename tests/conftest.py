@@ -1,0 +1,125 @@
+"""What many tests share, made once: a small rendered COCO, its questions, two tiny models, the real data's folder."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import yaml
+
+TRAINED = {"alignment": {"pairs": [[-1, -1]], "init": "fit"}, "lr": 0.01}
+# Everything the tests of models, evaluation and training rely on stands here, so that config.yaml may change.
+MICRO = {
+    "scale": "micro",
+    "haystacks": {
+        "train": {"questions": 24, "min_size": 2, "max_size": 4},
+        "long": {"questions": 8, "min_size": 4, "max_size": 6},
+        "validation": {"questions": 4, "sizes": [2]},
+        "test": {"questions": 10, "sizes": [1, 2, 5]},
+    },
+    "models": {"teacher": "teacher", "students": ["small"]},
+    "family": {
+        "head_dim": 16,
+        "mrope_section": [2, 3, 3],
+        "vision": {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "heads": 2},
+        "pretrain": {"batch": 4, "targets": 3, "threshold": 0.0, "vision": {"steps": 4, "batch": 16}},
+        "members": {
+            "teacher": {
+                "hidden_size": 48, "layers": 3, "heads": 4, "kv_heads": 2, "intermediate_size": 64, "window": 6, "steps": 3,
+            },
+            "small": {
+                "hidden_size": 32, "layers": 2, "heads": 2, "kv_heads": 1, "intermediate_size": 32, "window": 4, "steps": 3,
+            },
+        },
+    },
+    "training": {"epochs": 2, "batch_size": 8, "log_every": 1, "checkpoint_minutes": 0, "lr_weights": 0.01},
+    "teacher_cache": {"layers": [-1], "dtype": "float32"},
+    "evaluation": {"max_new_tokens": 3},
+    "methods": {
+        "yarn": {"factor": 2.0},
+        "self_extend": {"group": 2, "window": 16},
+        "sft": {"lora": {"rank": 2, "alpha": 4, "dropout": 0.1}, "lr": 0.05},
+        "kd": {"lambda_kl": 0.7, "lr": 0.01},
+        "laid": {
+            **TRAINED,
+            "lambda_kl": 0.5,
+            "lambda_laid": 0.3,
+            "distance": {"strength": 4.0},
+            "gaps": {"reach": 60},
+            "gain": {"length_aware": True, "reference": 20, "exponent": 0.2},
+        },
+        "laid_wo_kl": {"extends": "laid", "lambda_kl": 0.0, "lambda_rows": 0.2},
+        "laid_wo_laid": {"extends": "laid", "lambda_laid": 0.0, "gain": {"length_aware": False}},
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def coco_root(tmp_path_factory) -> Path:
+    """160 train and 100 val scenes of 84 x 84 pixels, laid out like COCO."""
+    from laid.data.render import render
+
+    root = tmp_path_factory.mktemp("data") / "coco"
+    render(root, train=160, val=100, seed=3)
+    return root
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real images, official questions and published files; skips where there is none."""
+    folder = os.environ.get("LAID_SHARED")
+    if not folder:
+        pytest.skip(
+            "LAID_SHARED is not set: no real COCO images, official questions and published files at hand"
+        )
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def micro() -> dict:
+    """The validated micro configuration."""
+    from laid import config
+
+    return config.validate(MICRO)
+
+
+@pytest.fixture(scope="session")
+def micro_file(tmp_path_factory) -> Path:
+    """The micro configuration as a file, for the command line."""
+    path = tmp_path_factory.mktemp("config") / "micro.yaml"
+    path.write_text(yaml.safe_dump(MICRO))
+    return path
+
+
+@pytest.fixture(scope="session")
+def haystacks(micro, coco_root, tmp_path_factory) -> Path:
+    """train.json and test/ of the micro configuration."""
+    from laid.data.haystacks import build_haystacks
+
+    out = tmp_path_factory.mktemp("questions") / "haystacks"
+    build_haystacks(micro, coco_root, out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def family(micro, coco_root, tmp_path_factory) -> dict[str, Path]:
+    """Checkpoint folders of a teacher and a student, untrained, with weights large enough that attention is uneven."""
+    import torch
+
+    from laid.data.coco import load_coco
+    from laid.models.family import build_config, build_model, build_processor
+
+    root = tmp_path_factory.mktemp("models")
+    categories = load_coco(coco_root, "train2017").categories
+    processor = build_processor(categories, micro["family"]["image_pixels"])
+    for name, member in micro["family"]["members"].items():
+        model = build_model(build_config(processor, micro["family"], member), seed=len(name))
+        generator = torch.Generator().manual_seed(len(name))
+        with torch.no_grad():
+            for key, parameter in model.named_parameters():
+                if "norm" not in key:
+                    parameter.copy_(0.25 * torch.randn(parameter.shape, generator=generator))
+        model.save_pretrained(root / name)
+        processor.save(root / name)
+    return {name: root / name for name in micro["family"]["members"]}

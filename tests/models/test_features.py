@@ -1,0 +1,88 @@
+import pytest
+import torch
+
+from laid.models.features import ImageFeatures
+from laid.models.loading import load_model
+from laid.models.processing import Processor
+
+
+@pytest.fixture(scope="module")
+def loaded(family):
+    model = load_model(family["small"])
+    # 2 x 2 visual tokens for a scene of 84 x 84 pixels
+    return model, Processor.load(family["small"], min_pixels=56 * 56, max_pixels=56 * 56)
+
+
+@pytest.fixture(scope="module")
+def paths(coco_root):
+    return [f"val2017/{p.name}" for p in sorted((coco_root / "val2017").iterdir())[:9]]
+
+
+def features(loaded, coco_root, **options):
+    model, processor = loaded
+    seen = []
+
+    def file(path):
+        seen.append(path)
+        return coco_root / path
+
+    return ImageFeatures(model, processor, file, **options), seen
+
+
+def test_each_image_goes_through_the_tower_once(loaded, coco_root, paths, monkeypatch):
+    found, _ = features(loaded, coco_root, batch=4)
+    calls = []
+    tower = loaded[0].model.get_image_features
+    monkeypatch.setattr(
+        loaded[0].model, "get_image_features", lambda p, g: calls.append(len(g)) or tower(p, g), raising=True
+    )
+    found.prepare([*paths[:6], *paths[:3]])
+    found.get([paths[0], paths[7], paths[0], paths[8]])
+    found.prepare(paths, "images")
+    assert calls == [4, 2, 2, 1] and found.computed == sum(calls) == len(paths)
+
+
+def test_features_are_the_models_own(loaded, coco_root, paths):
+    """Batched or alone, they are what Qwen2_5_VLModel makes of the pixels."""
+    model, processor = loaded
+    found, _ = features(loaded, coco_root, batch=4)
+    for path, feature in zip(paths, found.get(paths)):
+        pixels, grid = processor.pixels([coco_root / path])
+        with torch.no_grad():
+            own = model.model.get_image_features(pixels, grid).pooler_output[0]
+        assert feature.shape == (4, model.config.text_config.hidden_size)
+        torch.testing.assert_close(feature, own, rtol=1e-4, atol=1e-5)
+        assert not feature.requires_grad
+
+
+@pytest.mark.parametrize("room", [0, 2, 5])
+def test_a_small_memory_changes_nothing_but_the_work(loaded, coco_root, paths, room):
+    all_, _ = features(loaded, coco_root)
+    one = all_.get(paths[:1])[0]
+    size = one.numel() * one.element_size()
+    small, _ = features(loaded, coco_root, batch=2, limit_bytes=room * size)
+    small.prepare(paths)
+    assert small.computed < len(paths)
+    for start in (0, 3, 6, 0, 1):
+        wanted = [*paths[start : start + 3], paths[start]]
+        for a, b in zip(small.get(wanted), all_.get(wanted), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        assert small.bytes == sum(f.numel() * f.element_size() for f in small.kept.values()) <= room * size
+    assert small.computed > len(paths)
+    # Memory is given back only where what is kept is no view of a larger tensor.
+    assert all(f.untyped_storage().nbytes() == size for f in small.kept.values())
+
+
+def test_what_was_used_last_is_kept_longest(loaded, coco_root, paths):
+    all_, _ = features(loaded, coco_root)
+    size = all_.get(paths[:1])[0].numel() * 4
+    found, _ = features(loaded, coco_root, limit_bytes=3 * size)
+    for path in (paths[0], paths[1], paths[2], paths[0], paths[3]):
+        found.get([path])
+    assert list(found.kept) == [paths[2], paths[0], paths[3]]
+
+
+def test_grids_come_from_headers_alone(loaded, coco_root, paths):
+    found, seen = features(loaded, coco_root)
+    assert found.grids(paths[:3] * 2) == [(2, 2)] * 6
+    assert seen == paths[:3] and found.computed == 0

@@ -1,0 +1,135 @@
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForImageTextToText, Qwen2_5_VLForConditionalGeneration
+
+from laid.errors import LaidError
+from laid.models.loading import load_model, parameter_label, parameters, resolve
+
+
+@pytest.fixture
+def folder(family, tmp_path):
+    return shutil.copytree(family["small"], tmp_path / "member")
+
+
+def one_line(folder, match=None):
+    with pytest.raises(LaidError, match=match) as caught:
+        load_model(folder)
+    text = str(caught.value)
+    assert text.startswith(str(folder)) and "\n" not in text and len(text) < 700, text
+
+
+def test_transformers_loads_a_member(family):
+    ours = load_model(family["small"])
+    theirs = AutoModelForImageTextToText.from_pretrained(family["small"])
+    assert isinstance(theirs, Qwen2_5_VLForConditionalGeneration) and not ours.training
+    weights = load_file(family["small"] / "model.safetensors")
+    assert len(weights) == len(list(ours.parameters()))
+    for (name, a), (_, b) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
+        assert torch.equal(a, b) and a.dtype == torch.float32, name
+    assert sum(w.numel() for w in weights.values()) == parameters(ours)
+
+
+def test_a_file_is_missing(folder):
+    (folder / "model.safetensors").unlink()
+    one_line(folder)
+
+
+def test_a_file_is_cut_short(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    one_line(folder, "cannot be loaded")
+
+
+def test_no_pickle_is_read(folder, tmp_path):
+    """A folder with pickled weights only is refused, and the pickle is never opened."""
+
+    class Bomb:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "boom"), "w"))
+
+    (folder / "model.safetensors").unlink()
+    torch.save(Bomb(), folder / "pytorch_model.bin")
+    one_line(folder)
+    assert not (tmp_path / "boom").exists()
+
+
+@pytest.mark.parametrize("lost", ["lm_head.weight", "model.language_model.layers.1.self_attn.q_proj.bias"])
+def test_a_weight_is_missing(folder, lost):
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    name = next(n for n in weights if n.endswith(lost.removeprefix("model.language_model.")))
+    save_file({n: w for n, w in weights.items() if n != name}, file, metadata={"format": "pt"})
+    one_line(folder, "1 weights are missing, first .*" + lost.rpartition(".")[2])
+
+
+def test_a_weight_has_another_shape(folder):
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    weights["lm_head.weight"] = weights["lm_head.weight"][:-1].contiguous()
+    save_file(weights, file, metadata={"format": "pt"})
+    one_line(folder)
+
+
+def test_tied_embeddings_need_no_head_in_the_file(family, tmp_path):
+    """As in the published 3B: the head is the embedding, and the file does not repeat it."""
+    config = AutoConfig.from_pretrained(family["small"])
+    config.tie_word_embeddings = config.text_config.tie_word_embeddings = True
+    model = Qwen2_5_VLForConditionalGeneration(config)
+    model.save_pretrained(tmp_path / "tied")
+    assert "lm_head.weight" not in load_file(tmp_path / "tied/model.safetensors")
+    loaded = load_model(tmp_path / "tied")
+    assert loaded.lm_head.weight is loaded.model.language_model.embed_tokens.weight
+    assert parameters(loaded) == sum(
+        w.numel() for w in load_file(tmp_path / "tied/model.safetensors").values()
+    )
+
+
+def test_broken_or_foreign_configs(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config)[:50])
+    one_line(folder)
+    (folder / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    one_line(folder)
+    (folder / "config.json").write_text(json.dumps({"model_type": "no-such-thing"}))
+    one_line(folder)
+    (folder / "config.json").unlink()
+    one_line(folder, "no config.json in this folder")
+
+
+def test_what_is_no_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "file").touch()
+    with pytest.raises(LaidError, match="is a file, expected a checkpoint folder"):
+        resolve(tmp_path / "file")
+    for absent in (tmp_path / "absent", "results/small/models/typo", "./typo", "typo"):
+        with pytest.raises(LaidError, match="no such checkpoint folder"):
+            resolve(absent)
+    assert resolve("owner/name") == "owner/name"
+
+
+def test_labels():
+    counts = {
+        138_000: "138K",
+        1_640: "1.6K",
+        352_000: "352K",
+        7_600_000_000: "7.6B",
+        33_452_718_336: "33B",
+        12: "12",
+    }
+    assert {n: parameter_label(n) for n in counts} == counts
+
+
+PUBLISHED = {"3B": 3_754_622_976, "7B": 8_292_166_656, "32B": 33_452_718_336}
+
+
+@pytest.mark.parametrize("size", PUBLISHED)
+def test_published_configs(shared, size):
+    """Parameter counts of shared/README.md; 32B's config is written in an older, shorter style."""
+    config = AutoConfig.from_pretrained(shared / f"qwen2_5_vl/Qwen2.5-VL-{size}-Instruct")
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config)
+    assert parameters(model) == PUBLISHED[size]

@@ -1,0 +1,121 @@
+import shutil
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from laid.errors import LaidError
+from laid.models.processing import Processor, image_size, open_image
+
+
+@pytest.fixture(scope="module")
+def processor(family):
+    return Processor.load(family["small"], min_pixels=4 * 784, max_pixels=16 * 784)
+
+
+def save(path, width, height, mode="RGB", seed=0):
+    pixels = np.random.default_rng([seed, 1]).integers(0, 256, (height, width, len(mode)), dtype=np.uint8)
+    Image.fromarray(pixels.squeeze(), mode=mode).save(path)
+    return path
+
+
+@settings(max_examples=20, deadline=None)
+@given(width=st.integers(8, 300), height=st.integers(8, 300))
+def test_the_grid_is_the_one_the_image_processor_makes(processor, tmp_path_factory, width, height):
+    file = save(tmp_path_factory.mktemp("image") / "a.png", width, height)
+    patches, grids = processor.pixels([file])
+    assert image_size(file) == (width, height)
+    merged = (int(grids[0, 1]) // 2, int(grids[0, 2]) // 2)
+    assert processor.grid(width, height) == merged
+    assert grids[0, 0] == 1 and patches.shape == (4 * merged[0] * merged[1], 3 * 2 * 14 * 14)
+
+
+def test_saved_and_loaded_alike(processor, family, tmp_path):
+    processor.save(tmp_path / "p")
+    shutil.copy(family["small"] / "config.json", tmp_path / "p")
+    again = Processor.load(tmp_path / "p")
+    file = save(tmp_path / "a.png", 90, 60)
+    for a, b in zip(processor.pixels([file]), again.pixels([file])):
+        assert a.equal(b)
+    assert again.tokenizer.get_vocab() == processor.tokenizer.get_vocab()
+    assert again.encoder.ends("x")[1].tolist() == processor.encoder.ends("x")[1].tolist()
+
+
+def test_grey_and_transparent_images_become_rgb(tmp_path):
+    assert open_image(save(tmp_path / "g.png", 9, 5, "L")).mode == "RGB"
+    assert open_image(save(tmp_path / "a.png", 9, 5, "RGBA")).size == (9, 5)
+
+
+def test_images_that_cannot_be_used(processor, tmp_path):
+    whole = save(tmp_path / "whole.png", 60, 60).read_bytes()
+    (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "text.png").write_text("not an image")
+    (tmp_path / "empty.png").touch()
+    save(tmp_path / "thin.png", 900, 4)
+    for name, wrong in {
+        "absent": "no such image",
+        "cut": "not a whole image",
+        "text": "not a whole image",
+        "empty": "not a whole image",
+        "thin": "900 x 4 pixels cannot be used",
+    }.items():
+        with pytest.raises(LaidError, match=wrong) as caught:
+            processor.pixels([tmp_path / f"{name}.png"])
+        assert f"{name}.png" in str(caught.value) and "\n" not in str(caught.value)
+    with pytest.raises(LaidError, match="no such image"):
+        image_size(tmp_path / "absent.png")
+    with pytest.raises(LaidError, match="not a whole image"):
+        image_size(tmp_path / "text.png")
+
+
+def test_folders_without_tokenizer_preprocessor_or_template(family, tmp_path):
+    for number, gone in enumerate(("tokenizer", "preprocessor_config", "chat_template", "config")):
+        folder = shutil.copytree(family["small"], tmp_path / str(number))
+        for file in folder.glob(f"{gone}*"):
+            file.unlink()
+        with pytest.raises(LaidError, match=str(folder)) as caught:
+            Processor.load(folder)
+        assert "\n" not in str(caught.value)
+
+
+def test_an_older_chat_template_file_is_read(family, tmp_path):
+    from laid.io import write_json
+
+    folder = shutil.copytree(family["small"], tmp_path / "old")
+    template = (folder / "chat_template.jinja").read_text()
+    (folder / "chat_template.jinja").unlink()
+    write_json(folder / "chat_template.json", {"chat_template": template})
+    assert Processor.load(folder).tokenizer.chat_template == template
+    write_json(folder / "chat_template.json", {"other": template})
+    with pytest.raises(LaidError, match="holds no text under chat_template"):
+        Processor.load(folder)
+
+
+def test_published_files(shared):
+    """Grids against the published preprocessor's own on real photographs; the other two folders hold a config alone."""
+    folder = shared / "qwen2_5_vl"
+    processor = Processor.load(folder / "Qwen2.5-VL-7B-Instruct")
+    files = sorted((shared / "coco_slice/val2017").iterdir())[:12]
+    _, grids = processor.pixels(files)
+    assert [(2 * h, 2 * w) for h, w in (processor.grid(*image_size(f)) for f in files)] == [
+        tuple(g) for g in grids[:, 1:].tolist()
+    ]
+    for size in ("3B", "32B"):
+        with pytest.raises(LaidError, match=f"{size}-Instruct: ") as caught:
+            Processor.load(folder / f"Qwen2.5-VL-{size}-Instruct")
+        assert "\n" not in str(caught.value)
+
+
+def test_published_preprocessing_by_hand(family):
+    """What Qwen2.5-VL's published limits (3,136 and 12,845,056 pixels) make of common photographs."""
+    processor = Processor.load(family["small"], min_pixels=3136, max_pixels=12845056)
+    hand = {
+        (640, 480): (17, 23),
+        (480, 640): (23, 17),
+        (640, 427): (15, 23),
+        (500, 375): (13, 18),
+        (28, 28): (2, 2),
+    }
+    assert {size: processor.grid(*size) for size in hand} == hand
