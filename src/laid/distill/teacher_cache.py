@@ -160,7 +160,7 @@ def _shard_problem(file: Path, shapes: Mapping[str, tuple[int | None, ...]]) -> 
     """
     try:
         with safe_open(file, "pt") as shard:
-            found = {name: tuple(shard.get_slice(name).get_shape()) for name in shard.keys()}
+            found = {name: tuple(shard.get_slice(name).get_shape()) for name in list(shard.keys())}
     except (OSError, SafetensorError) as error:
         return f"cannot be read ({' '.join(str(error).split())})"
     for name in sorted(found.keys() | shapes.keys()):
@@ -238,6 +238,7 @@ class TeacherCache:
         self.index = index
         try:
             self.layers, self.lengths = index["layers"], index["lengths"]
+            self.depth, self.labelled = index["model_layers"], index.get("labelled", True)
             self.heads, self.kv_heads, self.head_dim = (index[k] for k in ("heads", "kv_heads", "head_dim"))
             self.shards = [(s["file"], s["first"], s["questions"], s["sha256"]) for s in index["shards"]]
             made_from = index["provenance"]["data"]["questions"]

@@ -12,37 +12,27 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from laid import provenance
 from laid.config import slice_for
 from laid.data.questions import read_questions
-from laid.distill.alignment import HeadAlignment
-from laid.distill.attention_rows import RowMatching, attention_rows
-from laid.distill.capture import LayerQK, QKCapture
 from laid.distill.checkpoint import Checkpoint
 from laid.distill.gaps import open_gaps
-from laid.distill.kl import forward_kl, generalised_jsd
-from laid.distill.objective import Objective
+from laid.distill.losses import PARTS, Losses, objective_of
 from laid.distill.samples import Sample, batches_of, build_samples
-from laid.distill.schedule import (
-    DistanceSchedule,
-    LambdaSchedule,
-    distance_to_answer,
-    learning_rate_factor,
-    reach,
-)
+from laid.distill.schedule import learning_rate_factor, reach
 from laid.distill.teacher_cache import TeacherCache
 from laid.errors import LaidError
 from laid.io import atomic_path, safe_join, sha256_json, write_json
 from laid.methods import length_gain
-from laid.methods.decoder import geometry, layer_indices, rotate, text_model
-from laid.methods.gain import RopeGain
+from laid.methods.decoder import text_model
 from laid.models.features import ImageFeatures
-from laid.models.forward import Batch, collate, hidden_states, logits_at
+from laid.models.forward import Batch, collate
 from laid.models.loading import load_model
 from laid.models.processing import Processor
 from laid.progress import Progress
+
+LEARNED = {"alignments": "alignment", "rows": "rows", "gain": "gain"}  # module -> prefix in learned.json
 
 
 class Trainer:
@@ -76,8 +66,8 @@ class Trainer:
         self.inputs: dict[str, Any] = {"questions": questions, "student": student}
         torch.manual_seed(seed)
         self._setup_student(student)
-        self._setup_objective()
         self._setup_teacher(cache, questions)
+        self.losses = Losses(self.model, self.method_settings, self.cache)
         self._setup_data(coco_root, questions)
         self._setup_optimizer()
         self.log: list[dict[str, Any]] = []
@@ -90,7 +80,6 @@ class Trainer:
         attention = self.config["evaluation"]["attention"]
         self.model = load_model(student, getattr(torch, s["dtype"]), attention, self.device)
         self.processor = Processor.load(student)
-        self.geometry = geometry(self.model)
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)
         lora = self.method_settings["lora"]
@@ -116,43 +105,18 @@ class Trainer:
             )
         if s["gradient_checkpointing"]:
             text_model(self.model).gradient_checkpointing_enable({"use_reentrant": False})
-        gain = self.method_settings["gain"]
-        self.gain = None
-        if gain is not None:
-            self.gain = RopeGain(
-                self.model,
-                gain["layers"],
-                gain["granularity"],
-                gain["length_aware"],
-                gain["reference"],
-                gain["exponent"],
-            ).to(self.device)
-            self.gain.attach(self.model)
 
-    def _setup_objective(self) -> None:
-        m = self.method_settings
-        anneal = m["alignment"]["anneal"]
-        self.objective = Objective(
-            laid=LambdaSchedule(m["lambda_laid"], anneal),
-            kl=LambdaSchedule(m["lambda_kl"]),
-            sft=LambdaSchedule(m["lambda_sft"]),
-            rows=LambdaSchedule(m["lambda_rows"]),
-        )
-        if not any(self.objective.needs(part) for part in ("laid", "kl", "sft", "rows")):
+    def _setup_teacher(self, cache: str | Path | None, questions: str | Path) -> None:
+        m, self.cache = self.method_settings, None
+        self.objective, self.labelled = objective_of(m), m["questions"] == "train"
+        if not any(self.objective.needs(part) for part in PARTS):
             raise LaidError(f"methods.{self.method}: every lambda is 0, there is nothing to train")
-        self.labelled = m["questions"] == "train"
         if not self.labelled and self.objective.needs("sft"):
             raise LaidError(
                 f"methods.{self.method}: lambda_sft is {m['lambda_sft']:g}, but questions: long are used without their"
                 " labels; set it to 0"
             )
-        self.distance = DistanceSchedule(**m["distance"])
-
-    def _setup_teacher(self, cache: str | Path | None, questions: str | Path) -> None:
-        self.cache: TeacherCache | None = None
-        self.pairs: list[tuple[int, int]] = []
-        self.alignments, self.rows = nn.ModuleDict(), nn.ModuleDict()
-        needs = [part for part in ("laid", "kl", "rows") if self.objective.needs(part)]
+        needs = [part for part in PARTS if part != "sft" and self.objective.needs(part)]
         if not needs:
             return
         if cache is None:
@@ -160,30 +124,13 @@ class Trainer:
                 f"method {self.method} learns from the teacher ({', '.join(needs)}): give --teacher-cache"
             )
         self.cache = TeacherCache(cache, questions)
-        if self.cache.index.get("labelled", True) != self.labelled:
+        if self.cache.labelled != self.labelled:
             made, wanted = ("without", "with") if self.labelled else ("with", "without")
             raise LaidError(
                 f"{self.cache.folder}: was made {made} labels, method {self.method} learns {wanted} them:"
                 f" make the cache {'without' if self.labelled else 'with'} --without-labels"
             )
         self.inputs["teacher_cache"] = Path(cache) / "index.json"
-        if not self.objective.needs("laid") and not self.objective.needs("rows"):
-            return
-        a, g, c = self.method_settings["alignment"], self.geometry, self.cache
-        depth = self.cache.index["model_layers"]
-        for student_layer, teacher_layer in a["pairs"]:
-            pair = (layer_indices(student_layer, g.layers)[0], layer_indices(teacher_layer, depth)[0])
-            self.pairs.append(pair)
-            key = f"{pair[0]}-{pair[1]}"
-            self.alignments[key] = HeadAlignment(
-                g.heads, g.kv_heads, c.heads, c.kv_heads, g.head_dim, c.head_dim, a["key_weights"], a["projection"],
-                "uniform" if a["init"] == "fit" else a["init"],
-            )  # fmt: skip
-            if self.objective.needs("rows"):
-                self.rows[key] = RowMatching(g.heads, c.heads)
-        self.alignments.to(self.device)
-        self.rows.to(self.device)
-        self.to_fit = a["init"] == "fit" and self.objective.needs("laid")
 
     def _setup_data(self, coco_root: str | Path, questions: str | Path) -> None:
         evaluation = self.config["evaluation"]
@@ -217,11 +164,11 @@ class Trainer:
         self.per_epoch, self.steps = per_epoch, max(1, round(epochs * per_epoch))
 
     def _setup_optimizer(self) -> None:
-        s, m = self.settings, self.method_settings
+        s, m, gain = self.settings, self.method_settings, self.losses.gain
         groups = [
             ("lr", [p for p in self.model.parameters() if p.requires_grad], m["lr"] or s["lr"]),
-            ("lr_weights", [*self.alignments.parameters(), *self.rows.parameters()], s["lr_weights"]),
-            ("lr_gain", list(self.gain.parameters()) if self.gain is not None else [], s["lr_gain"]),
+            ("lr_weights", [*self.losses.alignments.parameters(), *self.losses.rows.parameters()], s["lr_weights"]),
+            ("lr_gain", list(gain.parameters()) if gain is not None else [], s["lr_gain"]),
         ]
         groups = [(name, parameters, rate) for name, parameters, rate in groups if parameters]
         self.trained = [p for _, parameters, _ in groups for p in parameters]
@@ -233,19 +180,20 @@ class Trainer:
 
     # ---------------------------------------------------------------- one step
 
-    def _batch(self, indices: list[int], step: int) -> tuple[Batch, Tensor | None]:
-        """Inputs of these samples, with gaps opened as far as `step` allows, and labels (B, 2), if they have any."""
+    def _batch(self, indices: list[int], step: int) -> tuple[Batch, Tensor | None, Tensor]:
+        """Inputs with gaps opened as far as `step` allows, labels (B, 2) if there are any, positions without gaps."""
         samples = [self.samples[k] for k in indices]
         features = [f for s in samples for f in self.features.get(s.paths)]
         inputs = collate([s.prompt for s in samples], features)
-        gaps = self.method_settings["gaps"]
-        if gaps["reach"]:
+        plain = inputs.positions
+        if self.method_settings["gaps"]["reach"]:
+            inputs.positions = plain.clone()
             for row, sample in enumerate(samples):
                 length = len(sample.prompt.ids)
                 rng = np.random.default_rng([self.seed, 3, step, sample.index])
                 inputs.positions[:, row, :length] = self._stretched(sample, step, rng)
         labels = torch.from_numpy(np.stack([s.labels for s in samples])) if self.labelled else None
-        return inputs.to(self.device), labels.to(self.device) if labels is not None else None
+        return inputs.to(self.device), labels.to(self.device) if labels is not None else None, plain
 
     def _stretched(self, sample: Sample, step: int, rng: np.random.Generator) -> Tensor:
         gaps = self.method_settings["gaps"]
@@ -258,73 +206,8 @@ class Trainer:
 
     def _loss_step(self, indices: list[int], step: int) -> dict[str, Tensor]:
         """The parts of eq. 8 for one batch: {"sft": ..., "kl": ..., "laid": ..., "rows": ...}, those with weight."""
-        inputs, labels = self._batch(indices, step)
-        layers = sorted({s for s, _ in self.pairs})
-        if layers:
-            with QKCapture(self.model, layers) as capture:
-                hidden = hidden_states(self.model, inputs)
-                caught = capture.take()
-        else:
-            hidden, caught = hidden_states(self.model, inputs), {}
-        rows = torch.arange(len(indices), device=hidden.device).repeat_interleave(2)
-        columns = torch.stack([inputs.lengths - 2, inputs.lengths - 1], 1).flatten()
-        logits = logits_at(self.model, hidden, rows, columns).view(len(indices), 2, -1)
-        parts: dict[str, Tensor] = {}
-        if self.objective.needs("sft"):
-            parts["sft"] = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
-        if self.objective.needs("kl"):
-            parts["kl"] = self._divergence(logits, self.cache.logits(indices).to(logits.device))
-        if self.pairs:
-            parts |= self._teacher_parts(inputs, caught, indices, step)
-        return parts
-
-    def _divergence(self, student: Tensor, teacher: Tensor) -> Tensor:
-        m = self.method_settings
-        if m["divergence"] == "jsd":
-            return generalised_jsd(student, teacher, m["jsd_beta"], m["temperature"])
-        return forward_kl(student, teacher, m["temperature"])
-
-    def _teacher_parts(
-        self, inputs: Batch, caught: Mapping[int, LayerQK], indices: list[int], step: int
-    ) -> dict[str, Tensor]:
-        """L_LAid (eq. 7), summed over layer pairs, and the matching of attention rows at the answer position."""
-        a, mask, progress = self.method_settings["alignment"], inputs.token_mask, step / self.steps
-        answer = inputs.lengths - 2
-        distance = distance_to_answer(inputs.positions, answer)
-        far = self.method_settings["gaps"]["reach"] or None
-        weights = self.distance.weights(distance, progress, mask, far)
-        parts: dict[str, Tensor] = {}
-        for s, t in self.pairs:
-            own = caught[s]
-            q_t, k_t = (x.to(own.q) for x in self.cache.queries_keys(t, indices, inputs.ids.shape[1]))
-            alignment = self.alignments[f"{s}-{t}"]
-            if self.objective.needs("laid"):
-                if a["rotation"] == "after":
-                    theirs = tuple(rotate(x, own.cos, own.sin) for x in (q_t, k_t))
-                    loss = self._align(alignment, *own.rotated(), *theirs, mask, weights)
-                else:
-                    loss = self._align(alignment, own.q, own.k, q_t, k_t, mask, weights)
-                parts["laid"] = parts.get("laid", 0.0) + loss
-            if self.objective.needs("rows"):
-                at = answer[:, None]
-                student = attention_rows(*own.rotated(), at, mask)
-                with torch.no_grad():
-                    # The teacher's rows are those of its own, unstretched positions.
-                    plain = self._plain_rotation(inputs, indices, own)
-                    teacher = attention_rows(rotate(q_t, *plain), rotate(k_t, *plain), at, mask)
-                loss = self.rows[f"{s}-{t}"](student, teacher, weights)
-                parts["rows"] = parts.get("rows", 0.0) + loss
-        return parts
-
-    def _align(self, alignment: HeadAlignment, q_s, k_s, q_t, k_t, mask, weights) -> Tensor:
-        a = self.method_settings["alignment"]
-        if self.to_fit:
-            alignment.fit_(q_s.detach(), k_s.detach(), q_t, k_t, mask)
-        return alignment(q_s, k_s, q_t, k_t, mask, weights, a["norm"], a["normalize"])
-
-    def _plain_rotation(self, inputs: Batch, indices: list[int], own: LayerQK) -> tuple[Tensor, Tensor]:
-        positions = collate([self.samples[k].prompt for k in indices], []).positions.to(inputs.ids.device)
-        return text_model(self.model).rotary_emb(own.q, positions)
+        inputs, labels, plain = self._batch(indices, step)
+        return self.losses(inputs, labels, indices, step / self.steps, plain)
 
     # ---------------------------------------------------------------- training
 
@@ -376,7 +259,7 @@ class Trainer:
 
     def _step(self, indices: list[int], step: int) -> dict[str, Any]:
         """One optimiser step over `indices`, in pieces of per_device_batch; returns a line for the log."""
-        s = self.settings
+        s, gain = self.settings, self.losses.gain
         progress = step / self.steps
         factor = learning_rate_factor(step, self.steps, s["warmup"], s["schedule"])
         for group, peak in zip(self.optimizer.param_groups, self.peaks):
@@ -390,8 +273,7 @@ class Trainer:
         sums: dict[str, float] = {}
         for piece in pieces:
             parts = self._loss_step(piece, step)
-            self.to_fit = False
-            total = self.objective.total(parts, progress)
+            total = self.losses.total(parts, progress)
             if not bool(torch.isfinite(total)):
                 raise LaidError(
                     f"{self.name} {self.method}: the loss is {float(total)} at step {step + 1} of {self.steps};"
@@ -410,26 +292,25 @@ class Trainer:
             **{k: round(v, 6) for k, v in sums.items()},
             "grad_norm": round(float(norm), 6),
         }
-        line |= {"lr": self.peaks[0] * factor, "distance_emphasis": self.distance.emphasis(progress)}
+        line |= {"lr": self.peaks[0] * factor, "distance_emphasis": self.losses.distance.emphasis(progress)}
         for part in ("laid", "kl", "sft", "rows"):
             if self.objective.needs(part):
                 line[f"lambda_{part}"] = getattr(self.objective, part)(progress)
-        if self.gain is not None:
-            gains = self.gain.gains().detach()
+        if gain is not None:
+            gains = gain.gains().detach()
             line |= {
                 "gain_min": float(gains.min()),
                 "gain_mean": float(gains.mean()),
                 "gain_max": float(gains.max()),
             }
-            if self.gain.length_aware:
-                line["exponent_mean"] = float(self.gain.exponent.detach().mean())
+            if gain.length_aware:
+                line["exponent_mean"] = float(gain.exponent.detach().mean())
         return line
 
     # ---------------------------------------------------------------- saving
 
     def _modules(self) -> dict[str, nn.Module]:
-        found = {"model": self.model, "alignments": self.alignments, "rows": self.rows}
-        return found | ({"gain": self.gain} if self.gain is not None else {})
+        return {"model": self.model, **self.losses.modules()}
 
     def _save_checkpoint(self, checkpoint: Checkpoint, step: int) -> None:
         trained = {id(p) for p in self.trained}
@@ -452,7 +333,7 @@ class Trainer:
                 for key, parameter in module.named_parameters():
                     if f"{name}/{key}" in tensors:
                         parameter.copy_(tensors[f"{name}/{key}"])
-        self.to_fit = False
+        self.losses.to_fit = False
         print(
             f"{self.name} {self.method} seed {self.seed}: goes on after step {step} of {self.steps}",
             flush=True,
@@ -474,13 +355,10 @@ class Trainer:
             ),
         }  # fmt: skip
         weights = {
-            f"{kind}.{pair}.{key}": parameter.detach().cpu().tolist()
-            for kind, modules in (("alignment", self.alignments), ("rows", self.rows))
-            for pair, module in modules.items()
+            f"{LEARNED[name]}.{key}": parameter.detach().cpu().tolist()
+            for name, module in self.losses.modules().items()
             for key, parameter in module.named_parameters()
         }
-        if self.gain is not None:
-            weights |= {f"gain.{key}": p.detach().cpu().tolist() for key, p in self.gain.named_parameters()}
         with atomic_path(self.out) as folder:
             folder.mkdir()
             self._export(folder / "model")
@@ -494,15 +372,15 @@ class Trainer:
 
     def _export(self, folder: Path) -> None:
         """A PEFT adapter where nothing but LoRA was trained, else a plain checkpoint with gain and adapter folded in."""
-        model = self.model
+        model, gain = self.model, self.losses.gain
         if self.method_settings["lora"] is not None:
-            if self.gain is None:
+            if gain is None:
                 model.save_pretrained(str(folder), safe_serialization=True)
                 return
-            self.gain.detach()
+            gain.detach()
             model = model.merge_and_unload()
-        if self.gain is not None:
-            self.gain.detach()
-            length_gain.export_(model, self.gain)
+        if gain is not None:
+            gain.detach()
+            length_gain.export_(model, gain)
         model.save_pretrained(str(folder))
         self.processor.save(folder)

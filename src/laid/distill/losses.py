@@ -1,0 +1,181 @@
+"""The parts of equation 8 for one batch: a forward pass of the student, compared with labels and with a teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from laid.distill.alignment import HeadAlignment
+from laid.distill.attention_rows import RowMatching, attention_rows
+from laid.distill.capture import LayerQK, QKCapture
+from laid.distill.kl import forward_kl, generalised_jsd
+from laid.distill.objective import Objective
+from laid.distill.schedule import DistanceSchedule, LambdaSchedule, distance_to_answer
+from laid.errors import LaidError
+from laid.methods.decoder import geometry, layer_indices, rotate, text_model
+from laid.methods.gain import RopeGain
+from laid.models.forward import Batch, hidden_states, logits_at
+
+PARTS = ("laid", "kl", "sft", "rows")
+
+
+class Teacher(Protocol):
+    """What a teacher gives, from its cache or by a pass of its own (laid.distill.online).
+
+    heads, kv_heads, head_dim: of its attention. depth: its number of layers.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    depth: int
+
+    def logits(self, indices: Sequence[int]) -> Tensor:
+        """(B, 2, vocabulary) logits at the answer and after it."""
+
+    def queries_keys(self, layer: int, indices: Sequence[int], tokens: int) -> tuple[Tensor, Tensor]:
+        """Before rotation: (B, heads, tokens, head_dim) and (B, kv_heads, tokens, head_dim), padded right."""
+
+
+def objective_of(settings: Mapping[str, Any]) -> Objective:
+    """Equation 8's lambdas from a method's settings."""
+    return Objective(
+        laid=LambdaSchedule(settings["lambda_laid"], settings["alignment"]["anneal"]),
+        kl=LambdaSchedule(settings["lambda_kl"]),
+        sft=LambdaSchedule(settings["lambda_sft"]),
+        rows=LambdaSchedule(settings["lambda_rows"]),
+    )
+
+
+class Losses:
+    """A student under one trained method: its gain, what is learned of the teacher's heads, and the losses.
+
+    model: the student, adapters in place; gain hooks are attached to it. settings: the method's section of the
+    configuration. teacher: needed where a teacher's part has weight. Raises LaidError where layers or heads do not fit.
+    """
+
+    def __init__(self, model: nn.Module, settings: Mapping[str, Any], teacher: Teacher | None = None):
+        self.model, self.settings, self.teacher = model, settings, teacher
+        self.objective = objective_of(settings)
+        self.distance = DistanceSchedule(**settings["distance"])
+        self.pairs: list[tuple[int, int]] = []
+        self.alignments, self.rows = nn.ModuleDict(), nn.ModuleDict()
+        self.gain: RopeGain | None = None
+        self.to_fit = False
+        device = next(model.parameters()).device
+        gain = settings["gain"]
+        if gain is not None:
+            self.gain = RopeGain(
+                model, gain["layers"], gain["granularity"], gain["length_aware"], gain["reference"], gain["exponent"]
+            )
+            self.gain.to(device).attach(model)
+        if self.objective.needs("laid") or self.objective.needs("rows"):
+            self._pair_layers()
+            self.alignments.to(device)
+            self.rows.to(device)
+
+    def _pair_layers(self) -> None:
+        a, g, t = self.settings["alignment"], geometry(self.model), self.teacher
+        for student_layer, teacher_layer in a["pairs"]:
+            pair = (layer_indices(student_layer, g.layers)[0], layer_indices(teacher_layer, t.depth)[0])
+            self.pairs.append(pair)
+            key = f"{pair[0]}-{pair[1]}"
+            self.alignments[key] = HeadAlignment(
+                g.heads, g.kv_heads, t.heads, t.kv_heads, g.head_dim, t.head_dim, a["key_weights"], a["projection"],
+                "uniform" if a["init"] == "fit" else a["init"],
+            )  # fmt: skip
+            if self.objective.needs("rows"):
+                self.rows[key] = RowMatching(g.heads, t.heads)
+        self.to_fit = a["init"] == "fit" and self.objective.needs("laid")
+
+    def modules(self) -> dict[str, nn.Module]:
+        """What is learned beside the student: {"alignments", "rows"} and "gain" where there is one."""
+        found: dict[str, nn.Module] = {"alignments": self.alignments, "rows": self.rows}
+        return found | ({"gain": self.gain} if self.gain is not None else {})
+
+    def total(self, parts: Mapping[str, Tensor], progress: float) -> Tensor:
+        """L_total of equation 8."""
+        return self.objective.total(parts, progress)
+
+    def __call__(
+        self,
+        inputs: Batch,
+        labels: Tensor | None,
+        indices: Sequence[int],
+        progress: float,
+        plain: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """The parts that ever have weight, scalars: {"sft", "kl", "laid", "rows"}.
+
+        inputs: B samples whose last two tokens predict the answer and the end of the turn. labels: (B, 2) token ids;
+        None where "sft" has no weight. indices: what the teacher knows the samples by. progress: in [0, 1].
+        plain: (3, B, T) positions before gaps were opened (None: inputs.positions).
+        """
+        layers = sorted({s for s, _ in self.pairs})
+        if layers:
+            with QKCapture(self.model, layers) as capture:
+                hidden = hidden_states(self.model, inputs)
+                caught = capture.take()
+        else:
+            hidden, caught = hidden_states(self.model, inputs), {}
+        rows = torch.arange(len(indices), device=hidden.device).repeat_interleave(2)
+        columns = torch.stack([inputs.lengths - 2, inputs.lengths - 1], 1).flatten()
+        logits = logits_at(self.model, hidden, rows, columns).view(len(indices), 2, -1)
+        parts: dict[str, Tensor] = {}
+        if self.objective.needs("sft"):
+            if labels is None:
+                raise LaidError("lambda_sft has weight, but these samples have no labels")
+            parts["sft"] = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
+        if self.objective.needs("kl"):
+            parts["kl"] = self._divergence(logits, self.teacher.logits(indices).to(logits.device))
+        if self.pairs:
+            parts |= self._teacher_parts(inputs, caught, indices, progress, plain)
+        return parts
+
+    def _divergence(self, student: Tensor, teacher: Tensor) -> Tensor:
+        m = self.settings
+        if m["divergence"] == "jsd":
+            return generalised_jsd(student, teacher, m["jsd_beta"], m["temperature"])
+        return forward_kl(student, teacher, m["temperature"])
+
+    def _teacher_parts(
+        self,
+        inputs: Batch,
+        caught: Mapping[int, LayerQK],
+        indices: Sequence[int],
+        progress: float,
+        plain: Tensor | None,
+    ) -> dict[str, Tensor]:
+        """L_LAid (eq. 7), summed over layer pairs, and the matching of attention rows at the answer position."""
+        a, mask = self.settings["alignment"], inputs.token_mask
+        answer = inputs.lengths - 2
+        far = self.settings["gaps"]["reach"] or None
+        weights = self.distance.weights(distance_to_answer(inputs.positions, answer), progress, mask, far)
+        parts: dict[str, Tensor] = {}
+        for s, t in self.pairs:
+            own, key = caught[s], f"{s}-{t}"
+            q_t, k_t = (x.to(own.q) for x in self.teacher.queries_keys(t, indices, inputs.ids.shape[1]))
+            if self.objective.needs("laid"):
+                if a["rotation"] == "after":
+                    compared = (*own.rotated(), *(rotate(x, own.cos, own.sin) for x in (q_t, k_t)))
+                else:
+                    compared = (own.q, own.k, q_t, k_t)
+                if self.to_fit:
+                    self.alignments[key].fit_(*(x.detach() for x in compared), mask)
+                loss = self.alignments[key](*compared, mask, weights, a["norm"], a["normalize"])
+                parts["laid"] = parts.get("laid", 0.0) + loss
+            if self.objective.needs("rows"):
+                at = answer[:, None]
+                student = attention_rows(*own.rotated(), at, mask)
+                with torch.no_grad():
+                    # The teacher's rows are those of its own positions, without gaps.
+                    positions = inputs.positions if plain is None else plain.to(inputs.ids.device)
+                    turn = text_model(self.model).rotary_emb(own.q, positions)
+                    teacher = attention_rows(rotate(q_t, *turn), rotate(k_t, *turn), at, mask)
+                parts["rows"] = parts.get("rows", 0.0) + self.rows[key](student, teacher, weights)
+        self.to_fit = False
+        return parts
