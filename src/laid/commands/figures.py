@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from laid import config
     from laid.errors import LaidError
-    from laid.results import curves, figures, learned, plotting, tables
+    from laid.results import curves, figures, heads, learned, plotting, tables
     from laid.results.cells import load_cells
     from laid.results.terminal import show
 
@@ -32,6 +32,7 @@ def run(args: argparse.Namespace) -> None:
     runs = args.runs or cells.parent / "runs"
     drawings += curves.build(curves.load_logs(runs))
     drawings += learned.build(learned.load(runs, grid.students))
+    drawings += heads.build(heads.load(cells.parent / "analysis"), grid.teacher, grid.students)
     written = [path for drawing in drawings for path in plotting.save(drawing, out)]
     plotting.write_captions(drawings, out)
     names = ", ".join(path.stem for path in written if path.suffix == ".svg")

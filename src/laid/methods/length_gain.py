@@ -60,7 +60,7 @@ def enable(model: nn.Module, attention: str = "sdpa") -> nn.Module:
     return model
 
 
-def _scaled(module: nn.Module, query: torch.Tensor, keys: int, mask: torch.Tensor | None) -> torch.Tensor:
+def scaled(module: nn.Module, query: torch.Tensor, keys: int, mask: torch.Tensor | None) -> torch.Tensor:
     """query (batch, heads, tokens, head_dim) times (visible keys / reference) ** b of this layer."""
     stored = module.config.laid_length
     exponent = torch.tensor(stored["exponent"][module.layer_idx], device=query.device)
@@ -73,12 +73,12 @@ def _scaled(module: nn.Module, query: torch.Tensor, keys: int, mask: torch.Tenso
 
 
 def _sdpa(module, query, key, value, attention_mask, **kwargs):
-    query = _scaled(module, query, key.shape[2], attention_mask)
+    query = scaled(module, query, key.shape[2], attention_mask)
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
 def _eager(module, query, key, value, attention_mask, **kwargs):
-    query = _scaled(module, query, key.shape[2], attention_mask)
+    query = scaled(module, query, key.shape[2], attention_mask)
     return eager_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
