@@ -70,7 +70,12 @@ class Losses:
         gain = settings["gain"]
         if gain is not None:
             self.gain = RopeGain(
-                model, gain["layers"], gain["granularity"], gain["length_aware"], gain["reference"], gain["exponent"]
+                model,
+                gain["layers"],
+                gain["granularity"],
+                gain["length_aware"],
+                gain["reference"],
+                gain["exponent"],
             )
             self.gain.to(device).attach(model)
         if self.objective.needs("laid") or self.objective.needs("rows"):

@@ -167,7 +167,11 @@ class Trainer:
         s, m, gain = self.settings, self.method_settings, self.losses.gain
         groups = [
             ("lr", [p for p in self.model.parameters() if p.requires_grad], m["lr"] or s["lr"]),
-            ("lr_weights", [*self.losses.alignments.parameters(), *self.losses.rows.parameters()], s["lr_weights"]),
+            (
+                "lr_weights",
+                [*self.losses.alignments.parameters(), *self.losses.rows.parameters()],
+                s["lr_weights"],
+            ),
             ("lr_gain", list(gain.parameters()) if gain is not None else [], s["lr_gain"]),
         ]
         groups = [(name, parameters, rate) for name, parameters, rate in groups if parameters]
