@@ -251,9 +251,13 @@ class Trainer:
                         self.log.append(line)
                         bar.update(0, **{k: v for k, v in line.items() if k.startswith("loss")})
                     bar.update(1)
-                    if step + 1 < self.steps and (checkpoint.due() or self.interrupted):
+                    if self.interrupted or (checkpoint.due() and step + 1 < self.steps):
                         self._save_checkpoint(checkpoint, step + 1)
                     if self.interrupted:
+                        print(
+                            f"{label}: stopped after step {step + 1}; the same command goes on from there",
+                            flush=True,
+                        )
                         raise SystemExit(143)
         finally:
             signal.signal(signal.SIGTERM, before)
@@ -268,9 +272,8 @@ class Trainer:
         factor = learning_rate_factor(step, self.steps, s["warmup"], s["schedule"])
         for group, peak in zip(self.optimizer.param_groups, self.peaks):
             group["lr"] = peak * factor
-        torch.manual_seed(
-            self.seed * 1_000_003 + step
-        )  # dropout follows from the step alone, so that resuming is exact
+        # Dropout follows from the step alone, so that resuming is exact.
+        torch.manual_seed(self.seed * 1_000_003 + step)
         pieces = [
             indices[k : k + s["per_device_batch"]] for k in range(0, len(indices), s["per_device_batch"])
         ]
@@ -375,7 +378,7 @@ class Trainer:
         return record
 
     def _export(self, folder: Path) -> None:
-        """A PEFT adapter where nothing but LoRA was trained, else a plain checkpoint with gain and adapter folded in."""
+        """A PEFT adapter where nothing but LoRA was trained, else a plain checkpoint, gain and adapter folded in."""
         model, gain = self.model, self.losses.gain
         if self.method_settings["lora"] is not None:
             if gain is None:
