@@ -5,6 +5,7 @@ import pytest
 import synthetic
 
 from laid.errors import LaidError
+from laid.io import write_json
 from laid.results import published, render, tables
 from laid.results.cells import write_cell
 from laid.results.stats import mean_relative_gain
@@ -185,6 +186,25 @@ def test_the_verb_prints_and_writes(tmp_path, capsys):
         "params,method,1,50,short_gain_pct,long_gain_pct\n"
         "big,base,100.00,100.00,,\ns,base,100.00,50.00,,\ns,laid,100.00,75.00,0.00,50.00\n"
     )
+    assert "shortcut" not in printed
+    scores = {
+        name: {"accuracy": {"always_yes": 0.5, "target_anywhere": accuracy}}
+        for name, accuracy in (
+            ("train.json", 0.9),
+            ("test/visual_haystack_1.json", 0.61),
+            ("test/visual_haystack_50.json", 0.5),
+        )
+    }
+    write_json(tmp_path / "haystacks" / "shortcuts.json", {"format": "laid-shortcuts/1", "files": scores})
+    before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "tables").iterdir()}
+    assert main(["tables", *arguments, "--out", str(tmp_path / "tables"), "--all"]) == 0
+    printed = capsys.readouterr().out
+    assert (
+        "(%): always yes 50.0; target in any image 50.0 to 61.0." in printed
+        and "Effective windows in tokens" in printed
+    )
+    # Nothing changed, so nothing was written: the workflow has nothing to do afterwards.
+    assert {p.name: p.stat().st_mtime_ns for p in (tmp_path / "tables").iterdir()} == before
     (tmp_path / "cells" / "s" / "laid" / "50.json").unlink()
     assert main(["tables", *arguments, "--out", str(tmp_path / "tables")]) == 2
     assert "s/laid/50.json: no such cell; make it with: snakemake" in capsys.readouterr().err

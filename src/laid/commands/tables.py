@@ -36,11 +36,15 @@ def run(args: argparse.Namespace) -> None:
 def shortcuts_line(path: Path) -> str | None:
     """What answering by shortcut would score on the test questions, or None without `path` beside the cells."""
     from laid.data.shortcuts import SHORTCUTS
+    from laid.errors import LaidError
     from laid.io import read_json
 
     if not path.is_file():
         return None
-    tests = [scores["accuracy"] for name, scores in read_json(path).items() if name.startswith("test/")]
+    content = read_json(path)
+    if not isinstance(content, dict) or content.get("format") != "laid-shortcuts/1":
+        raise LaidError(f"{path}: not the shortcut scores of `laid haystacks`; make the haystacks again")
+    tests = [scores["accuracy"] for name, scores in content["files"].items() if name.startswith("test/")]
     parts = []
     for key, (title, _) in SHORTCUTS.items():
         found = sorted(100 * accuracy[key] for accuracy in tests if key in accuracy)
