@@ -188,11 +188,12 @@ def test_the_verb_prints_and_writes(tmp_path, capsys):
     )
     assert "shortcut" not in printed
     scores = {
-        name: {"accuracy": {"always_yes": 0.5, "target_anywhere": accuracy}}
-        for name, accuracy in (
-            ("train.json", 0.9),
-            ("test/visual_haystack_1.json", 0.61),
-            ("test/visual_haystack_50.json", 0.5),
+        name: {"accuracy": {"always_yes": 0.5, "target_anywhere": accuracy}, "sizes": [1, size]}
+        for name, accuracy, size in (
+            ("train.json", 0.9, 20),
+            ("test/visual_haystack_1.json", 1.0, 1),
+            ("test/visual_haystack_2.json", 0.61, 2),
+            ("test/visual_haystack_50.json", 0.5, 50),
         )
     }
     write_json(tmp_path / "haystacks" / "shortcuts.json", {"format": "laid-shortcuts/1", "files": scores})

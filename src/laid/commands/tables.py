@@ -44,11 +44,16 @@ def shortcuts_line(path: Path) -> str | None:
     content = read_json(path)
     if not isinstance(content, dict) or content.get("format") != "laid-shortcuts/1":
         raise LaidError(f"{path}: not the shortcut scores of `laid haystacks`; make the haystacks again")
-    tests = [scores["accuracy"] for name, scores in content["files"].items() if name.startswith("test/")]
+    # With one image, "target in any image" is no shortcut but the task.
+    tests = [
+        scores["accuracy"]
+        for name, scores in content["files"].items()
+        if name.startswith("test/") and scores["sizes"][1] > 1
+    ]
     parts = []
     for key, (title, _) in SHORTCUTS.items():
         found = sorted(100 * accuracy[key] for accuracy in tests if key in accuracy)
         if found:
             spread = f"{found[0]:.1f}" if found[0] == found[-1] else f"{found[0]:.1f} to {found[-1]:.1f}"
             parts.append(f"{title} {spread}")
-    return f"Answering by shortcut would score (%): {'; '.join(parts)}." if parts else None
+    return f"Answering by shortcut would score, from 2 images on (%): {'; '.join(parts)}." if parts else None
