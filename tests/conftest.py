@@ -26,7 +26,7 @@ MICRO = {
         "pretrain": {"batch": 4, "targets": 3, "threshold": 0.0, "vision": {"steps": 4, "batch": 16}},
         "members": {
             "teacher": {
-                "hidden_size": 48, "layers": 3, "heads": 4, "kv_heads": 2, "intermediate_size": 64, "window": 6, "steps": 3,
+                "hidden_size": 64, "layers": 3, "heads": 4, "kv_heads": 2, "intermediate_size": 64, "window": 6, "steps": 3,
             },
             "small": {
                 "hidden_size": 32, "layers": 2, "heads": 2, "kv_heads": 1, "intermediate_size": 32, "window": 4, "steps": 3,

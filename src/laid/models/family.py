@@ -10,6 +10,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from laid.data.questions import TEMPLATES, with_article
+from laid.errors import LaidError
 from laid.models.processing import Processor
 from laid.models.prompts import OFFICIAL_PROMPT
 from laid.models.tokenizer import build_tokenizer
@@ -38,7 +39,25 @@ def build_processor(categories: Sequence[str], image_pixels: int) -> Processor:
 def build_config(
     processor: Processor, family: Mapping[str, Any], member: Mapping[str, Any]
 ) -> Qwen2_5_VLConfig:
-    """The configuration of one member. `family`, `member`: the sections of config.yaml of those names."""
+    """The configuration of one member. `family`, `member`: the sections of config.yaml of those names.
+
+    Raises LaidError where sizes contradict each other: transformers' Qwen2.5-VL takes hidden_size / heads as head_dim.
+    """
+    hidden, heads, kv_heads, head_dim = (
+        *(member[k] for k in ("hidden_size", "heads", "kv_heads")),
+        family["head_dim"],
+    )
+    if hidden != heads * head_dim:
+        raise LaidError(
+            f"family: hidden_size {hidden} is not {heads} heads x head_dim {head_dim} = {heads * head_dim}; make them agree"
+        )
+    if heads % kv_heads:
+        raise LaidError(f"family: {heads} heads cannot share {kv_heads} kv_heads: give a divisor of {heads}")
+    if 2 * sum(family["mrope_section"]) != head_dim:
+        raise LaidError(
+            f"family: mrope_section {family['mrope_section']} adds up to {sum(family['mrope_section'])},"
+            f" head_dim {head_dim} has {head_dim // 2} frequencies; make them agree"
+        )
     tokenizer, encoder = processor.tokenizer, processor.encoder
     vision = family["vision"]
     images = processor.image_processor
