@@ -388,6 +388,11 @@ class Trainer:
             model = model.merge_and_unload()
         if gain is not None:
             gain.detach()
-            length_gain.export_(model, gain)
+            about = self.method_settings["gain"]
+            if gain.length_aware and about["export"] == "fold":
+                # One length stands for all: by default that of the longest prompt it was trained on.
+                gain.fold_(model, about["fold_tokens"] or max(len(s.prompt.ids) for s in self.samples))
+            else:
+                length_gain.export_(model, gain)
         model.save_pretrained(str(folder))
         self.processor.save(folder)
