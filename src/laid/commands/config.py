@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+
+from laid.commands.shared import config_argument
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--config",
-        type=Path,
-        nargs="+",
-        default=[Path("config.yaml")],
-        metavar="FILE",
-        help="base, then overlays",
-    )
+    config_argument(parser)
     parser.add_argument("--json", action="store_true", help="print JSON instead of YAML")
 
 

@@ -6,16 +6,11 @@ import argparse
 import os
 from pathlib import Path
 
+from laid.commands.shared import config_argument
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--config",
-        type=Path,
-        nargs="+",
-        default=[Path("config.yaml")],
-        metavar="FILE",
-        help="base, then overlays",
-    )
+    config_argument(parser)
     parser.add_argument(
         "--out",
         type=Path,

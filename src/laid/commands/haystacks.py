@@ -5,27 +5,23 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from laid.commands.shared import config_argument
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--config",
-        type=Path,
-        nargs="+",
-        default=[Path("config.yaml")],
-        metavar="FILE",
-        help="base, then overlays",
-    )
+    config_argument(parser)
     parser.add_argument(
         "--coco", type=Path, required=True, help="COCO root: annotations/, train2017/, val2017/"
     )
     target = parser.add_mutually_exclusive_group(required=True)
     target.add_argument("--out", type=Path, help="folder for train.json, validation/, test/, shortcuts.*")
+    target.add_argument("--beyond", type=Path, help="folder for the haystacks of beyond.sizes alone")
     target.add_argument("--long", type=Path, help="file for the long haystacks (haystacks.long) alone")
 
 
 def run(args: argparse.Namespace) -> int:
     from laid import config
-    from laid.data.haystacks import build_haystacks, build_long
+    from laid.data.haystacks import build_beyond, build_haystacks, build_long
     from laid.data.shortcuts import markdown
 
     settings = config.load(args.config)
@@ -33,14 +29,25 @@ def run(args: argparse.Namespace) -> int:
         questions = build_long(settings, args.coco, args.long)
         print(f"{args.long}: {len(questions)} long haystacks, {sum(q.size for q in questions)} images in all")
         return 0
+    if args.beyond is not None:
+        questions = build_beyond(settings, args.coco, args.beyond)
+        if settings["data"]["source"] == "download":
+            _fetch(settings, args.coco, questions)
+        sizes = sorted({question.size for question in questions})
+        print(f"{args.beyond}: {len(questions)} haystacks of {', '.join(map(str, sizes))} images")
+        return 0
     scores = build_haystacks(settings, args.coco, args.out)
-    if settings["data"]["source"] == "download":  # now it is known which images are needed
-        from laid.data.download import CocoDownload
+    if settings["data"]["source"] == "download":
         from laid.data.questions import read_questions
 
-        named = {
-            p for name in scores for q in read_questions(args.out / name) for p in q.needles + q.distractors
-        }
-        CocoDownload(args.coco, **settings["data"]["download"]).images(named)
+        _fetch(settings, args.coco, [q for name in scores for q in read_questions(args.out / name)])
     print(markdown(scores))
     return 0
+
+
+def _fetch(settings: dict, coco: Path, questions: list) -> None:
+    """Download the images of `questions`: only now is it known which are needed."""
+    from laid.data.download import CocoDownload
+
+    named = {path for question in questions for path in question.needles + question.distractors}
+    CocoDownload(coco, **settings["data"]["download"]).images(named)
