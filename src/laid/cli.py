@@ -20,6 +20,9 @@ VERBS = {
     "train": "post-train a student (sft, kd, laid and its ablations)",
     "evaluate": "evaluate a model with a method over haystack sizes into cells",
     "analyse": "look into the attention heads of a student: needles, spectra",
+    "why": "take distance in positions and dilution by more keys apart",
+    "beyond": "draw and tell what lies beyond the paper: why windows shrink, where they end",
+    "distill": "distil a student from a teacher on any question file, without the workflow",
     "tables": "build Tables 1, 2 and 3 from cells and print them",
     "figures": "draw the figures from cells and training logs",
     "report": "write one offline results page: tables, figures, claims, provenance",
@@ -53,6 +56,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         return 141
+    except OSError as error:  # a folder that cannot be written, a full disk
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"laid {args.verb}: error: {where}{error.strerror or error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

@@ -34,6 +34,11 @@ SLICES: dict[str, list[str]] = {
     "train": ["training", "methods.{method}", "-methods.{method}.questions", "evaluation.order_seed"],
     "evaluate": ["evaluation", "-evaluation.shard", "methods.{method}", "-methods.{method}.questions"],
     "analyse": ["analysis.questions", "analysis.spectrum_size", "evaluation.order_seed", "evaluation.dtype", "haystacks.train.max_size", "haystacks.test.sizes"],
+    "beyond_haystacks": [
+        "haystacks.seed", "haystacks.hard_negatives", "haystacks.needles", "haystacks.vocabulary", "haystacks.min_needles",
+        "beyond.sizes", "beyond.questions",
+    ],
+    "why": ["beyond.few", "beyond.questions", "evaluation", "-evaluation.shard", "haystacks.test.sizes"],
     "tables": ["tables", "models", "haystacks.test.sizes"],
 }
 

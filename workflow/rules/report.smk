@@ -10,6 +10,7 @@ localrules:
 rule figures:
     input:
         [f"{ROOT}/cells/{cell}" for cell in CELLS],
+        analysis=ANALYSES,
     output:
         report(
             directory(f"{ROOT}/figures"),
@@ -36,6 +37,8 @@ rule figures:
 rule claims:
     input:
         [f"{ROOT}/cells/{cell}" for cell in CELLS],
+        analysis=ANALYSES,
+        costs=COSTS,
         ledger="claims.yaml",
     output:
         json=f"{ROOT}/claims/claims.json",

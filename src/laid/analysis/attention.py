@@ -212,7 +212,7 @@ def analyse(
         for method, run in runs.items():
             loaded = load_with_method(config, method, model, run, device)
             evaluator = Evaluator(loaded, coco_root, config["evaluation"], f"{student} {method}")
-            if shared is not None and _same_vision(shared.model, loaded.model):
+            if shared is not None and same_vision(shared.model, loaded.model):
                 evaluator.features = shared.features
             shared = shared or evaluator
             analysis = Analysis(evaluator)
@@ -269,7 +269,8 @@ def _spectrum(
     }
 
 
-def _same_vision(one: torch.nn.Module, other: torch.nn.Module) -> bool:
+def same_vision(one: torch.nn.Module, other: torch.nn.Module) -> bool:
+    """Whether two models have the same vision tower, weight for weight, so that one's features serve the other."""
     mine, theirs = one.model.visual.state_dict(), other.model.visual.state_dict()
     return mine.keys() == theirs.keys() and all(torch.equal(mine[k], theirs[k]) for k in mine)
 

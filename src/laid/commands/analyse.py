@@ -10,7 +10,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from laid.commands.shared import config_argument, device_arguments
 
     config_argument(parser)
-    parser.add_argument("--student-name", required=True, help="name of the model in figures (or the teacher's)")
+    parser.add_argument(
+        "--student-name", required=True, help="name of the model in figures (or the teacher's)"
+    )
     parser.add_argument("--model", required=True, help="checkpoint: a folder or a hub id")
     parser.add_argument(
         "--methods", nargs="+", default=["base"], metavar="METHOD", help="methods to analyse it under"

@@ -380,6 +380,26 @@ def build_long(config: Mapping[str, Any], coco_root: str | Path, out: str | Path
     return questions
 
 
+def build_beyond(config: Mapping[str, Any], coco_root: str | Path, out: str | Path) -> list[Question]:
+    """Write visual_haystack_<size>.json below `out` for `config["beyond"]["sizes"]`, from the test images; returns all.
+
+    Raises LaidError as `synthesise` does.
+    """
+    settings, test = config["haystacks"], load_coco(coco_root, "val2017")
+    files = {}
+    for size in config["beyond"]["sizes"]:
+        name, sizes = f"visual_haystack_{size}.json", [size] * config["beyond"]["questions"]
+        seed = [settings["seed"], 4, size]
+        files[name] = synthesise(
+            test.labels, test.categories, sizes, seed=seed, name=f"beyond/{name}", **_common(settings)
+        )
+        if problems := check_haystacks(files[name], test.labels):
+            raise AssertionError(f"{name}: {problems[0]}")
+    for name, questions in files.items():
+        write_questions(Path(out) / name, questions)
+    return [question for questions in files.values() for question in questions]
+
+
 _OURS = re.compile(r"(train|long)\.json|shortcuts\.(json|md)|(validation|test)/visual_haystack_\d+\.json")
 
 

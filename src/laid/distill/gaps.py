@@ -28,13 +28,14 @@ def open_gaps(
     text_start: int | None,
     reach: float,
     rng: np.random.Generator,
+    exact: bool = False,
 ) -> torch.Tensor:
     """New M-RoPE positions (3, tokens) with random gaps in front of images and of the final text.
 
     position_ids: (3, tokens) of one sample without padding. starts: token index where each image block begins
     (its <|vision_start|>), ascending. text_start: token index of the text after the last image block (None: that text
     stays attached to the last image). reach: the largest span (largest position + 1) asked for.
-    rng: a numpy Generator; equal states give equal positions.
+    rng: a numpy Generator; equal states give equal positions. exact: take floor(reach) itself as the span.
 
     The span is drawn uniformly from the present one to floor(reach); what is to be added is shared among the slots,
     every composition equally likely. A sample that already reaches so far is returned unchanged.
@@ -52,7 +53,7 @@ def open_gaps(
     room = int(reach) - span
     if room <= 0 or not slots:
         return position_ids.clone()
-    added = int(rng.integers(0, room + 1))
+    added = room if exact else int(rng.integers(0, room + 1))
     # Stars and bars: every way of sharing `added` among the slots is equally likely.
     places = added + len(slots) - 1
     bars = np.sort(rng.choice(places, size=len(slots) - 1, replace=False))

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
 from laid.errors import LaidError
@@ -68,6 +68,14 @@ def load_model(
     if absent:
         raise LaidError(f"{source}: {len(absent)} weights are missing, first {min(absent)}: get it again")
     return model.to(device).eval()
+
+
+def empty_model(source: str | Path) -> PreTrainedModel:
+    """The model that `source` describes, without its weights (on the meta device): to count or compare shapes."""
+    source = resolve(source)
+    with source_errors(source), torch.device("meta"):
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        return AutoModelForImageTextToText.from_config(config, trust_remote_code=False)
 
 
 def parameters(model: torch.nn.Module) -> int:

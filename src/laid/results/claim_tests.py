@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from laid.io import read_json
 from laid.results import heads, stats
 from laid.results.comparisons import THRESHOLDS, reading_of_32
 from laid.results.exports import shape_report
@@ -349,11 +350,38 @@ def low_frequencies(source: Source, method: str, others: Sequence[str], root: Pa
     return conclude(source, found, remarks)
 
 
+def inference_cost(source: Source, method: str, margin: float, root: Path | None = None) -> Outcome:
+    """FLOPs and time of the exported student over base's, from bench/inference_cost.py; margin in %."""
+    if isinstance(source, PublishedSource) or root is None:
+        return Outcome(NOT_MEASURED, remarks=["the paper prints no figure for it"])
+    found, remarks = [], []
+    for student in source.students:
+        remarks.append(f"{student}: {shape_report(root, student, method)[1]}")
+        path = root / "inference_cost" / f"{student}.json"
+        if not path.is_file():
+            remarks.append(f"{path} is not there: run bench/inference_cost.py")
+            continue
+        record = read_json(path)
+        for size, part in record["sizes"].items():
+            what, flops = f"{student}, {size} images, {method} over base", part["flops"][1] / part["flops"][0]
+            # Equal counts are what the claim says: the bound lies just above 1.
+            found.append(Statement(f"{what}, FLOPs", flops, flops, flops, 1 + 1e-9, "times", below=True))
+            bound = 1 + margin / 100
+            found.append(
+                Statement(f"{what}, {record['clock']}", part["ratio"], *part["interval"], bound, "times", below=True)
+            )
+            milliseconds = " and ".join(f"{1000 * v:.2f}" for v in part["seconds"])
+            remarks.append(f"{student}, {part['tokens']} tokens: {milliseconds} ms, {part['flops'][0]:.4g} FLOPs")
+        if not record["same_vision"]:
+            remarks.append(f"{student}: the vision tower's weights differ from base's")
+    return conclude(source, found, remarks)
+
+
 TESTS: dict[str, Callable[..., Outcome]] = {
     test.__name__: test
     for test in (
         shrinkage, decay, no_help, short_biased, gains, over_kd, ablation_order, window_ratio, kept, not_measured,
-        same_shapes, low_frequencies,
+        same_shapes, low_frequencies, inference_cost,
     )
 }  # fmt: skip
 

@@ -1,0 +1,45 @@
+"""`laid beyond`: figures and words on what lies beyond the paper: why windows shrink, and where they end."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from laid.results import places
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    places.add_arguments(parser, "beyond")
+    parser.add_argument("--why", type=Path, help="folder of `laid why` (default: <out>/why)")
+    parser.add_argument(
+        "--far", type=Path, help="folder of cells beyond the test sizes (default: <out>/cells)"
+    )
+    parser.add_argument("--docs", type=Path, help="write the text to this file as well")
+
+
+def run(args: argparse.Namespace) -> None:
+    from laid import config
+    from laid.errors import LaidError
+    from laid.results import beyond, plotting
+    from laid.results.cells import load_cells
+
+    settings = config.load(args.config)
+    root = places.root_of(settings)
+    out = args.out or root / "beyond"
+    records = beyond.load_why(args.why or out / "why")
+    far_folder, near_folder = args.far or out / "cells", args.cells or root / "cells"
+    far = load_cells(far_folder) if far_folder.is_dir() else {}
+    near = load_cells(near_folder) if near_folder.is_dir() else {}
+    if not records and not far:
+        raise LaidError(
+            f"{out}: neither records of `laid why` nor cells; `snakemake --cores all beyond` makes them"
+        )
+    teacher, students = settings["models"]["teacher"], settings["models"]["students"]
+    drawings = beyond.build(records, near, far, teacher, students)
+    for drawing in drawings:
+        plotting.save(drawing, out / "figures")
+    plotting.write_captions(drawings, out / "figures")
+    text = beyond.report(records, far, teacher, students, settings["tables"]["short_max"])
+    for path in [out / "why.md", *([args.docs] if args.docs else [])]:
+        places.update(path, text)
+    print(text)

@@ -1,0 +1,38 @@
+"""`laid distill`: distil one student from one teacher on any question file, without the workflow."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from laid.commands.shared import config_argument, device_arguments
+
+    config_argument(parser)
+    parser.add_argument("--teacher", required=True, help="checkpoint: a folder or a hub id")
+    parser.add_argument("--student", required=True, help="checkpoint: a folder or a hub id")
+    parser.add_argument("--data", type=Path, required=True, help="training questions, Visual Haystacks JSON")
+    parser.add_argument("--coco", type=Path, required=True, help="root that the questions' image paths start from")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for model/ (with README.md), log.jsonl and distill.json"
+    )
+    parser.add_argument("--method", default="laid", help="a trained method of the configuration (default laid)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of data order, gaps and adapters")
+    parser.add_argument("--eval", type=Path, help="held-out questions, answered before and after for the model card")
+    device_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    from laid import config
+    from laid.commands.shared import deterministic, pick_device
+    from laid.distill.standalone import distill, summary
+
+    settings = config.load(args.config)
+    deterministic(args.threads)
+    record = distill(
+        settings, args.teacher, args.student, args.data, args.coco, args.out, args.method, args.seed, args.eval,
+        pick_device(args.device),
+    )  # fmt: skip
+    print(f"{summary(record)}\n{args.out / 'model'}: the student, with its card in README.md")
+    return 0

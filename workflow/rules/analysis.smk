@@ -1,0 +1,95 @@
+# Looking into the models: attention heads for Figure 4 and the spectra, and what an exported student costs.
+
+
+def chosen(section, student):
+    """The methods that a section of the configuration names, those that the student's tables have."""
+    own = {cell.split("/")[1] for cell in CELLS if cell.split("/")[0] == student}
+    return [method for method in config[section]["methods"] if method in own]
+
+
+def analysed(student):
+    return chosen("analysis", student)
+
+
+def analysed_runs(wildcards):
+    """First seed's runs of the trained methods that are looked into."""
+    return [
+        f"{ROOT}/runs/{wildcards.student}/{method}/seed0"
+        for method in analysed(wildcards.student)
+        if method in TRAINED
+    ]
+
+
+ANALYSES = [f"{ROOT}/analysis/{member}.json" for member in [TEACHER, *STUDENTS]]
+COSTS = [
+    f"{ROOT}/inference_cost/{student}.json"
+    for student in STUDENTS
+    if "laid" in analysed(student)
+]
+
+
+rule analysis:
+    input:
+        model=lambda wildcards: checkpoint_files(wildcards.student),
+        runs=analysed_runs,
+        images=IMAGES,
+        questions=expand(
+            f"{ROOT}/haystacks/test/visual_haystack_{{size}}.json", size=SIZES
+        ),
+    output:
+        f"{ROOT}/analysis/{{student}}.json",
+    log:
+        f"{ROOT}/logs/analysis/{{student}}.log",
+    # No table waits for it.
+    priority: 10
+    conda:
+        "../../envs/laid.yaml"
+    threads: ask("evaluate", "threads")
+    resources:
+        cpus_per_task=ask("evaluate", "threads"),
+        mem_mb=ask("evaluate", "mem_mb"),
+        runtime=ask("evaluate", "runtime"),
+        gpu=ask("evaluate", "gpu"),
+    params:
+        relevant=relevant("analyse"),
+        model=lambda wildcards: checkpoint(wildcards.student),
+        methods=lambda wildcards: analysed(wildcards.student),
+        coco=COCO,
+        questions=lambda wildcards, input: above(input.questions[0]),
+    shell:
+        "laid analyse --config $CONFIG --student-name {wildcards.student} --model {params.model}"
+        " --methods {params.methods} --runs {input.runs} --coco {params.coco} --questions {params.questions}"
+        " --out {output} --threads {resources.cpus_per_task} 2>&1 | tee {log}"
+
+
+rule inference_cost:
+    input:
+        model=lambda wildcards: checkpoint_files(wildcards.student),
+        run=f"{ROOT}/runs/{{student}}/laid/seed0",
+        images=IMAGES,
+        questions=expand(
+            f"{ROOT}/haystacks/test/visual_haystack_{{size}}.json", size=SIZES
+        ),
+    output:
+        f"{ROOT}/inference_cost/{{student}}.json",
+    log:
+        f"{ROOT}/logs/inference_cost/{{student}}.log",
+    priority: 5
+    conda:
+        "../../envs/laid.yaml"
+    threads: ask("evaluate", "threads")
+    resources:
+        cpus_per_task=ask("evaluate", "threads"),
+        mem_mb=ask("evaluate", "mem_mb"),
+        runtime=ask("evaluate", "runtime"),
+        gpu=ask("evaluate", "gpu"),
+    params:
+        model=lambda wildcards: checkpoint(wildcards.student),
+        coco=COCO,
+        bench=f"{workflow.basedir}/bench/inference_cost.py",
+        questions=lambda wildcards, input: above(input.questions[0]),
+        sizes=sorted({SIZES[len(SIZES) // 2], SIZES[-1]}),
+    shell:
+        "python {params.bench} --config $CONFIG --student-name {wildcards.student} --model {params.model}"
+        " --run {input.run} --coco {params.coco} --questions {params.questions} --sizes {params.sizes}"
+        " --out {output} --threads {resources.cpus_per_task} 2>&1 | tee {log}"
