@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo report test lint format clean distclean
+.PHONY: help demo report readme test lint format clean distclean
 
 # Any Python 3.11 or 3.12: `make demo PYTHON=/path/to/python3.12`. Left empty, it is looked for.
 PYTHON ?=
@@ -30,6 +30,10 @@ report: $(VENV)/.demo
 	@snakemake --cores $(CORES)
 	@snakemake --report results/snakemake-report.html
 	@echo "results/snakemake-report.html: the run as Snakemake tells it; results/<scale>/report.html: the results page"
+
+# Tables, claims and the figure of README.md, from results/small.
+readme: $(VENV)/.demo
+	@python tools/readme.py results/small
 
 test: $(VENV)/.dev
 	@OMP_NUM_THREADS=1 python -m pytest $(PYTEST_ARGS)
