@@ -108,7 +108,7 @@ class Job:
     def __init__(self, shape, method, counts, dtype, device, folder, checkpointing):
         import torch
 
-        from laid.config import fill, merge, schema
+        from laid.config import fill, merge
         from laid.distill.losses import Losses
         from laid.methods.decoder import text_model
 
@@ -342,11 +342,14 @@ def _median(found: list[dict]) -> dict:
 
 def table(results: dict[tuple[str, int], dict], args) -> str:
     """The section of RESULTS.md for these results."""
+    about = f"{_hardware(args.device)}; {time.strftime('%Y-%m-%d')}; torch {_version('torch')},"
+    about += (
+        f" transformers {_version('transformers')}; median of {args.rounds} rounds of {args.steps} steps."
+    )
     lines = [
         f"## {args.shape}, {args.device}",
         "",
-        f"{_hardware(args.device)}; {time.strftime('%Y-%m-%d')}; torch {_version('torch')},"
-        f" transformers {_version('transformers')}; median of {args.rounds} rounds of {args.steps} steps.",
+        about,
         "",
         f"    {' '.join(['python', 'bench/distill_step.py', *[w for w in sys.argv[1:] if w != '--write']])}",
         "",

@@ -23,13 +23,13 @@ from safetensors.torch import save_file
 
 from laid import provenance
 from laid.data.questions import read_questions
-from laid.distill.capture import QKCapture
+from laid.distill.online import teacher_outputs
 from laid.distill.samples import Sample, build_samples
 from laid.errors import LaidError
 from laid.io import atomic_path, read_json, safe_join, sha256_file, sha256_json, write_json
 from laid.methods.decoder import geometry, layer_indices
 from laid.models.features import ImageFeatures
-from laid.models.forward import collate, hidden_states, logits_at
+from laid.models.forward import collate
 from laid.models.loading import load_model
 from laid.models.processing import Processor
 from laid.progress import Progress
@@ -196,15 +196,7 @@ def _teacher_pass(
         inputs = collate(
             [samples[k].prompt for k in batch], [f for k in batch for f in features.get(samples[k].paths)]
         ).to(device)
-        if layers:
-            with QKCapture(model, layers) as capture:
-                hidden = hidden_states(model, inputs)
-                caught = capture.take()
-        else:
-            hidden, caught = hidden_states(model, inputs), {}
-        rows = torch.arange(len(batch), device=device).repeat_interleave(2)
-        columns = torch.stack([inputs.lengths - 2, inputs.lengths - 1], 1).flatten()
-        logits = logits_at(model, hidden, rows, columns).view(len(batch), 2, -1)
+        logits, caught = teacher_outputs(model, inputs, layers)
         for row, k in enumerate(batch):
             length = int(inputs.lengths[row])
             per_sample[k]["logits"] = logits[row].float().cpu()
