@@ -42,7 +42,11 @@ def test_low_frequencies_without_an_analysis(tmp_path):
 
 @pytest.mark.parametrize(
     ("flops", "ratio", "verdict"),
-    [([10, 10], (1.01, 0.98, 1.03), SUPPORTED), ([10, 11], (1.0, 0.99, 1.01), NOT), ([10, 10], (1.1, 1.06, 1.2), NOT)],
+    [
+        ([10, 10], (1.01, 0.98, 1.03), SUPPORTED),
+        ([10, 11], (1.0, 0.99, 1.01), NOT),
+        ([10, 10], (1.1, 1.06, 1.2), NOT),
+    ],
 )
 def test_inference_cost(tmp_path, flops, ratio, verdict):
     part = {"tokens": 40, "flops": flops, "seconds": [0.01, 0.01], "ratio": ratio[0], "interval": ratio[1:]}
@@ -56,4 +60,6 @@ def test_inference_cost(tmp_path, flops, ratio, verdict):
 
 def test_inference_cost_without_a_measurement(tmp_path):
     outcome = claim_tests.inference_cost(Models(), "laid", 5, tmp_path)
-    assert outcome.verdict == NOT_MEASURED and any("run bench/inference_cost.py" in r for r in outcome.remarks)
+    assert outcome.verdict == NOT_MEASURED and any(
+        "run bench/inference_cost.py" in r for r in outcome.remarks
+    )

@@ -1,5 +1,7 @@
 """Attention shares against transformers' own attention output, and the record of `laid analyse`."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -35,7 +37,9 @@ def eager(analysis, item):
     try:
         with torch.no_grad():
             output = text(
-                inputs_embeds=embed(analysis.model, inputs), position_ids=inputs.positions, output_attentions=True
+                inputs_embeds=embed(analysis.model, inputs),
+                position_ids=inputs.positions,
+                output_attentions=True,
             )
     finally:
         text.set_attn_implementation(kept)
@@ -63,7 +67,7 @@ def test_blocks_hold_the_delimiters_and_cover_all_images(asked):
             block = item.prompt.ids[attention.block_of(item, image)]
             assert block[0] == encoder.start_id and block[-1] == encoder.end_id
             ends.append(attention.block_of(item, image))
-        assert all(a.stop == b.start for a, b in zip(ends, ends[1:]))
+        assert all(a.stop == b.start for a, b in itertools.pairwise(ends))
 
 
 def test_needle_share_is_the_models_own_attention(asked):
@@ -94,7 +98,9 @@ def test_coefficients_are_those_of_the_projections(asked):
         x = layer.input_layernorm(embed(analysis.model, inputs))[0]
         q = layer.self_attn.q_proj(x)[attention.block_of(item, 4).stop :].view(-1, 2, 16)
         k = layer.self_attn.k_proj(x)[torch.from_numpy(item.prompt.image_mask)]
-    wanted = torch.stack([(pairs(q[:, h])[:, None] * pairs(k)[None].conj()).mean((0, 1)) / 4 for h in range(2)])
+    wanted = torch.stack(
+        [(pairs(q[:, h])[:, None] * pairs(k)[None].conj()).mean((0, 1)) / 4 for h in range(2)]
+    )
     np.testing.assert_allclose(found[0, 0], wanted.numpy(), atol=1e-5)
     assert agreement.shape == (2, 2) and np.nanmax(np.abs(agreement)) <= 1 + 1e-9
     assert np.isfinite(series(found.mean(0), analysis.theta, np.arange(5))).all()
@@ -120,8 +126,18 @@ def test_length_factor_of_an_exported_student_is_seen(asked):
     np.testing.assert_allclose(after[0, 0, 1], before[0, 0, 1], atol=1e-6)
 
 
-def test_verb_writes_a_record_that_is_the_same_twice(family, haystacks, coco_root, micro_file, tmp_path, capsys):
-    words = ["analyse", "--config", str(micro_file), "--student-name", "small", "--model", str(family["small"])]
+def test_verb_writes_a_record_that_is_the_same_twice(
+    family, haystacks, coco_root, micro_file, tmp_path, capsys
+):
+    words = [
+        "analyse",
+        "--config",
+        str(micro_file),
+        "--student-name",
+        "small",
+        "--model",
+        str(family["small"]),
+    ]
     words += ["--coco", str(coco_root), "--questions", str(haystacks / "test"), "--methods", "base", "yarn"]
     texts = []
     for name in ("small.json", "again.json"):
@@ -139,7 +155,15 @@ def test_verb_writes_a_record_that_is_the_same_twice(family, haystacks, coco_roo
 
 
 def test_a_trained_method_needs_its_run(family, haystacks, coco_root, micro_file, tmp_path, capsys):
-    words = ["analyse", "--config", str(micro_file), "--student-name", "small", "--model", str(family["small"])]
+    words = [
+        "analyse",
+        "--config",
+        str(micro_file),
+        "--student-name",
+        "small",
+        "--model",
+        str(family["small"]),
+    ]
     words += ["--coco", str(coco_root), "--questions", str(haystacks / "test"), "--methods", "laid"]
     assert main([*words, "--out", str(tmp_path / "x.json")]) == 2
     assert "method laid is trained: give its run folder" in capsys.readouterr().err

@@ -13,13 +13,17 @@ from laid.models.processing import Processor
 def test_flops_are_those_of_the_matrix_products(family):
     """2 T (products of every linear layer) + 2 T^2 d for scores and for values each, per layer; 26 tokens, no images."""
     model = load_model(family["small"])
-    prompt = Processor.load(family["small"]).encoder.encode("For the image with a dog, is there a cat?", [(1, 1)])
+    prompt = Processor.load(family["small"]).encoder.encode(
+        "For the image with a dog, is there a cat?", [(1, 1)]
+    )
     inputs = collate([prompt], [torch.zeros(1, 32)])
     tokens, hidden, wide, heads, kv, dim, layers = len(prompt.ids), 32, 32, 2, 1, 16, 2
     linear = hidden * (heads + 2 * kv) * dim + heads * dim * hidden + 3 * hidden * wide
     expected = layers * (2 * tokens * linear + 2 * 2 * heads * tokens**2 * dim)
     counted = cost.count_flops(lambda: hidden_states(model, inputs))
-    rotary = 2 * 3 * (dim // 2) * tokens  # the outer product of frequencies and positions, which is a matrix product too
+    rotary = (
+        2 * 3 * (dim // 2) * tokens
+    )  # the outer product of frequencies and positions, which is a matrix product too
     assert counted in (expected, expected + rotary)
 
 
@@ -45,8 +49,20 @@ def test_an_exported_student_does_base_s_products(micro, family, haystacks, coco
     model.config.text_config.laid_length = {"reference": 20.0, "exponent": [[0.1, 0.2], [0.0, 0.1]]}
     model.save_pretrained(tmp_path / "seed0/model")
     found = cost.measure(
-        micro, "small", "laid", family["small"], tmp_path / "seed0", coco_root, haystacks / "test", [5], repeats=3
+        micro,
+        "small",
+        "laid",
+        family["small"],
+        tmp_path / "seed0",
+        coco_root,
+        haystacks / "test",
+        [5],
+        repeats=3,
     )
     part = found["sizes"]["5"]
     assert part["flops"][0] == part["flops"][1] > 0 and found["parameters"][0] == found["parameters"][1]
-    assert found["same_vision"] and part["ratio"] > 0 and part["interval"][0] <= part["ratio"] <= part["interval"][1]
+    assert (
+        found["same_vision"]
+        and part["ratio"] > 0
+        and part["interval"][0] <= part["ratio"] <= part["interval"][1]
+    )

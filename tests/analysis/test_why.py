@@ -1,5 +1,7 @@
 """Positions stretched and packed, by hand and as properties; losses and words from answers whose truth is known."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -26,8 +28,7 @@ def test_packed_by_hand():
     """Six images of one token at the positions of two: 0, 0, 0, 1, 1, 1; three positions a slot."""
     given_ = prompt([(1, 1)] * 6)
     found = why.packed(given_, 2)
-    slots = [[3, 4, 5]] * 3 + [[6, 7, 8]] * 3
-    expected = [0, 1, 2, *sum(slots, []), 9, 10, 11, 12]
+    expected = [0, 1, 2, *[3, 4, 5] * 3, *[6, 7, 8] * 3, 9, 10, 11, 12]
     assert found.positions.tolist() == [expected] * 3
     assert found.span == prompt([(1, 1)] * 2).span
     assert why.packed(given_, 6) is given_ and why.packed(given_, 9) is given_
@@ -46,7 +47,7 @@ def test_images_stay_whole_and_in_order(sizes, slots, more):
     assert wide.span == one.span + more and tight.span <= one.span
     edges = [*one.block_starts.tolist(), why.text_start(one)]
     for changed in (wide, tight):
-        for a, b in [(0, edges[0]), *zip(edges, edges[1:]), (edges[-1], len(one.ids))]:
+        for a, b in [(0, edges[0]), *itertools.pairwise(edges), (edges[-1], len(one.ids))]:
             inside = changed.positions[:, a:b] - changed.positions[:, a : a + 1]
             np.testing.assert_array_equal(inside, one.positions[:, a:b] - one.positions[:, a : a + 1])
         starts = changed.positions[0, edges]
@@ -54,7 +55,7 @@ def test_images_stay_whole_and_in_order(sizes, slots, more):
     at, n = tight.positions[0, edges[:-1]], len(sizes)
     slot = slots * np.arange(n) // n if n > slots else np.arange(n)
     assert len(set(at)) == len(set(slot))
-    for a, b in zip(edges, edges[1:]):
+    for a, b in itertools.pairwise(edges):
         later = at[at > tight.positions[0, a]]
         assert tight.positions[:, a:b].max() < (later.min() if len(later) else tight.positions[0, edges[-1]])
 
@@ -65,7 +66,11 @@ def record(few, rates, n=200):
     for method, conditions in rates.items():
         methods[method] = {
             condition: {
-                str(size): {"right": [int(k < rate * n) for k in range(n)], "images": size, "span": 3.0 * size}
+                str(size): {
+                    "right": [int(k < rate * n) for k in range(n)],
+                    "images": size,
+                    "span": 3.0 * size,
+                }
                 for size, rate in by_size.items()
             }
             for condition, by_size in conditions.items()
@@ -90,7 +95,10 @@ def test_losses_by_hand():
 def test_words_follow_from_the_numbers():
     text = beyond.report({"s": record(5, RATES)}, {}, "t", ["s"], 20)
     assert "s: in base distance costs more, 35.0 [" in text
-    assert "LAid: takes back 45.0 [" in text and "of 45.0 points lost to distance; no clear change in dilution (0.0 [" in text
+    assert (
+        "LAid: takes back 45.0 [" in text
+        and "of 45.0 points lost to distance; no clear change in dilution (0.0 [" in text
+    )
     other = {"base": {**RATES["base"], "stretched": RATES["base"]["packed"]}, "laid": RATES["base"]}
     text = beyond.report({"s": record(5, other)}, {}, "t", ["s"], 20)
     assert "neither cause costs clearly more" in text and "adds 35.0 [" in text
@@ -114,7 +122,19 @@ def test_verbs_from_models_to_words(family, haystacks, coco_root, micro_file, tm
     assert base["stretched"]["5"]["span"] == pytest.approx(base["ordinary"]["5"]["span"], abs=1)
     assert base["packed"]["5"]["span"] == pytest.approx(base["ordinary"]["2"]["span"], abs=1)
     assert base["ordinary"]["2"] == base["packed"]["2"]
-    cells = ["evaluate", *files, *model, *data, "--method", "base", "--questions", str(far), "--sizes", "8", "12"]
+    cells = [
+        "evaluate",
+        *files,
+        *model,
+        *data,
+        "--method",
+        "base",
+        "--questions",
+        str(far),
+        "--sizes",
+        "8",
+        "12",
+    ]
     assert main([*cells, "--student-name", "small", "--out", str(out / "cells/small/base")]) == 0
     capsys.readouterr()
     assert main(["beyond", *files, "--out", str(out), "--cells", str(tmp_path / "none")]) == 0

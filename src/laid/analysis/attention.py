@@ -39,9 +39,7 @@ class LayerVisitor(QKCapture):
     The queries carry the length factor of an exported length-aware student (laid.methods.length_gain).
     """
 
-    def __init__(
-        self, model: torch.nn.Module, layers: Iterable[int], visit: Callable[[int, LayerQK], None]
-    ):
+    def __init__(self, model: torch.nn.Module, layers: Iterable[int], visit: Callable[[int, LayerQK], None]):
         super().__init__(model, layers)
         self.visit = visit
 
@@ -72,7 +70,9 @@ def rows_of(asked: Asked, tokenizer) -> list[int]:
         words = tokenizer(f" {name}", add_special_tokens=False)["input_ids"]
         places = [at for at in range(start, len(ids)) if ids[at : at + len(words)] == words]
         if not places:
-            raise LaidError(f"question {asked.question.id}: the tokens of {name!r} are not found in its prompt")
+            raise LaidError(
+                f"question {asked.question.id}: the tokens of {name!r} are not found in its prompt"
+            )
         found.append(places[-1 if last else 0] + len(words) - 1)
     return [*found, len(ids) - 1]
 
@@ -102,35 +102,39 @@ class Analysis:
         needles' visual tokens over that at all visual tokens.
         """
         g = self.geometry
-        share, images = (np.zeros((g.layers, g.heads, len(ROWS))) for _ in range(2))
-        norm, uniform = np.zeros((g.layers, g.kv_heads)), np.zeros(len(ROWS))
+        totals = {
+            "share": np.zeros((g.layers, g.heads, len(ROWS))),
+            "images": np.zeros((g.layers, g.heads, len(ROWS))),
+            "uniform": np.zeros(len(ROWS)),
+            "key_norm": np.zeros((g.layers, g.kv_heads)),
+        }
         for batch in self.evaluator._batches(asked):
-            items = [asked[k] for k in batch]
-            inputs = self._inputs(items)
-            rows = torch.tensor([rows_of(item, self.tokenizer) for item in items], device=inputs.ids.device)
-            needle, image = torch.zeros(2, *inputs.ids.shape, device=inputs.ids.device)
-            for at, item in enumerate(items):
-                for which in item.needles:
-                    needle[at, block_of(item, which)] = 1
-                first = int(item.prompt.block_starts[0])
-                image[at, first : block_of(item, len(item.paths) - 1).stop] = 1
-            pixels = inputs.image_mask.float()
+            self._add_needles([asked[k] for k in batch], totals)
+        return {key: total / len(asked) for key, total in totals.items()}
 
-            def visit(layer: int, qk: LayerQK) -> None:
-                q, k = qk.rotated()
-                attention = attention_rows(q, k, rows).exp()  # (batch, heads, rows, tokens)
-                for total, mask in ((share, needle), (images, image)):
-                    total[layer] += torch.einsum("bhrn,bn->hr", attention, mask).double().cpu().numpy()
-                length = qk.k.float().norm(dim=-1)  # (batch, kv_heads, tokens)
-                means = [(length * m[:, None]).sum(-1) / m.sum(-1)[:, None] for m in (pixels * needle, pixels)]
-                norm[layer] += (means[0] / means[1]).sum(0).double().cpu().numpy()
+    def _add_needles(self, items: Sequence[Asked], totals: dict[str, np.ndarray]) -> None:
+        inputs = self._inputs(items)
+        rows = torch.tensor([rows_of(item, self.tokenizer) for item in items], device=inputs.ids.device)
+        needle, image = torch.zeros(2, *inputs.ids.shape, device=inputs.ids.device)
+        for at, item in enumerate(items):
+            for which in item.needles:
+                needle[at, block_of(item, which)] = 1
+            first = int(item.prompt.block_starts[0])
+            image[at, first : block_of(item, len(item.paths) - 1).stop] = 1
+        pixels = inputs.image_mask.float()
 
-            with LayerVisitor(self.model, range(g.layers), visit):
-                hidden_states(self.model, inputs)
-            visible = rows.double() + 1
-            uniform += (needle.sum(-1, keepdim=True).double() / visible).sum(0).cpu().numpy()
-        n = len(asked)
-        return {"share": share / n, "images": images / n, "uniform": uniform / n, "key_norm": norm / n}
+        def visit(layer: int, qk: LayerQK) -> None:
+            attention = attention_rows(*qk.rotated(), rows).exp()  # (batch, heads, rows, tokens)
+            for key, mask in (("share", needle), ("images", image)):
+                totals[key][layer] += torch.einsum("bhrn,bn->hr", attention, mask).double().cpu().numpy()
+            length = qk.k.float().norm(dim=-1)  # (batch, kv_heads, tokens)
+            means = [(length * m[:, None]).sum(-1) / m.sum(-1)[:, None] for m in (pixels * needle, pixels)]
+            totals["key_norm"][layer] += (means[0] / means[1]).sum(0).double().cpu().numpy()
+
+        with LayerVisitor(self.model, range(self.geometry.layers), visit):
+            hidden_states(self.model, inputs)
+        visible = rows.double() + 1
+        totals["uniform"] += (needle.sum(-1, keepdim=True).double() / visible).sum(0).cpu().numpy()
 
     @torch.inference_mode()
     def coefficients(self, asked: Sequence[Asked]) -> tuple[np.ndarray, np.ndarray]:
@@ -144,28 +148,27 @@ class Analysis:
         found = np.zeros((len(asked), g.layers, g.heads, g.head_dim // 2), dtype=complex)
         sums, counts = np.zeros((g.layers, g.heads, bins)), np.zeros(bins)
         for number, item in enumerate(asked):
-            inputs = self._inputs([item])
-            mask = inputs.image_mask[0]
-            start = block_of(item, len(item.paths) - 1).stop
-            at_k, at_q = inputs.positions[0, 0, mask], inputs.positions[0, 0, start:]
-
-            def visit(layer: int, qk: LayerQK) -> None:
-                found[number, layer] = (
-                    spectrum.coefficients(qk.q[0, :, start:], qk.k[0][:, mask]).cpu().numpy()
-                )
-                q, k = qk.rotated()
-                here = spectrum.measured(
-                    q[0, :, start:].cpu(), k[0][:, mask].cpu(), at_q.cpu(), at_k.cpu(), bins
-                )
-                sums[layer] += here[0]
-                if layer == 0:
-                    counts[:] += here[1]
-
-            with LayerVisitor(self.model, range(g.layers), visit):
-                hidden_states(self.model, inputs)
+            self._add_coefficients(item, found[number], sums, counts)
         curves = spectrum.series(found.mean(0), self.theta, np.arange(bins))
         agreement = [spectrum.agreement(curves[layer], sums[layer], counts) for layer in range(g.layers)]
         return found, np.array(agreement)
+
+    def _add_coefficients(self, item: Asked, found: np.ndarray, sums: np.ndarray, counts: np.ndarray) -> None:
+        inputs = self._inputs([item])
+        mask = inputs.image_mask[0]
+        start = block_of(item, len(item.paths) - 1).stop
+        at_k, at_q = inputs.positions[0, 0, mask].cpu(), inputs.positions[0, 0, start:].cpu()
+
+        def visit(layer: int, qk: LayerQK) -> None:
+            found[layer] = spectrum.coefficients(qk.q[0, :, start:], qk.k[0][:, mask]).cpu().numpy()
+            q, k = qk.rotated()
+            here = spectrum.measured(q[0, :, start:].cpu(), k[0][:, mask].cpu(), at_q, at_k, len(counts))
+            sums[layer] += here[0]
+            if layer == 0:
+                np.add(counts, here[1], out=counts)
+
+        with LayerVisitor(self.model, range(self.geometry.layers), visit):
+            hidden_states(self.model, inputs)
 
     def _inputs(self, items: Sequence[Asked]):
         features = [f for item in items for f in self.evaluator.features.get(item.paths)]
@@ -277,5 +280,3 @@ def same_vision(one: torch.nn.Module, other: torch.nn.Module) -> bool:
 
 def _rounded(values: np.ndarray) -> Any:
     return np.vectorize(lambda v: float(f"{v:.6g}"), otypes=[float])(values).tolist()
-
-

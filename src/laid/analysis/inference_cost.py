@@ -19,7 +19,7 @@ from laid.models.forward import collate, generate
 from laid.models.loading import parameters
 
 FORMAT = "laid-inference-cost/1"
-NEW_TOKENS = 4
+NEW_TOKENS, NO_TOKEN = 4, -1  # nothing stops an answer early
 # torch counts attention on CUDA only; the CPU kernel does the same products.
 COUNTED = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop}
 
@@ -86,7 +86,7 @@ def measure(
             evaluator = Evaluator(one, coco_root, config["evaluation"])
             (asked,) = evaluator.ask([question])
             inputs = collate([asked.prompt], evaluator.features.get(asked.paths)).to(device)
-            works.append(lambda one=one, inputs=inputs: generate(one.model, inputs, NEW_TOKENS, []))
+            works.append(lambda one=one, inputs=inputs: generate(one.model, inputs, NEW_TOKENS, [NO_TOKEN]))
         seconds = time_in_turns(works, repeats, device)
         ratio, low, high = ratio_interval(seconds)
         by_size[str(size)] = {
@@ -109,7 +109,11 @@ def measure(
         and all(torch.equal(states[0][k], states[1][k]) for k in states[0]),
         "sizes": by_size,
         "provenance": provenance.collect(
-            "evaluate", config, {"model": source_of(model), "run": Path(run) / "model"}, student=student, method=method
+            "evaluate",
+            config,
+            {"model": source_of(model), "run": Path(run) / "model"},
+            student=student,
+            method=method,
         ),
     }
 

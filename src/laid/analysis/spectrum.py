@@ -13,15 +13,19 @@ longer than any prompt are told apart, which no transform of a measured curve co
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:  # figures and claims use the numpy half of this module and start without torch
+    import torch
 
 
 def pairs(x: torch.Tensor) -> torch.Tensor:
     """(..., head_dim) -> (..., head_dim / 2) complex: dims f and f + head_dim / 2 form pair f, as `rotate_half` has it."""
-    a, b = x.float().chunk(2, dim=-1)
-    return torch.complex(a, b)
+    import torch
+
+    return torch.complex(*x.float().chunk(2, dim=-1))
 
 
 def coefficients(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
@@ -54,6 +58,8 @@ def measured(
     q: (heads, rows, head_dim), k: (kv_heads, keys, head_dim), both rotated; at_q (rows,), at_k (keys,): positions.
     Differences outside 0 to bins - 1 are left out. One (rows x keys) block per head is held at a time.
     """
+    import torch
+
     delta = at_q[:, None] - at_k[None, :]
     inside = ((delta >= 0) & (delta < bins)).flatten()
     place = delta.flatten()[inside]

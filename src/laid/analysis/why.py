@@ -110,7 +110,9 @@ def measure(
             for size in sizes:
                 # Gaps follow from the question and the span alone: the same for every model.
                 wide = [
-                    replace(a, prompt=stretched(a.prompt, spans[size], np.random.default_rng([0, size, number])))
+                    replace(
+                        a, prompt=stretched(a.prompt, spans[size], np.random.default_rng([0, size, number]))
+                    )
                     for number, a in enumerate(asked[few])
                 ]
                 tight = [replace(a, prompt=packed(a.prompt, few)) for a in asked[size]]
@@ -138,4 +140,3 @@ def _answers(evaluator: Evaluator, prompts: Sequence[Asked]) -> dict[str, Any]:
         "images": len(prompts[0].paths),
         "span": round(float(np.mean([p.prompt.span for p in prompts])), 3),
     }
-

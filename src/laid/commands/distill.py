@@ -13,13 +13,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--teacher", required=True, help="checkpoint: a folder or a hub id")
     parser.add_argument("--student", required=True, help="checkpoint: a folder or a hub id")
     parser.add_argument("--data", type=Path, required=True, help="training questions, Visual Haystacks JSON")
-    parser.add_argument("--coco", type=Path, required=True, help="root that the questions' image paths start from")
     parser.add_argument(
-        "--out", type=Path, required=True, help="folder for model/ (with README.md), log.jsonl and distill.json"
+        "--coco", type=Path, required=True, help="root that the questions' image paths start from"
     )
-    parser.add_argument("--method", default="laid", help="a trained method of the configuration (default laid)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        help="folder for model/ (with README.md), log.jsonl and distill.json",
+    )
+    parser.add_argument(
+        "--method", default="laid", help="a trained method of the configuration (default laid)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of data order, gaps and adapters")
-    parser.add_argument("--eval", type=Path, help="held-out questions, answered before and after for the model card")
+    parser.add_argument(
+        "--eval", type=Path, help="held-out questions, answered before and after for the model card"
+    )
     device_arguments(parser)
 
 

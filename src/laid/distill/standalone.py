@@ -20,6 +20,12 @@ from laid.methods.registry import UNTRAINED, load_with_method
 from laid.models.loading import empty_model, parameter_label, parameters
 from laid.results.stats import wilson
 
+LICENCE = (
+    "The weights are derived from the student named above, whose licence applies to them; the teacher's licence may restrict"
+    " what its outputs are used for, and the images' licences what models trained on them are used for. Check all three"
+    " before passing this model on."
+)
+
 
 def distill(
     config: Mapping[str, Any],
@@ -36,18 +42,32 @@ def distill(
     """Teacher's pass, training, export to out/model with its card; returns the record written to out/distill.json.
 
     data, held_out: question files in Visual Haystacks form, of any sizes; held_out is answered before and after.
-    The teacher's cache lies beside `out` while it is needed; a killed run goes on from it and from its checkpoint.
-    Raises LaidError for a method without training, a broken file, or models that do not fit.
+    An earlier result in `out` is replaced. The teacher's cache lies beside `out` while it is needed; a killed run goes on from it and from its checkpoint.
+    Raises LaidError for a method without training, a broken file, an `out` that holds anything else, or models that do
+    not fit.
     """
     out = Path(out)
     if method in UNTRAINED or method not in config["methods"]:
         trained = [m for m in config["methods"] if m not in UNTRAINED]
         raise LaidError(f"--method {method}: not a trained method; trained methods: {', '.join(trained)}")
+    if (
+        out.exists()
+        and not (out / "distill.json").is_file()
+        and not (out.is_dir() and not any(out.iterdir()))
+    ):
+        raise LaidError(
+            f"{out}: exists and is no earlier result of `laid distill`: choose another folder for --out"
+        )
     settings = config["methods"][method]
     questions = read_questions(data)
     asked = read_questions(held_out) if held_out else []
     name = Path(student).name if Path(student).is_dir() else str(student).rsplit("/", 1)[-1]
-    record: dict[str, Any] = {"name": name, "method": method, "seed": seed, "overlap": _overlap(questions, asked)}
+    record: dict[str, Any] = {
+        "name": name,
+        "method": method,
+        "seed": seed,
+        "overlap": _overlap(questions, asked),
+    }
     record["parameters"] = {
         role: parameters(empty_model(source)) for role, source in (("teacher", teacher), ("student", student))
     }
@@ -80,7 +100,9 @@ def distill(
         "code": provenance.code(),
     }
     sources = {"teacher": str(teacher), "student": str(student), "data": Path(data).name}
-    write_text(out / "model" / "README.md", card(record, sources, (out / "model/adapter_config.json").is_file()))
+    write_text(
+        out / "model" / "README.md", card(record, sources, (out / "model/adapter_config.json").is_file())
+    )
     write_json(out / "distill.json", record)
     if cache is not None:
         shutil.rmtree(cache)
@@ -93,7 +115,12 @@ def _cache(config, settings, teacher, coco_root, data, out: Path, device: str) -
     layers = sorted({teacher_layer for _, teacher_layer in settings["alignment"]["pairs"]}) if aligned else []
     config = merge(dict(config), {"teacher_cache": {"layers": layers}})
     key = sha256_json(
-        [provenance.fingerprint(source_of(teacher)), sha256_file(data), layers, config["teacher_cache"]["dtype"]]
+        [
+            provenance.fingerprint(source_of(teacher)),
+            sha256_file(data),
+            layers,
+            config["teacher_cache"]["dtype"],
+        ]
     )
     folder = out.parent / f".{out.name}.teacher-{key[:12]}"
     if not (folder / "index.json").is_file():
@@ -101,7 +128,9 @@ def _cache(config, settings, teacher, coco_root, data, out: Path, device: str) -
     return folder
 
 
-def _answers(config, method, model, run, coco_root, asked: Sequence[Question], device: str) -> dict[str, list[int]]:
+def _answers(
+    config, method, model, run, coco_root, asked: Sequence[Question], device: str
+) -> dict[str, list[int]]:
     """size -> [right, questions]."""
     evaluator = Evaluator(
         load_with_method(config, method, model, run, device), coco_root, config["evaluation"], str(model)
@@ -133,6 +162,10 @@ def card(record: Mapping[str, Any], sources: Mapping[str, str], adapter: bool) -
     counts = {role: parameter_label(n) for role, n in record["parameters"].items()}
     low, high = record["sizes"]
     hashes = record["hashes"]
+    what = (
+        f"A vision-language model ({counts['student']} parameters) trained by `laid distill` {__version__} with the method"
+        f" `{record['method']}` (long-window anchoring distillation, Zhou et al., AAAI 2026) from a teacher of {counts['teacher']}."
+    )
     lines = [
         "---",
         "library_name: transformers",
@@ -142,8 +175,7 @@ def card(record: Mapping[str, Any], sources: Mapping[str, str], adapter: bool) -
         "",
         f"# {record['name']}, {record['method']}",
         "",
-        f"A vision-language model ({counts['student']} parameters) trained by `laid distill` {__version__} with the method"
-        f" `{record['method']}` (long-window anchoring distillation, Zhou et al., AAAI 2026) from a teacher of {counts['teacher']}.",
+        what,
         "",
         "| | From | SHA-256 |",
         "|---|---|---|",
@@ -168,9 +200,7 @@ def card(record: Mapping[str, Any], sources: Mapping[str, str], adapter: bool) -
         "",
         "## Licence",
         "",
-        "The weights are derived from the student named above, whose licence applies to them; the teacher's licence may restrict"
-        " what its outputs are used for, and the images' licences what models trained on them are used for. Check all three"
-        " before passing this model on.",
+        LICENCE,
         "",
     ]
     return "\n".join(lines)
@@ -212,7 +242,9 @@ def _accuracy(record: Mapping[str, Any]) -> list[str]:
         lines.append(f"| {size} | {asked} | {' | '.join(entries)} |")
     lines += ["", f"SHA-256 of the held-out file: `{record['hashes']['held_out']}`."]
     if record["overlap"]:
-        lines.append(f"{record['overlap']} of its images also occur in the training questions: read the figures with care.")
+        lines.append(
+            f"{record['overlap']} of its images also occur in the training questions: read the figures with care."
+        )
     return [*lines, ""]
 
 
@@ -236,4 +268,3 @@ def summary(record: Mapping[str, Any]) -> str:
         right, n = (sum(v) for v in zip(*record["accuracy"][key].values(), strict=True))
         totals[key] = 100 * right / n
     return f"{done}; held-out accuracy {totals['before']:.1f} % before, {totals['after']:.1f} % after"
-

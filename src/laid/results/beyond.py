@@ -42,13 +42,18 @@ def right(record: Mapping[str, Any], method: str, condition: str, size: int) -> 
     return np.array(record["methods"][method][condition][str(size)]["right"], dtype=float)
 
 
-def losses(record: Mapping[str, Any], method: str, condition: str, long: Sequence[int]) -> tuple[float, np.ndarray]:
+def losses(
+    record: Mapping[str, Any], method: str, condition: str, long: Sequence[int]
+) -> tuple[float, np.ndarray]:
     """(points lost, bootstrap draws of it): accuracy at few images minus the mean over the `long` sizes.
 
     Questions are drawn per file, the same for every method and condition with the same file, so that draws are paired.
     """
     few = record["few"]
-    here = [right(record, method, "ordinary", few), *(right(record, method, condition, size) for size in long)]
+    here = [
+        right(record, method, "ordinary", few),
+        *(right(record, method, condition, size) for size in long),
+    ]
     files = [few, *([few] * len(long) if condition == "stretched" else long)]
     drawn = []
     for size, answers in zip(files, here, strict=True):
@@ -124,7 +129,9 @@ def _curve(axes, record, name, method, condition, label, look: Look, own: bool) 
 
 def figure_ends(near: Cells, far: Cells, teacher: str, students: Sequence[str]) -> Drawing:
     """Accuracy from the test sizes on to the sizes beyond them; what lies beyond is shaded."""
-    methods = {name: sorted({m for s, m, _ in far if s == name}, key=list(METHOD_NAMES).index) for name in students}
+    methods = {
+        name: sorted({m for s, m, _ in far if s == name}, key=list(METHOD_NAMES).index) for name in students
+    }
     shown = [name for name in students if methods[name]]
     figure = new_figure(PAGE, 2.7)
     panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
@@ -138,8 +145,12 @@ def figure_ends(near: Cells, far: Cells, teacher: str, students: Sequence[str]) 
                 continue
             sizes, values = [c["size"] for c in cells], [100 * c["accuracy"] for c in cells]
             axes.plot(sizes, values, color=look.color, marker=look.marker, linestyle=look.dash, label=label)
-            errors = np.array([[c["accuracy"] - c["interval"][0], c["interval"][1] - c["accuracy"]] for c in cells])
-            axes.errorbar(sizes, values, 100 * errors.clip(0).T, color=look.color, linestyle="", elinewidth=0.6)
+            errors = np.array(
+                [[c["accuracy"] - c["interval"][0], c["interval"][1] - c["accuracy"]] for c in cells]
+            )
+            axes.errorbar(
+                sizes, values, 100 * errors.clip(0).T, color=look.color, linestyle="", elinewidth=0.6
+            )
             for cell in cells:
                 (spot,) = axes.plot([cell["size"]], [100 * cell["accuracy"]], "o", markersize=8, alpha=0)
                 tip(spot, f"{label}, {cell['size']} images: {percent(cell['accuracy'], cell['interval'])} %")
@@ -148,9 +159,11 @@ def figure_ends(near: Cells, far: Cells, teacher: str, students: Sequence[str]) 
                         [name, method, str(cell["size"]), f"{cell['positions_mean']:.1f}"]
                         + [f"{v:.6f}" for v in (cell["accuracy"], *cell["interval"])]
                     )
-        edge = max((size for *_, size in near), default=0)
+        edge = max((size for *_, size in near), default=min(size for *_, size in far))
         sizes = sorted({size for *_, size in (*near, *far)})
-        axes.axvspan(math.sqrt(edge * min(size for *_, size in far)), 1.1 * sizes[-1], color="#eeeeee", zorder=0)
+        axes.axvspan(
+            math.sqrt(edge * min(size for *_, size in far)), 1.1 * sizes[-1], color="#eeeeee", zorder=0
+        )
         axes.axhline(50, color="#555555", linewidth=0.7, linestyle=(0, (4, 3)))
         axes.set_xscale("log")
         ticks = [size for size in (1, 5, 20, 50, 150, 500) if size in sizes] or sizes
@@ -192,31 +205,38 @@ def report(
     records: Mapping[str, dict[str, Any]], far: Cells, teacher: str, students: Sequence[str], short_max: int
 ) -> str:
     """why.md: how it was measured, a table, and what follows from it; every number from the records."""
-    shown = [name for name in students if name in records]
     lines = ["# Why windows shrink, and where they end", ""]
-    if shown:
-        lines += _why(records, shown, short_max)
+    if any(name in records for name in students):
+        lines += _why(records, teacher, [name for name in students if name in records], short_max)
     if far:
         lines += _ends(far, teacher, students)
-    lines += ["Written by `laid beyond` from measurements; `snakemake --cores all beyond` makes it again.", ""]
+    lines += [
+        "Written by `laid beyond` from measurements; `snakemake --cores all beyond` makes it again.",
+        "",
+    ]
     return "\n".join(lines)
 
 
-def _why(records: Mapping[str, dict[str, Any]], shown: Sequence[str], short_max: int) -> list[str]:
+def _why(
+    records: Mapping[str, dict[str, Any]], teacher: str, shown: Sequence[str], short_max: int
+) -> list[str]:
     few, long = records[shown[0]]["few"], long_sizes(records[shown[0]], short_max)
     n = len(right(records[shown[0]], "base", "ordinary", few))
     listed = ", ".join(map(str, long))
-    lines = [
+    about = (
         "Adding images does two things at once: the needle lies farther away in positions, and its key competes with more"
         f" keys. Both are taken apart at evaluation. *Distance*: {few} images with random gaps between them, so that they span"
         f" the positions of n images. *Dilution*: n images at the positions of {few}, several sharing theirs, so that nothing"
         f" is farther away than with {few}. The loss is the accuracy at {few} ordinary images minus the mean over n ="
-        f" {listed}, in points, with its 95 % bootstrap interval over {n} questions a size (paired between methods).",
+        f" {listed}, in points, with its 95 % bootstrap interval over {n} questions a size (paired between methods)."
+    )
+    lines = [
+        about,
         "",
         "| Model | Method | Both | Distance alone | Dilution alone |",
         "|---|---|--:|--:|--:|",
     ]
-    for student in shown:
+    for student in [*([teacher] if teacher in records else []), *shown]:
         record = records[student]
         for method in record["methods"]:
             entries = [_interval(*losses(record, method, condition, long)) for condition in CONDITIONS]
@@ -237,7 +257,7 @@ def _verdict(student: str, record: Mapping[str, Any], long: Sequence[int]) -> st
     base = {condition: losses(record, "base", condition, long) for condition in ("stretched", "packed")}
     names = {"stretched": "distance", "packed": "dilution"}
     gap, draws = (base["stretched"][i] - base["packed"][i] for i in (0, 1))
-    if abs_clear(draws):
+    if _clear(draws):
         larger = "stretched" if gap > 0 else "packed"
         text = f"{student}: in base {names[larger]} costs more, {_interval(abs(gap), np.sign(gap) * draws)} points more than the other."
     else:
@@ -249,7 +269,7 @@ def _verdict(student: str, record: Mapping[str, Any], long: Sequence[int]) -> st
         for condition, name in names.items():
             value, drawn = losses(record, method, condition, long)
             saved, spread = base[condition][0] - value, base[condition][1] - drawn
-            if not abs_clear(spread):
+            if not _clear(spread):
                 parts.append(f"no clear change in {name} ({_interval(saved, spread)})")
             elif saved > 0:
                 whole = f" of {base[condition][0]:.1f}"
@@ -260,7 +280,7 @@ def _verdict(student: str, record: Mapping[str, Any], long: Sequence[int]) -> st
     return text
 
 
-def abs_clear(draws: np.ndarray) -> bool:
+def _clear(draws: np.ndarray) -> bool:
     """Whether the 95 % interval leaves zero out."""
     low, high = np.quantile(draws, [0.025, 0.975])
     return low > 0 or high < 0

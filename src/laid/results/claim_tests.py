@@ -368,10 +368,14 @@ def inference_cost(source: Source, method: str, margin: float, root: Path | None
             found.append(Statement(f"{what}, FLOPs", flops, flops, flops, 1 + 1e-9, "times", below=True))
             bound = 1 + margin / 100
             found.append(
-                Statement(f"{what}, {record['clock']}", part["ratio"], *part["interval"], bound, "times", below=True)
+                Statement(
+                    f"{what}, {record['clock']}", part["ratio"], *part["interval"], bound, "times", below=True
+                )
             )
             milliseconds = " and ".join(f"{1000 * v:.2f}" for v in part["seconds"])
-            remarks.append(f"{student}, {part['tokens']} tokens: {milliseconds} ms, {part['flops'][0]:.4g} FLOPs")
+            remarks.append(
+                f"{student}, {part['tokens']} tokens: {milliseconds} ms, {part['flops'][0]:.4g} FLOPs"
+            )
         if not record["same_vision"]:
             remarks.append(f"{student}: the vision tower's weights differ from base's")
     return conclude(source, found, remarks)
