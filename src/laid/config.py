@@ -27,16 +27,50 @@ SLICES: dict[str, list[str]] = {
     "data": ["data", "-data.download"],
     "haystacks": ["haystacks", "-haystacks.long"],
     "haystacks_long": [
-        "haystacks", "-haystacks.train", "-haystacks.validation", "-haystacks.test", "haystacks.validation.share",
+        "haystacks",
+        "-haystacks.train",
+        "-haystacks.validation",
+        "-haystacks.test",
+        "haystacks.validation.share",
     ],
-    "pretrain": ["family", "-family.members", "family.members.{member}", "haystacks.validation.share", "haystacks.seed"],
+    "pretrain": [
+        "family",
+        "-family.members",
+        "family.members.{member}",
+        "haystacks.validation.share",
+        "haystacks.seed",
+    ],
     "teacher_cache": ["teacher_cache", "training.dtype", "evaluation.order_seed"],
-    "train": ["training", "methods.{method}", "-methods.{method}.questions", "evaluation.order_seed"],
-    "evaluate": ["evaluation", "-evaluation.shard", "methods.{method}", "-methods.{method}.questions"],
-    "analyse": ["analysis.questions", "analysis.spectrum_size", "evaluation.order_seed", "evaluation.dtype", "haystacks.train.max_size", "haystacks.test.sizes"],
+    "train": [
+        "training",
+        "-training.checkpoint_minutes",
+        "methods.{method}",
+        "-methods.{method}.questions",
+        "evaluation.order_seed",
+    ],
+    "evaluate": [
+        "evaluation",
+        "-evaluation.shard",
+        "-evaluation.feature_cache_gb",
+        "methods.{method}",
+        "-methods.{method}.questions",
+    ],
+    "analyse": [
+        "analysis.questions",
+        "analysis.spectrum_size",
+        "evaluation.order_seed",
+        "evaluation.dtype",
+        "haystacks.train.max_size",
+        "haystacks.test.sizes",
+    ],
     "beyond_haystacks": [
-        "haystacks.seed", "haystacks.hard_negatives", "haystacks.needles", "haystacks.vocabulary", "haystacks.min_needles",
-        "beyond.sizes", "beyond.questions",
+        "haystacks.seed",
+        "haystacks.hard_negatives",
+        "haystacks.needles",
+        "haystacks.vocabulary",
+        "haystacks.min_needles",
+        "beyond.sizes",
+        "beyond.questions",
     ],
     "why": ["beyond.few", "beyond.questions", "evaluation", "-evaluation.shard", "haystacks.test.sizes"],
     "tables": ["tables", "models", "haystacks.test.sizes"],
@@ -307,9 +341,13 @@ def _extended(values: dict[str, Any], sources: list[tuple]) -> dict[str, Any]:
             return own
         where = _where(("methods", name, "extends"), sources, parent)
         if parent in seen:
-            raise LaidError(f"{where}methods.{name}.extends = {parent!r}: goes in a circle ({' -> '.join((*seen, parent))})")
+            raise LaidError(
+                f"{where}methods.{name}.extends = {parent!r}: goes in a circle ({' -> '.join((*seen, parent))})"
+            )
         if parent not in methods:
-            raise LaidError(f"{where}methods.{name}.extends = {parent!r}: no such method; methods: {', '.join(methods)}")
+            raise LaidError(
+                f"{where}methods.{name}.extends = {parent!r}: no such method; methods: {', '.join(methods)}"
+            )
         return merge(resolve(parent, (*seen, parent)), own)
 
     return {**values, "methods": {name: resolve(name, (name,)) for name in methods}} if methods else values

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 
@@ -61,13 +62,14 @@ class Cluster:
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory):
-    state = tmp_path_factory.mktemp("cluster")
+def cluster():
+    state = Path(tempfile.mkdtemp(prefix="laid-slurm-"))  # munge wants a path that everybody may enter
     state.chmod(0o755)
     found = Cluster(state)
     found.start()
     yield found
     found.stop()
+    shutil.rmtree(state)
 
 
 @pytest.fixture(scope="module")
