@@ -1,0 +1,185 @@
+"""Real DVC on real Snakemake: recorded once, nothing twice, shared through a folder and through S3."""
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from laid.provenance import fingerprint
+
+TOP = Path(__file__).resolve().parents[2]
+BIN = Path(sys.executable).parent
+pytestmark = [
+    pytest.mark.workflow,
+    pytest.mark.skipif(not (BIN / "dvc").is_file(), reason="DVC is not installed (make test installs it)"),
+]
+OUTPUTS = ("results/small/coco", "results/small/haystacks")
+
+
+class Checkout:
+    """A git checkout of the workflow with a configuration of little work."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def run(self, *words, **env):
+        path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
+        source = os.pathsep.join([str(TOP / "src"), os.environ.get("PYTHONPATH", "")])
+        done = subprocess.run(
+            [str(word) for word in words],
+            cwd=self.path,
+            env={**os.environ, "PATH": path, "PYTHONPATH": source, "OMP_NUM_THREADS": "1", **env},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, f"{words}: {done.stdout[-3000:]}"
+        return done.stdout
+
+    def git(self, *words):
+        return self.run("git", "-c", "user.name=t", "-c", "user.email=t@example.org", *words)
+
+    def commit(self):
+        self.git("add", "-A")
+        self.git("commit", "-qm", "state")
+
+    def edit(self, old, new):
+        config = self.path / "config.yaml"
+        text = config.read_text()
+        assert old in text
+        config.write_text(text.replace(old, new, 1))
+
+    def outputs(self):
+        return [fingerprint(self.path / name) for name in OUTPUTS]
+
+
+@pytest.fixture(scope="module")
+def origin(tmp_path_factory):
+    """Stage `data` reproduced, committed and pushed to the default remote."""
+    top = tmp_path_factory.mktemp("dvc") / "checkout"
+    top.mkdir()
+    for name in ("workflow", "envs", ".dvc"):
+        shutil.copytree(TOP / name, top / name, ignore=shutil.ignore_patterns("cache", "tmp", "config.local"))
+    for name in ("Snakefile", "config.yaml", "claims.yaml", "dvc.yaml", ".dvcignore", ".gitignore"):
+        shutil.copy(TOP / name, top)
+    work = Checkout(top)
+    few = {"train: 3000": "train: 240", "val: 1500": "val: 160", "questions: 5000": "questions: 40"}
+    few |= {
+        "questions: 200": "questions: 10",
+        "sizes: [5, 20, 50, 100]": "sizes: [5]",
+        "questions: 300": "questions: 10",
+    }
+    few |= {"sizes: [1, 2, 5, 10, 20, 50, 100, 150]": "sizes: [1, 2, 5, 50, 100]"}
+    for old, new in few.items():
+        work.edit(old, new)
+    work.git("init", "-q")
+    work.commit()
+    work.made = work.run("dvc", "repro", "data")
+    work.commit()
+    work.run("dvc", "push")
+    return work
+
+
+def test_stages_cover_what_the_rules_make(origin):
+    """An output that a stage forgets would be lost to a colleague; one that no rule makes would stop DVC."""
+    stages = yaml.safe_load((TOP / "dvc.yaml").read_text())["stages"]
+    outs = [
+        next(iter(out)) for stage in stages.values() for out in (*stage["outs"], *stage.get("metrics", ()))
+    ]
+    assert len(outs) == len(set(outs))
+    plan = origin.run("snakemake", "--dry-run", "--forceall", "--cores", "2")
+    made = {path for line in re.findall(r"^ +output: (.*)$", plan, re.MULTILINE) for path in line.split(", ")}
+    for out in outs:
+        assert any(path == out or path.startswith(f"{out}/") for path in made), f"{out}: no rule makes it"
+    shown = (
+        "results/small/figures",
+        "results/small/claims",
+        "results/small/report.html",
+        "results/small/tables/",
+    )
+    for path in made:
+        kept = any(path == out or path.startswith(f"{out}/") for out in outs)
+        assert kept or path.startswith(shown), f"{path}: no stage keeps it"
+
+
+def test_a_second_repro_does_nothing(origin):
+    assert "2 of 2 steps" in origin.made
+    again = origin.run("dvc", "repro", "data")
+    assert "didn't change, skipping" in again and "steps" not in again
+
+
+def test_what_snakemake_made_is_recorded_without_building(origin, tmp_path):
+    shutil.copytree(origin.path, tmp_path / "copy", symlinks=True)
+    copy = Checkout(tmp_path / "copy")
+    (copy.path / "dvc.lock").unlink()
+    said = copy.run("dvc", "repro", "data")
+    assert "Nothing to be done" in said and (copy.path / "dvc.lock").is_file()
+    locks = [yaml.safe_load((c.path / "dvc.lock").read_text()) for c in (origin, copy)]
+    assert locks[0]["stages"]["data"]["outs"] == locks[1]["stages"]["data"]["outs"]
+
+
+def test_only_what_matters_makes_a_stage_stale(origin, tmp_path):
+    git = origin.git("clone", "-q", origin.path, tmp_path / "clone")
+    assert not git
+    clone = Checkout(tmp_path / "clone")
+    clone.run("dvc", "pull", "-q")
+
+    def stale():
+        return json.loads(clone.run("dvc", "status", "--json", "data"))
+
+    assert clone.outputs() == origin.outputs() and stale() == {}
+    clone.edit("lambda_laid:", "lambda_laid: 0.5 #")
+    assert stale() == {}
+    clone.edit("hard_negatives: 0.8", "hard_negatives: 0.7")
+    assert "haystacks" in json.dumps(stale())
+
+
+def test_a_colleague_pulls_and_snakemake_agrees(origin, tmp_path):
+    origin.git("clone", "-q", origin.path, tmp_path / "clone")
+    clone = Checkout(tmp_path / "clone")
+    clone.run("dvc", "pull", "-q")
+    assert clone.outputs() == origin.outputs()
+    clone.run("snakemake", "--cores", "1", "--touch", "haystacks")
+    assert "Nothing to be done" in clone.run("snakemake", "--cores", "1", "haystacks")
+
+
+@pytest.fixture
+def s3(tmp_path):
+    """Address of a real S3 server in a process of its own."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with open(tmp_path / "s3.log", "w") as log:
+        server = subprocess.Popen([sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], stdout=log, stderr=log)  # fmt: skip
+    try:
+        end = time.monotonic() + 60
+        while socket.socket().connect_ex(("127.0.0.1", port)):
+            assert server.poll() is None and time.monotonic() < end, (tmp_path / "s3.log").read_text()
+            time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def test_through_an_s3_store(origin, s3, tmp_path):
+    import boto3
+
+    key = {"AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s", "AWS_DEFAULT_REGION": "us-east-1"}
+    client = boto3.client("s3", endpoint_url=s3, aws_access_key_id="k", aws_secret_access_key="s", region_name="us-east-1")  # fmt: skip
+    client.create_bucket(Bucket="lab")
+    origin.git("clone", "-q", origin.path, tmp_path / "clone")
+    clone = Checkout(tmp_path / "clone")
+    for work in (origin, clone):
+        work.run("dvc", "remote", "add", "--local", "-f", "s3", "s3://lab/laid")
+        work.run("dvc", "remote", "modify", "--local", "s3", "endpointurl", s3)
+    origin.run("dvc", "push", "-q", "-r", "s3", **key)
+    assert client.list_objects_v2(Bucket="lab")["KeyCount"] > 0
+    clone.run("dvc", "pull", "-q", "-r", "s3", **key)
+    assert clone.outputs() == origin.outputs()
