@@ -47,7 +47,8 @@ def run(args: argparse.Namespace) -> int:
     for cell in cells:
         low, high = (100 * bound for bound in cell["interval"])
         print(
-            f"{args.student_name} {args.method}: {cell['size']} images: {100 * cell['accuracy']:.1f} % ({low:.1f} to {high:.1f}),"
+            f"{args.student_name} {args.method}: {cell['size']} images:"
+            f" {100 * cell['accuracy']:.1f} % ({low:.1f} to {high:.1f}),"
             f" {cell['n']} answers, {cell['tokens_mean']:.0f} tokens, {cell['positions_mean']:.0f} positions"
         )
     return 0

@@ -31,6 +31,7 @@ def run(args: argparse.Namespace) -> int:
     with alone(args.out):
         record = make_member(settings, args.member, args.coco, args.out)
     print(
-        f"{args.member}: {record['parameters']:,} parameters, window {record['window']}, vision error {record['vision_error']:.4f}"
+        f"{args.member}: {record['parameters']:,} parameters, window {record['window']},"
+        f" vision error {record['vision_error']:.4f}"
     )
     return 0

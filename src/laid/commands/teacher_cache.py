@@ -39,6 +39,7 @@ def run(args: argparse.Namespace) -> int:
         )  # fmt: skip
     write_json(Path(args.out).parent / f"{Path(args.out).name}.cost.json", provenance.cost(start))
     print(
-        f"teacher cache: {len(index['lengths'])} questions in {len(index['shards'])} shards, layers {index['layers']}"
+        f"teacher cache: {len(index['lengths'])} questions in {len(index['shards'])} shards,"
+        f" layers {index['layers']}"
     )
     return 0

@@ -40,6 +40,7 @@ def run(args: argparse.Namespace) -> int:
         )  # fmt: skip
         record = trainer.train()
     print(
-        f"{args.student_name} {args.method} seed {args.seed}: {record['steps']} steps, loss {record['final']['loss']:.4f}"
+        f"{args.student_name} {args.method} seed {args.seed}: {record['steps']} steps,"
+        f" loss {record['final']['loss']:.4f}"
     )
     return 0

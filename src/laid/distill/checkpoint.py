@@ -1,4 +1,4 @@
-"""Checkpoints to go on from: weights, optimiser and log, in safetensors and JSON, written whole or not at all."""
+"""Checkpoints to go on from: weights, optimiser and log, safetensors and JSON, written whole or not."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from laid.io import atomic_path, read_json, write_json
 
 
 class Checkpoint:
-    """One run's checkpoint folder. `key` names the run's configuration and inputs: another run's is not taken up."""
+    """One run's checkpoint folder. `key` names its configuration and inputs: another run's is not taken up."""
 
     def __init__(self, folder: Path, key: str, minutes: float):
         self.folder, self.key, self.minutes = folder, key, minutes
@@ -55,7 +55,7 @@ class Checkpoint:
     def load(
         self, optimizer: torch.optim.Optimizer
     ) -> tuple[int, dict[str, torch.Tensor], list[dict[str, Any]]] | None:
-        """(steps done, weights, log), the optimiser restored; None where there is no checkpoint of this very run."""
+        """(steps done, weights, log), the optimiser restored; None without a checkpoint of this very run."""
         if not (self.folder / "state.json").is_file():
             return None
         about = read_json(self.folder / "state.json")

@@ -1,4 +1,4 @@
-"""The parts of equation 8 for one batch: a forward pass of the student, compared with labels and with a teacher."""
+"""The parts of equation 8 for one batch: a pass of the student, compared with labels and a teacher."""
 
 from __future__ import annotations
 
@@ -54,8 +54,9 @@ def objective_of(settings: Mapping[str, Any]) -> Objective:
 class Losses:
     """A student under one trained method: its gain, what is learned of the teacher's heads, and the losses.
 
-    model: the student, adapters in place; gain hooks are attached to it. settings: the method's section of the
-    configuration. teacher: needed where a teacher's part has weight. Raises LaidError where layers or heads do not fit.
+    model: the student, adapters in place; gain hooks are attached to it. settings: the method's section of
+    the configuration. teacher: needed where a teacher's part has weight. Raises LaidError where layers or
+    heads do not fit.
     """
 
     def __init__(self, model: nn.Module, settings: Mapping[str, Any], teacher: Teacher | None = None):
@@ -116,9 +117,9 @@ class Losses:
     ) -> dict[str, Tensor]:
         """The parts that ever have weight, scalars: {"sft", "kl", "laid", "rows"}.
 
-        inputs: B samples whose last two tokens predict the answer and the end of the turn. labels: (B, 2) token ids;
-        None where "sft" has no weight. indices: what the teacher knows the samples by. progress: in [0, 1].
-        plain: (3, B, T) positions before gaps were opened (None: inputs.positions).
+        inputs: B samples whose last two tokens predict the answer and the end of the turn. labels: (B, 2)
+        token ids; None where "sft" has no weight. indices: what the teacher knows the samples by. progress:
+        in [0, 1]. plain: (3, B, T) positions before gaps were opened (None: inputs.positions).
         """
         layers = sorted({s for s, _ in self.pairs})
         if layers:
@@ -155,7 +156,7 @@ class Losses:
         progress: float,
         plain: Tensor | None,
     ) -> dict[str, Tensor]:
-        """L_LAid (eq. 7), summed over layer pairs, and the matching of attention rows at the answer position."""
+        """L_LAid (eq. 7), summed over layer pairs, and the matching of attention rows at the answer."""
         a, mask = self.settings["alignment"], inputs.token_mask
         answer = inputs.lengths - 2
         far = self.settings["gaps"]["reach"] or None

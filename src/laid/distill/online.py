@@ -16,7 +16,7 @@ from laid.models.forward import Batch, hidden_states, logits_at
 def teacher_outputs(
     model: nn.Module, inputs: Batch, layers: Sequence[int]
 ) -> tuple[Tensor, dict[int, LayerQK]]:
-    """One pass: (B, 2, vocabulary) logits at the last two tokens, and queries and keys of `layers` before rotation."""
+    """One pass: (B, 2, vocabulary) logits at the last two tokens; queries and keys before rotation."""
     if layers:
         with QKCapture(model, layers) as capture:
             hidden = hidden_states(model, inputs)
@@ -32,8 +32,8 @@ def teacher_outputs(
 class OnlineTeacher:
     """Serves `laid.distill.losses.Losses` as a TeacherCache does, with a pass of the teacher for every batch.
 
-    model: the teacher. layers: those whose queries and keys are asked for. batch: sample indices -> the teacher's
-    inputs, in its own features, at ordinary positions.
+    model: the teacher. layers: those whose queries and keys are asked for. batch: sample indices -> the
+    teacher's inputs, in its own features, at ordinary positions.
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[int], batch: Callable[[Sequence[int]], Batch]):

@@ -17,10 +17,11 @@ from laid.models.prompts import EncodedPrompt
 class Sample:
     """One training sample.
 
-    index: the question's place in its file. paths: its images, in the order shown. prompt: the encoded prompt with
-    the answer token appended, T tokens. labels: (2,) token ids, the answer and the end of the turn, predicted at
-    the last two tokens; None for a sample without labels, which carries yes and no in turn, so that the teacher still
-    shows how a turn ends. text_start: index of the first text token after the last image.
+    index: the question's place in its file. paths: its images, in the order shown. prompt: the encoded prompt
+    with the answer token appended, T tokens. labels: (2,) token ids, the answer and the end of the turn,
+    predicted at the last two tokens; None for a sample without labels, which carries yes and no in turn, so
+    that the teacher still shows how a turn ends. text_start: index of the first text token after the last
+    image.
     """
 
     index: int
@@ -73,8 +74,9 @@ def build_samples(
 def batches_of(lengths: Sequence[int], batch: int, seed: Sequence[int], group: int = 8) -> list[list[int]]:
     """A shuffled order in batches of like length, so that padding wastes little.
 
-    Indices are shuffled, taken `group` batches at a time, sorted by length within that, and the batches shuffled.
-    What does not fill a last batch is left out, whatever its length, so that every step weighs the same.
+    Indices are shuffled, taken `group` batches at a time, sorted by length within that, and the batches
+    shuffled. What does not fill a last batch is left out, whatever its length, so that every step weighs the
+    same.
     """
     rng = np.random.default_rng(list(seed))
     order = rng.permutation(len(lengths))[: len(lengths) // batch * batch]

@@ -1,11 +1,12 @@
 """The teacher's one pass over the training questions, kept on disk for all epochs, students and ablations.
 
-Kept per question: the logits at the two answer positions, exact, and for chosen layers the queries and keys of all
-tokens before rotation. What lies in the cache was computed at ordinary positions; gaps are opened for the student
-only. The cache is made of shards written whole, and an index written last: a killed pass goes on with the next shard.
+Kept per question: the logits at the two answer positions, exact, and for chosen layers the queries and keys
+of all tokens before rotation. What lies in the cache was computed at ordinary positions; gaps are opened for
+the student only. The cache is made of shards written whole, and an index written last: a killed pass goes on
+with the next shard.
 
-Opening a cache checks every shard's size, tensors and shapes, which costs a read of its header. Hashing all of it, which
-finds a changed byte too, costs a read of the whole: `TeacherCache.verify`.
+Opening a cache checks every shard's size, tensors and shapes, which costs a read of its header. Hashing all
+of it, which finds a changed byte too, costs a read of the whole: `TeacherCache.verify`.
 """
 
 from __future__ import annotations
@@ -50,9 +51,9 @@ def build_cache(
 ) -> dict[str, Any]:
     """Run the teacher once over `questions` and write the cache to folder `out`; returns its index.
 
-    labelled=False: the questions' answers are not read (see laid.distill.samples); the cache serves methods with
-    questions: long. Finished shards of a pass that was killed (same teacher, questions, settings and code) are taken
-    up, not computed again. Raises LaidError for inputs that are missing or wrong.
+    labelled=False: the questions' answers are not read (see laid.distill.samples); the cache serves methods
+    with questions: long. Finished shards of a pass that was killed (same teacher, questions, settings and
+    code) are taken up, not computed again. Raises LaidError for inputs that are missing or wrong.
     """
     from laid.evaluation.evaluate import source_of
 
@@ -139,7 +140,8 @@ def build_cache(
 
 
 def shard_ranges(lengths: Sequence[int], token_bytes: int, question_bytes: int) -> list[range]:
-    """Consecutive questions that fill a shard: SHARD questions or SHARD_BYTES, whatever comes first, at least one.
+    """Consecutive questions that fill a shard: SHARD questions or SHARD_BYTES, whatever comes first, at least
+    one.
 
     lengths: tokens per question; token_bytes, question_bytes: what the cache keeps of each.
     """
@@ -179,7 +181,7 @@ def _teacher_pass(
     dtype: torch.dtype,
     batch_tokens: int,
 ) -> dict[str, torch.Tensor]:
-    """Tensors of one shard: logits (N, 2, vocabulary); q.<layer>, k.<layer> (all tokens, heads * head_dim)."""
+    """Tensors of one shard: logits (N, 2, vocabulary); q.<layer>, k.<layer> (tokens, heads * head_dim)."""
     device = next(model.parameters()).device
     found: dict[str, list] = {}
     order = sorted(range(len(samples)), key=lambda k: len(samples[k].prompt.ids))
@@ -216,8 +218,8 @@ def _teacher_pass(
 class TeacherCache:
     """Reads a cache folder; shards are mapped, not loaded.
 
-    questions: the file that is trained on. Raises LaidError when the index or a shard is missing, cut short or of
-    other shapes than the index says, or when `questions` is not the file the cache was made from.
+    questions: the file that is trained on. Raises LaidError when the index or a shard is missing, cut short
+    or of other shapes than the index says, or when `questions` is not the file the cache was made from.
     """
 
     def __init__(self, folder: str | Path, questions: str | Path | None = None):
@@ -278,7 +280,8 @@ class TeacherCache:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(q, k) of an absolute teacher layer, padded right, float32.
 
-        q: (B, heads, tokens, head_dim), k: (B, kv_heads, tokens, head_dim). Raises LaidError for a layer not kept.
+        q: (B, heads, tokens, head_dim), k: (B, kv_heads, tokens, head_dim). Raises LaidError for a layer not
+        kept.
         """
         if layer not in self.layers:
             raise LaidError(

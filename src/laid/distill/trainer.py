@@ -38,9 +38,10 @@ LEARNED = {"alignments": "alignment", "rows": "rows", "gain": "gain"}  # module 
 class Trainer:
     """One run: a student, a method, a seed.
 
-    config: the validated configuration. student: checkpoint folder or hub id. cache: the teacher's folder, needed as
-    soon as a teacher's loss has weight. out: where model/, log.jsonl and run.json appear, all at once, at the end.
-    Raises LaidError for a method that is not trained, a missing cache, or layers that do not fit.
+    config: the validated configuration. student: checkpoint folder or hub id. cache: the teacher's folder,
+    needed as soon as a teacher's loss has weight. out: where model/, log.jsonl and run.json appear, all at
+    once, at the end. Raises LaidError for a method that is not trained, a missing cache, or layers that do
+    not fit.
     """
 
     def __init__(
@@ -101,7 +102,7 @@ class Trainer:
                 part.requires_grad_(True)
         if s["train_vision"]:
             raise LaidError(
-                "training.train_vision: true needs features that are computed anew in every step; set it to false"
+                "training.train_vision: true needs features computed anew in every step; set it to false"
             )
         if s["gradient_checkpointing"]:
             text_model(self.model).gradient_checkpointing_enable({"use_reentrant": False})
@@ -113,8 +114,8 @@ class Trainer:
             raise LaidError(f"methods.{self.method}: every lambda is 0, there is nothing to train")
         if not self.labelled and self.objective.needs("sft"):
             raise LaidError(
-                f"methods.{self.method}: lambda_sft is {m['lambda_sft']:g}, but questions: long are used without their"
-                " labels; set it to 0"
+                f"methods.{self.method}: lambda_sft is {m['lambda_sft']:g}, but questions: long are used without"
+                " their labels; set it to 0"
             )
         needs = [part for part in PARTS if part != "sft" and self.objective.needs(part)]
         if not needs:
@@ -158,7 +159,8 @@ class Trainer:
         per_epoch = len(self.samples) // batch
         if per_epoch == 0:
             raise LaidError(
-                f"{questions}: {len(self.samples)} questions do not fill one batch of {batch} (training.batch_size)"
+                f"{questions}: {len(self.samples)} questions do not fill one batch of {batch}"
+                " (training.batch_size)"
             )
         epochs = self.method_settings["epochs"] or s["epochs"]
         self.per_epoch, self.steps = per_epoch, max(1, round(epochs * per_epoch))
@@ -185,7 +187,7 @@ class Trainer:
     # ---------------------------------------------------------------- one step
 
     def _batch(self, indices: list[int], step: int) -> tuple[Batch, Tensor | None, Tensor]:
-        """Inputs with gaps opened as far as `step` allows, labels (B, 2) if there are any, positions without gaps."""
+        """Inputs, gaps opened as far as `step` allows; labels (B, 2) if there are any; positions without gaps."""
         samples = [self.samples[k] for k in indices]
         features = [f for s in samples for f in self.features.get(s.paths)]
         inputs = collate([s.prompt for s in samples], features)
@@ -209,7 +211,7 @@ class Trainer:
         return open_gaps(positions, sample.prompt.block_starts.tolist(), sample.text_start, far, rng)
 
     def _loss_step(self, indices: list[int], step: int) -> dict[str, Tensor]:
-        """The parts of eq. 8 for one batch: {"sft": ..., "kl": ..., "laid": ..., "rows": ...}, those with weight."""
+        """The parts of eq. 8 for one batch, those with weight: {"sft", "kl", "laid", "rows"}."""
         inputs, labels, plain = self._batch(indices, step)
         return self.losses(inputs, labels, indices, step / self.steps, plain)
 
@@ -283,8 +285,8 @@ class Trainer:
             total = self.losses.total(parts, progress)
             if not bool(torch.isfinite(total)):
                 raise LaidError(
-                    f"{self.name} {self.method}: the loss is {float(total)} at step {step + 1} of {self.steps};"
-                    f" lower the learning rate ({self.peaks[0]:g})"
+                    f"{self.name} {self.method}: the loss is {float(total)} at step {step + 1}"
+                    f" of {self.steps}; lower the learning rate ({self.peaks[0]:g})"
                 )
             share = len(piece) / len(indices)
             (total * share).backward()
@@ -330,7 +332,7 @@ class Trainer:
         checkpoint.save(step, tensors, self.optimizer, self.log)
 
     def _resume(self, checkpoint: Checkpoint) -> int:
-        """Steps already done: 0, or where the checkpoint stands; weights, optimiser and log are then restored."""
+        """Steps already done: 0, or the checkpoint's; weights, optimiser and log are then restored."""
         found = checkpoint.load(self.optimizer)
         if found is None:
             return 0
@@ -378,7 +380,7 @@ class Trainer:
         return record
 
     def _export(self, folder: Path) -> None:
-        """A PEFT adapter where nothing but LoRA was trained, else a plain checkpoint, gain and adapter folded in."""
+        """A PEFT adapter where only LoRA was trained, else a plain checkpoint, gain and adapter folded in."""
         model, gain = self.model, self.losses.gain
         if self.method_settings["lora"] is not None:
             if gain is None:

@@ -128,8 +128,8 @@ def evaluate_cells(
 ) -> list[dict[str, Any]]:
     """Measure one student under one method at every size; write out/<size>.json each and out/cost.json.
 
-    model: the checkpoint of the student as it is. runs: for a trained method, one run folder per seed.
-    Raises LaidError for a method without its runs, two runs of one seed, a missing question file, a broken image;
+    model: the checkpoint of the student as it is. runs: for a trained method, one run folder per seed. Raises
+    LaidError for a method without its runs, two runs of one seed, a missing question file, a broken image;
     nothing is written then.
     """
     start = time.perf_counter()
@@ -142,7 +142,8 @@ def evaluate_cells(
         wrong = next((q for q in entries if q.size != size), None)
         if wrong is not None:
             raise LaidError(
-                f"{haystack_file(questions, size)}: question {wrong.id} has {wrong.size} images, expected {size}"
+                f"{haystack_file(questions, size)}: question {wrong.id} has {wrong.size} images,"
+                f" expected {size}"
             )
     answers: dict[int, list[dict[str, Any]]] = {size: [] for size in sizes}
     tokens: dict[int, list[int]] = {size: [] for size in sizes}

@@ -9,8 +9,9 @@ import torch
 from laid.errors import LaidError
 
 _YES, _NO = ("yes", "Yes", " yes", " Yes", "YES"), ("no", "No", " no", " No", "NO")
-# Where nltk.word_tokenize, which the official runner uses (vhs_benchmark, utils.py), parts words. Marks that it keeps
-# within a word ("/", "_", "|", a full stop inside) keep it whole here too: "yes/no" is neither yes nor no.
+# Where nltk.word_tokenize, which the official runner uses (vhs_benchmark, utils.py), parts words. Marks that
+# it keeps within a word ("/", "_", "|", a full stop inside) keep it whole here too: "yes/no" is neither yes
+# nor no.
 _APART = re.compile(r"([;@#$%&?!*\"()\[\]{}<>`“”„«»‘’\u2012-\u2015]|[,:](?!\d)|\.\.+|--+|'s\b)")
 
 
@@ -41,6 +42,6 @@ def words(text: str) -> list[str]:
 
 
 def spoken_answer(text: str) -> str:
-    """What a response says: "yes", "no", "both" or "none" (the official runner counts the last as non-compliant)."""
+    """What a response says: "yes", "no", "both" or "none" (which the official runner calls non-compliant)."""
     found = set(words(text)) & {"yes", "no"}
     return "both" if len(found) == 2 else found.pop() if found else "none"

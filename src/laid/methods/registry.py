@@ -32,8 +32,8 @@ def load_with_method(
 ) -> Loaded:
     """The student in `model` (hub id or folder) under `method`.
 
-    run: the folder of a trained method's run; its model/ is a plain checkpoint or a PEFT adapter, which is merged.
-    Raises LaidError for an unknown method, or a trained method without a run.
+    run: the folder of a trained method's run; its model/ is a plain checkpoint or a PEFT adapter, which is
+    merged. Raises LaidError for an unknown method, or a trained method without a run.
     """
     if method not in config["methods"]:
         raise LaidError(f"no method {method!r}; methods: {', '.join(config['methods'])}")

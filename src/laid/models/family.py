@@ -41,7 +41,8 @@ def build_config(
 ) -> Qwen2_5_VLConfig:
     """The configuration of one member. `family`, `member`: the sections of config.yaml of those names.
 
-    Raises LaidError where sizes contradict each other: transformers' Qwen2.5-VL takes hidden_size / heads as head_dim.
+    Raises LaidError where sizes contradict each other: transformers' Qwen2.5-VL takes hidden_size / heads as
+    head_dim.
     """
     hidden, heads, kv_heads, head_dim = (
         *(member[k] for k in ("hidden_size", "heads", "kv_heads")),
@@ -49,7 +50,8 @@ def build_config(
     )
     if hidden != heads * head_dim:
         raise LaidError(
-            f"family: hidden_size {hidden} is not {heads} heads x head_dim {head_dim} = {heads * head_dim}; make them agree"
+            f"family: hidden_size {hidden} is not {heads} heads x head_dim {head_dim} = {heads * head_dim};"
+            " make them agree"
         )
     if heads % kv_heads:
         raise LaidError(f"family: {heads} heads cannot share {kv_heads} kv_heads: give a divisor of {heads}")

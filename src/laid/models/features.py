@@ -14,8 +14,8 @@ from laid.progress import Progress
 class ImageFeatures:
     """The language model's inputs for images, by path; each image goes through the vision tower once.
 
-    model: a Qwen2.5-VL model. file: path in a question -> file on disk. limit_bytes: what is kept in memory; the
-    longest unused are dropped and computed again when asked for. Features are (tokens, hidden), in the
+    model: a Qwen2.5-VL model. file: path in a question -> file on disk. limit_bytes: what is kept in memory;
+    the longest unused are dropped and computed again when asked for. Features are (tokens, hidden), in the
     model's dtype, on its device.
     """
 
@@ -42,7 +42,7 @@ class ImageFeatures:
         return [self._grids[path] for path in paths]
 
     def prepare(self, paths: Iterable[str], label: str | None = None) -> None:
-        """Compute ahead, in full batches, until the limit is reached; `label` shows progress under that name."""
+        """Compute ahead, in full batches, until the limit is reached; `label` shows progress by that name."""
         todo = [path for path in dict.fromkeys(paths) if path not in self.kept]
         bar = Progress(len(todo), label, unit="images") if label and todo else None
         for start in range(0, len(todo), self.batch):

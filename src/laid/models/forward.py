@@ -17,9 +17,9 @@ from laid.models.prompts import EncodedPrompt
 class Batch:
     """Right-padded prompts.
 
-    ids: (B, T); positions: (3, B, T); lengths: (B,); features: visual tokens of all samples in order (N, hidden),
-    which go where `image_mask` (B, T) is true. Under causal attention nothing sees the padding at the right, so no
-    attention mask is needed and attention stays in its fast causal form.
+    ids: (B, T); positions: (3, B, T); lengths: (B,); features: visual tokens of all samples in order (N,
+    hidden), which go where `image_mask` (B, T) is true. Under causal attention nothing sees the padding at
+    the right, so no attention mask is needed and attention stays in its fast causal form.
     """
 
     ids: torch.Tensor
@@ -76,15 +76,16 @@ def hidden_states(model, batch: Batch) -> torch.Tensor:
 
 
 def logits_at(model, hidden: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """(N, vocabulary) logits at the N positions (rows, columns) of hidden (B, T, hidden), and nowhere else."""
+    """(N, vocabulary) logits at N places (rows, columns) of hidden (B, T, hidden), and nowhere else."""
     return model.get_output_embeddings()(hidden[rows, columns])
 
 
 def last_logits(model, batch: Batch, chunk: int = 0, cache=None) -> torch.Tensor:
     """(B, vocabulary) logits at each prompt's last token: what the model would answer first.
 
-    chunk: read prompts longer than this many tokens piece by piece, so that activations stay small; 0 reads them
-    whole. cache: a transformers Cache to fill, for generation (all prompts of the batch then have one length).
+    chunk: read prompts longer than this many tokens piece by piece, so that activations stay small; 0 reads
+    them whole. cache: a transformers Cache to fill, for generation (all prompts of the batch then have one
+    length).
     """
     rows = torch.arange(len(batch.lengths), device=batch.ids.device)
     total = batch.ids.shape[1]

@@ -48,10 +48,11 @@ def load_model(
     attention: str = "sdpa",
     device: str | torch.device = "cpu",
 ) -> PreTrainedModel:
-    """A vision-language model, in evaluation mode; only safetensors weights are read and no remote code is run.
+    """A vision-language model, in evaluation mode; only safetensors weights are read and no remote code is
+    run.
 
-    Raises LaidError, one line naming `source`, for files that are missing, cut short, not safetensors, or another
-    model's.
+    Raises LaidError, one line naming `source`, for files that are missing, cut short, not safetensors, or
+    another model's.
     """
     source = resolve(source)
     with source_errors(source):
@@ -71,7 +72,7 @@ def load_model(
 
 
 def empty_model(source: str | Path) -> PreTrainedModel:
-    """The model that `source` describes, without its weights (on the meta device): to count or compare shapes."""
+    """The model that `source` describes, without weights (on the meta device): to count or compare shapes."""
     source = resolve(source)
     with source_errors(source), torch.device("meta"):
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)

@@ -1,8 +1,8 @@
 """Muon in float32, for matrices on CPUs.
 
-`torch.optim.Muon` orthogonalises in bfloat16, which CPUs without bfloat16 units emulate: 0.5 s a step for a model
-that takes 0.1 s to differentiate. The arithmetic here is the same (torch/optim/_muon.py, match_rms_adamw), in
-float32 and with all matrices of one shape in one batched product; tests compare the two.
+`torch.optim.Muon` orthogonalises in bfloat16, which CPUs without bfloat16 units emulate: 0.5 s a step for a
+model that takes 0.1 s to differentiate. The arithmetic here is the same (torch/optim/_muon.py,
+match_rms_adamw), in float32 and with all matrices of one shape in one batched product; tests compare the two.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _COEFFICIENTS = (3.4445, -4.775, 2.0315)  # Newton-Schulz quintic of Jordan et a
 
 
 def orthogonalise(matrices: Tensor, steps: int = 5, eps: float = 1e-7) -> Tensor:
-    """Approximate U V^T of each matrix's SVD, for `matrices` (N, rows, columns), by Newton-Schulz iteration."""
+    """U V^T of each matrix's SVD, approximately, for `matrices` (N, rows, columns): Newton-Schulz."""
     a, b, c = _COEFFICIENTS
     wide = matrices.shape[-2] <= matrices.shape[-1]
     x = matrices if wide else matrices.mT

@@ -1,10 +1,11 @@
 """Training a member of the small-scale family from nothing, until it reads as many images as its window.
 
-Two phases. First the language model, in embedding space: an image's visual token is the sum of the embeddings of the
-objects in it. Then the vision tower, on pixels, is aligned to those sums. Pixels first, or plain yes/no questions
-alone, stay at chance for thousands of steps; what breaks the plateau is hard negatives, several targets per
-haystack, a question that lists the needle's objects, Muon, and supervision of the two intermediate steps: which
-objects stand beside the anchor (read at the anchor's token) and whether the target is one of them (at the target's).
+Two phases. First the language model, in embedding space: an image's visual token is the sum of the embeddings
+of the objects in it. Then the vision tower, on pixels, is aligned to those sums. Pixels first, or plain
+yes/no questions alone, stay at chance for thousands of steps; what breaks the plateau is hard negatives,
+several targets per haystack, a question that lists the needle's objects, Muon, and supervision of the two
+intermediate steps: which objects stand beside the anchor (read at the anchor's token) and whether the target
+is one of them (at the target's).
 """
 
 from __future__ import annotations
@@ -41,10 +42,10 @@ from laid.progress import Progress
 class Layout:
     """A shared haystack followed by several questions that do not see each other.
 
-    All branches continue one stem, "... For the image with {anchor}, is there", at the same positions; the list
-    question leaves it after the anchor. ids: (T,) template; positions: (3, 1, T); mask: (1, 1, T, T) additive;
-    image, anchor, target, answers, ends: token indices; at `answers` the answer is predicted (the last one is the
-    list's), at `ends`, the given answers, the end of the turn.
+    All branches continue one stem, "... For the image with {anchor}, is there", at the same positions; the
+    list question leaves it after the anchor. ids: (T,) template; positions: (3, 1, T); mask: (1, 1, T, T)
+    additive; image, anchor, target, answers, ends: token indices; at `answers` the answer is predicted (the
+    last one is the list's), at `ends`, the given answers, the end of the turn.
     """
 
     ids: np.ndarray
@@ -79,7 +80,7 @@ class QuestionTree:
         ids = self.encoder.tokenizer(text, add_special_tokens=False)["input_ids"]
         if len(ids) != 1:
             raise LaidError(
-                f"the tokenizer splits {text!r} into {len(ids)} tokens, expected 1: build it on these categories"
+                f"the tokenizer splits {text!r} into {len(ids)} tokens, expected 1: build it on them"
             )
         return ids[0]
 
@@ -91,7 +92,7 @@ class QuestionTree:
 
     @lru_cache(maxsize=256)  # noqa: B019 - one tree lives as long as its training
     def layout(self, images: int, questions: int) -> Layout:
-        """The layout of `images` one-token images and `questions` yes/no questions beside the list question."""
+        """The layout of `images` one-token images, `questions` yes/no questions and the list question."""
         head, stem, branch, listing = (
             len(self.prefix),
             self.stem_length,
@@ -252,9 +253,9 @@ class Pretraining:
         self.model.eval()
         if curriculum.largest < self.member["window"]:
             raise LaidError(
-                f"{self.name}: the curriculum stopped at {int(curriculum.largest)} of {self.member['window']} images after"
-                f" {steps} steps (running accuracy {curriculum.accuracy:.3f}, threshold {s['threshold']}): give it more"
-                " steps or another seed (family.members)"
+                f"{self.name}: the curriculum stopped at {int(curriculum.largest)} of {self.member['window']} images"
+                f" after {steps} steps (running accuracy {curriculum.accuracy:.3f}, threshold {s['threshold']}):"
+                " give it more steps or another seed (family.members)"
             )
 
     def _language_step(
@@ -318,7 +319,7 @@ class Pretraining:
         return losses, float((right * weight).sum())
 
     def vision(self) -> float:
-        """Phase 2: the vision tower, to the sums of object embeddings. Returns its error relative to their variance."""
+        """Phase 2: the vision tower, to the sums of object embeddings. Returns its error over their variance."""
         s = self.settings["vision"]
         visual = self.model.model.visual
         paths = self.sampler.paths
@@ -330,7 +331,8 @@ class Pretraining:
         grid = torch.tensor([[1, merge, merge]])
         if pixels[0].shape[0] != merge * merge:
             raise LaidError(
-                f"{self.name}: an image has {pixels[0].shape[0]} patches, expected {merge * merge} (family.image_pixels)"
+                f"{self.name}: an image has {pixels[0].shape[0]} patches, expected {merge * merge}"
+                " (family.image_pixels)"
             )
         optimizer = torch.optim.AdamW(
             visual.parameters(), lr=s["lr"], betas=(0.9, 0.95), weight_decay=0.0, fused=True
@@ -362,10 +364,11 @@ class Pretraining:
 def make_member(
     config: Mapping[str, Any], name: str, coco_root: str | Path, out: str | Path
 ) -> dict[str, Any]:
-    """Train member `name` on the train2017 images that no validation question uses; write its checkpoint to `out`.
+    """Train member `name` on the train2017 images that no validation question uses; write it to `out`.
 
-    The folder also holds pretrain.json (the training log) and laid.json (what it is and where it came from); the
-    latter is returned. Raises LaidError for an unknown member or a curriculum that did not reach the window.
+    The folder also holds pretrain.json (the training log) and laid.json (what it is and where it came from);
+    the latter is returned. Raises LaidError for an unknown member or a curriculum that did not reach the
+    window.
     """
     start = time.perf_counter()
     members = config["family"]["members"]

@@ -1,7 +1,7 @@
 """Tokenizer and image processor of a Qwen vision-language model, composed without torchvision.
 
-`Qwen2_5_VLProcessor` needs torchvision through its video processor; questions about images need only its other two
-parts. Both are loaded from the files a checkpoint carries, by hub id or from a local folder.
+`Qwen2_5_VLProcessor` needs torchvision through its video processor; questions about images need only its
+other two parts. Both are loaded from the files a checkpoint carries, by hub id or from a local folder.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class Processor:
         return resized[0] // factor, resized[1] // factor
 
     def pixels(self, files: Sequence[str | Path]) -> tuple[torch.Tensor, torch.Tensor]:
-        """(patches, grid_thw) of image files: (sum of patches, 3 * 2 * 14 * 14) float32 and (images, 3) int64."""
+        """(patches, grid_thw) of image files: (all patches, 3 * 2 * 14 * 14) float32, (images, 3) int64."""
         images = [open_image(file) for file in files]
         for file, image in zip(files, images):
             self.grid(*image.size, file)
@@ -106,7 +106,7 @@ def _image(file: str | Path) -> Iterator[Image.Image]:
 
 
 def _chat_template(source: str) -> str:
-    """The template of older checkpoints, which keep it in chat_template.json instead of the tokenizer's files."""
+    """The template of older checkpoints, which keep it in chat_template.json."""
     from transformers.utils import cached_file
 
     with source_errors(source):

@@ -1,7 +1,7 @@
 """From a question and its images to token ids and M-RoPE positions, without building them image by image.
 
-A prompt is `prefix + image blocks + suffix`, where a block is <|vision_start|>, one <|image_pad|> per merged visual
-token, <|vision_end|>. Both ends come from the model's own chat template, rendered once.
+A prompt is `prefix + image blocks + suffix`, where a block is <|vision_start|>, one <|image_pad|> per merged
+visual token, <|vision_end|>. Both ends come from the model's own chat template, rendered once.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ OFFICIAL_PROMPT = "You are given a set of images. Please answer the following qu
 class EncodedPrompt:
     """One prompt of T tokens with N images.
 
-    ids: (T,) int64; positions: (3, T) int64, the rows time, height, width; block_starts: (N,) int64, the index of
-    each image's <|vision_start|>; image_mask: (T,) bool, True where a visual token stands.
+    ids: (T,) int64; positions: (3, T) int64, the rows time, height, width; block_starts: (N,) int64, the
+    index of each image's <|vision_start|>; image_mask: (T,) bool, True where a visual token stands.
     """
 
     ids: np.ndarray
@@ -104,10 +104,12 @@ class PromptEncoder:
 
 
 def mrope_positions(prefix: int, grids: Sequence[tuple[int, int]], suffix: int) -> np.ndarray:
-    """M-RoPE positions (3, T) of `prefix` text tokens, one block per merged grid (h, w), `suffix` text tokens.
+    """M-RoPE positions (3, T) of `prefix` text tokens, one block per merged grid (h, w), `suffix` text
+    tokens.
 
-    Text advances all three axes by one a token. A still image holds its time position, spreads (row, column) over
-    height and width, and moves what follows on by max(h, w) (transformers, Qwen2_5_VLModel.get_rope_index).
+    Text advances all three axes by one a token. A still image holds its time position, spreads (row, column)
+    over height and width, and moves what follows on by max(h, w) (transformers,
+    Qwen2_5_VLModel.get_rope_index).
     """
     parts = [np.broadcast_to(np.arange(prefix), (3, prefix))]
     at = prefix

@@ -26,7 +26,8 @@ SPECIAL_TOKENS = (
     "<|video_pad|>",
 )
 
-# The same messages give the same text as Qwen2.5-VL's own template (without its numbering and video branches).
+# The same messages give the same text as Qwen2.5-VL's own template (without its numbering and video
+# branches).
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if loop.first and message['role'] != 'system' %}"
@@ -53,8 +54,8 @@ _PATTERN = (
 def build_tokenizer(sentences: Sequence[str], words: Sequence[str]) -> PreTrainedTokenizerFast:
     """Train the tokenizer of the small-scale family; deterministic.
 
-    Every word of `sentences` and every entry of `words`, with and without a leading space, becomes one token; any
-    other text is still encoded, byte by byte.
+    Every word of `sentences` and every entry of `words`, with and without a leading space, becomes one token;
+    any other text is still encoded, byte by byte.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
