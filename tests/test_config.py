@@ -185,6 +185,7 @@ def wildcards_for(step, full):
         ("train", "methods.laid.lambda_laid", 0.25, True),
         ("train", "methods.sft.lr", 0.25, False),
         ("train", "training.checkpoint_minutes", 99, False),
+        ("train", "evaluation.attention", "eager", True),
         ("evaluate", "evaluation.scoring", "generate", True),
         ("evaluate", "evaluation.feature_cache_gb", 1, False),
         ("evaluate", "evaluation.shard", "cell", False),

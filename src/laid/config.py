@@ -40,13 +40,14 @@ SLICES: dict[str, list[str]] = {
         "haystacks.validation.share",
         "haystacks.seed",
     ],
-    "teacher_cache": ["teacher_cache", "training.dtype", "evaluation.order_seed"],
+    "teacher_cache": ["teacher_cache", "training.dtype", "evaluation.order_seed", "evaluation.attention"],
     "train": [
         "training",
         "-training.checkpoint_minutes",
         "methods.{method}",
         "-methods.{method}.questions",
         "evaluation.order_seed",
+        "evaluation.attention",
     ],
     "evaluate": [
         "evaluation",

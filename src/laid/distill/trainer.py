@@ -384,6 +384,12 @@ class Trainer:
         model, gain = self.model, self.losses.gain
         if self.method_settings["lora"] is not None:
             if gain is None:
+                # An adapter names its base: a hub id as it is, a folder by the student's name, so that the same
+                # training gives the same bytes wherever it is run.
+                base = str(self.inputs["student"])
+                base = self.name if Path(base).exists() else base
+                model.peft_config["default"].base_model_name_or_path = base
+                model.get_base_model().config.name_or_path = base
                 model.save_pretrained(str(folder), safe_serialization=True)
                 return
             gain.detach()
