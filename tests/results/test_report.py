@@ -199,7 +199,7 @@ def test_the_page_works_in_a_browser(page, tmp_path, width):
         f"--user-data-dir={tmp_path / 'profile'}",
     ]
     command += [f"--window-size={width},900", "--dump-dom", f"file://{tmp_path / 'page.html'}"]
-    dom = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=240, check=True).stdout
     found = json.loads(html.unescape(re.search(r'<pre id="found">(.*?)</pre>', dom, re.DOTALL)[1]))
     assert "error" not in found
     assert found["down"] == sorted(found["printed"], reverse=True) and found["up"] == sorted(found["printed"])
