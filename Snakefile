@@ -19,6 +19,7 @@ include: "workflow/rules/tables.smk"
 include: "workflow/rules/analysis.smk"
 include: "workflow/rules/report.smk"
 include: "workflow/rules/beyond.smk"
+include: "workflow/rules/sweep.smk"
 
 
 rule all:

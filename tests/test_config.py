@@ -16,7 +16,8 @@ from laid.errors import LaidError
 
 TOP = Path(__file__).resolve().parents[1]
 BASE = TOP / "config.yaml"
-OVERLAYS = sorted((TOP / "configs").glob("*.yaml"))
+SWEEP = TOP / "configs/sweep.yaml"  # an overlay of any scale, the others make one
+OVERLAYS = sorted(set((TOP / "configs").glob("*.yaml")) - {SWEEP})
 
 
 def described(node, path=()):
@@ -265,3 +266,32 @@ def test_config_verb_prints_what_load_gives(capsys, tmp_path):
     assert yaml.safe_load(capsys.readouterr().out) == config.load([BASE, over])
     assert main(["config", "--config", str(tmp_path / "none.yaml")]) == 2
     assert capsys.readouterr().err.startswith("laid config: error: ")
+
+
+def test_variants_of_the_sweep_are_methods_to_every_step():
+    """In the order written, inheriting like methods; validating the resolved configuration again changes nothing."""
+    full = config.load([BASE, SWEEP])
+    written = yaml.safe_load(SWEEP.read_text())["sweep"]["variants"]
+    assert [name for name in full["methods"] if name in written] == list(written)
+    alone, tokens = full["methods"]["alignment"], full["methods"]["distance_tokens"]
+    assert tokens == alone | {"extends": "alignment", "distance": alone["distance"] | {"strength": 4.0}}
+    assert full["methods"]["together"] == full["methods"]["laid"] | {"extends": "laid"}
+    assert full["methods"]["without_gain"]["gain"] is None and full["methods"]["labels"]["lambda_kl"] == 0
+    assert config.validate(full) == full
+    assert config.slice_for("train", full, method="gain")["methods"].keys() == {"gain"}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("sweep: {variants: {laid: {}}}", "'laid' is a method already"),
+        ("sweep: {variants: {mine: {extends: laidd}}}", "sweep.variants.mine.extends = 'laidd': no such method"),
+        ("sweep: {variants: {mine: {lambda_kll: 1}}}", "sweep.variants.mine.lambda_kll: unknown key"),
+        ("sweep: {variants: {My-own: {}}}", "'My-own': must match"),
+        ("sweep: {only: [mine]}", "sweep.only: 'mine' is not among none"),
+        ("sweep: {against: [base]}", "sweep.against: 'base' is not among sft, kd"),
+        ("sweep: {students: [teacher]}", "sweep.students: 'teacher' is not among medium, small"),
+    ],
+)
+def test_mistakes_in_a_sweep(tmp_path, text, said):
+    assert said in complaint(BASE, write(tmp_path, text + "\n"))

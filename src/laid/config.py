@@ -75,6 +75,13 @@ SLICES: dict[str, list[str]] = {
     ],
     "why": ["beyond.few", "beyond.questions", "evaluation", "-evaluation.shard", "haystacks.test.sizes"],
     "tables": ["tables", "models", "haystacks.test.sizes"],
+    "sweep": [
+        "sweep",
+        "-sweep.variants",
+        "tables.short_max",
+        "tables.threshold",
+        "haystacks.validation.sizes",
+    ],
 }
 
 
@@ -104,10 +111,16 @@ def validate(values: dict[str, Any], paths: Iterable[str | Path] = ()) -> dict[s
     sources = [(Path(path), *_read_yaml(path)) for path in paths]
 
     checker = jsonschema.Draft202012Validator(schema())
+    values = _without_variants(values, sources)
     errors = sorted(checker.iter_errors(values), key=lambda e: (list(map(str, e.absolute_path)), e.validator))
     if errors:
         raise LaidError(_message(errors[0], sources))
-    full = fill(_extended(values, sources), schema())
+    variants = (values.get("sweep") or {}).get("variants") or {}
+    extended = _extended(values, variants, sources)
+    full = fill(extended, schema())
+    for name in variants:  # to every step a variant is a method like the others
+        method = fill(extended["methods"][name], {"$ref": "#/$defs/trained_method"})
+        full["methods"][name] = full["sweep"]["variants"][name] = method
     for key, complaint in _cross_checks(full):
         path = tuple(key.split("."))
         raise LaidError(f"{_where(path, sources, _lookup(values, path))}{key}: {complaint}")
@@ -141,7 +154,7 @@ def fill(value: Any, node: dict[str, Any]) -> Any:
         elif "properties" in child:
             result[key] = fill({}, child)
     others = node.get("additionalProperties")
-    for key in value.keys() - known.keys():
+    for key in [key for key in value if key not in known]:
         result[key] = fill(value[key], others if isinstance(others, dict) else {})
     return result
 
@@ -331,23 +344,48 @@ def _kind(value: Any) -> str:
 # ------------------------------------------------------------------ methods that extend others
 
 
-def _extended(values: dict[str, Any], sources: list[tuple]) -> dict[str, Any]:
-    """`values` with every method laid over the one it extends, before defaults fill what neither sets."""
-    methods = values.get("methods") or {}
+def _without_variants(values: dict[str, Any], sources: list[tuple]) -> dict[str, Any]:
+    """`values` without what an earlier validation put among the methods: the variants of the sweep.
+
+    Raises LaidError for a variant that has the name of a method.
+    """
+    sweep, methods = values.get("sweep"), values.get("methods")
+    variants = sweep.get("variants") if isinstance(sweep, dict) else None
+    if not isinstance(variants, dict):
+        return values
+    known = schema()["properties"]["methods"]["properties"]
+    for name in variants:
+        if name in known:
+            where = _where(("sweep", "variants", name), sources, variants[name])
+            raise LaidError(
+                f"{where}sweep.variants.{name}: {name!r} is a method already; give the variant a new name"
+            )
+    if not isinstance(methods, dict):
+        return values
+    return {**values, "methods": {name: method for name, method in methods.items() if name not in variants}}
+
+
+def _extended(values: dict[str, Any], variants: dict[str, Any], sources: list[tuple]) -> dict[str, Any]:
+    """`values` with every method laid over the one it extends, before defaults fill what neither sets.
+
+    variants: more methods, which go among the others.
+    """
+    methods = {**(values.get("methods") or {}), **variants}
 
     def resolve(name: str, seen: tuple[str, ...]) -> dict[str, Any]:
         own = methods[name] or {}
         parent = own.get("extends")
         if parent is None:
             return own
-        where = _where(("methods", name, "extends"), sources, parent)
+        section = ("sweep", "variants") if name in variants else ("methods",)
+        where = _where((*section, name, "extends"), sources, parent)
         if parent in seen:
             raise LaidError(
-                f"{where}methods.{name}.extends = {parent!r}: goes in a circle ({' -> '.join((*seen, parent))})"
+                f"{where}{'.'.join(section)}.{name}.extends = {parent!r}: goes in a circle ({' -> '.join((*seen, parent))})"
             )
         if parent not in methods:
             raise LaidError(
-                f"{where}methods.{name}.extends = {parent!r}: no such method; methods: {', '.join(methods)}"
+                f"{where}{'.'.join(section)}.{name}.extends = {parent!r}: no such method; methods: {', '.join(methods)}"
             )
         return merge(resolve(parent, (*seen, parent)), own)
 
@@ -369,6 +407,15 @@ def _cross_checks(config: dict[str, Any]) -> Iterable[tuple[str, str]]:
         low, high = (config["haystacks"][part][key] for key in ("min_size", "max_size"))
         if low > high:
             yield f"haystacks.{part}.min_size", f"{low} is above max_size {high}"
+    sweep = config["sweep"]
+    for key, allowed in (
+        ("students", models["students"]),
+        ("against", [name for name, method in config["methods"].items() if "lambda_sft" in method]),
+        ("only", list(sweep["variants"])),
+    ):
+        unknown = [name for name in sweep[key] or [] if name not in allowed]
+        if unknown:
+            yield f"sweep.{key}", f"{unknown[0]!r} is not among {', '.join(allowed) or 'none'}"
     for name, method in config["methods"].items():
         if method.get("questions") == "long" and method["lambda_sft"] > 0:
             yield (

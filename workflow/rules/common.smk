@@ -74,8 +74,9 @@ def questions_for(wildcards):
 
 
 def teacher_cache_for(wildcards):
-    """Every trained method but SFT learns from the teacher, who has answered the same questions."""
-    if wildcards.trained == "sft":
+    """Where a teacher's loss has weight, what the teacher said of the same questions."""
+    method = config["methods"][wildcards.trained]
+    if not any(method[f"lambda_{part}"] for part in ("kl", "laid", "rows")):
         return []
     folder = "teacher_cache_long" if long(wildcards.trained) else "teacher_cache"
     return f"{ROOT}/{folder}/index.json"

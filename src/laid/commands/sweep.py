@@ -1,0 +1,34 @@
+"""`laid sweep`: which variant of the method does what, from the sweep's cells, as CSV and Markdown, and printed."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from laid.commands.shared import config_argument
+
+    config_argument(parser)
+    parser.add_argument(
+        "--cells", type=Path, help="the sweep's cells (default <results>/<scale>/sweep/cells)"
+    )
+    parser.add_argument("--out", type=Path, help="where to write (default <results>/<scale>/sweep)")
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="NAME", help="these variants alone (sweep.variants)"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    from laid import config
+    from laid.results import places, tables
+    from laid.results.cells import load_cells
+    from laid.results.sweep import SweepGrid, sweep_table
+    from laid.results.terminal import show
+
+    settings = config.load(args.config)
+    root = places.root_of(settings) / "sweep"
+    cells = args.cells or root / "cells"
+    table = sweep_table(SweepGrid(load_cells(cells), settings, cells, args.only))
+    tables.write([table], args.out or root)
+    show([table])
