@@ -49,7 +49,9 @@ def main(results: Path) -> int:
         tables = [table(results / "tables" / f"{name}.md") for name in ("table1", "table2", "table3")]
         text = (ROOT / "README.md").read_text(encoding="utf-8")
         text = fill(text, "results", "\n\n".join([head, *tables]))
-        text = fill(text, "claims", table(results / "claims" / "claims.md").split("\n", 1)[1].strip())
+        # The verdicts; the statements and figures behind each stand in claims.md and in the report.
+        verdicts = table(results / "claims" / "claims.md").split("\n### ", 1)[0].split("\n", 1)[1].strip()
+        text = fill(text, "claims", verdicts)
         write_text(ROOT / "README.md", text)
         (ROOT / "docs" / "img").mkdir(parents=True, exist_ok=True)
         shutil.copyfile(results / "figures" / "figure1.png", ROOT / "docs" / "img" / "figure1.png")
