@@ -1,37 +1,18 @@
 # Looking into the models: attention heads for Figure 4 and the spectra, and what an exported student costs.
 
 
-def chosen(section, student):
-    """The methods that a section of the configuration names, those that the student's tables have."""
-    own = {cell.split("/")[1] for cell in CELLS if cell.split("/")[0] == student}
-    return [method for method in config[section]["methods"] if method in own]
-
-
-def analysed(student):
-    return chosen("analysis", student)
-
-
-def analysed_runs(wildcards):
-    """First seed's runs of the trained methods that are looked into."""
-    return [
-        f"{ROOT}/runs/{wildcards.student}/{method}/seed0"
-        for method in analysed(wildcards.student)
-        if method in TRAINED
-    ]
-
-
 ANALYSES = [f"{ROOT}/analysis/{member}.json" for member in [TEACHER, *STUDENTS]]
 COSTS = [
     f"{ROOT}/inference_cost/{student}.json"
     for student in STUDENTS
-    if "laid" in analysed(student)
+    if "laid" in chosen("analysis", student)
 ]
 
 
 rule analysis:
     input:
         model=lambda wildcards: checkpoint_files(wildcards.student),
-        runs=analysed_runs,
+        runs=first_runs("analysis"),
         images=IMAGES,
         questions=expand(
             f"{ROOT}/haystacks/test/visual_haystack_{{size}}.json", size=SIZES
@@ -53,7 +34,7 @@ rule analysis:
     params:
         relevant=relevant("analyse"),
         model=lambda wildcards: checkpoint(wildcards.student),
-        methods=lambda wildcards: analysed(wildcards.student),
+        methods=lambda wildcards: chosen("analysis", wildcards.student),
         coco=COCO,
         questions=lambda wildcards, input: above(input.questions[0]),
     shell:

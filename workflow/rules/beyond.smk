@@ -5,15 +5,6 @@ localrules:
     beyond,
 
 
-def first_runs(wildcards):
-    """First seed's runs of the trained methods of a student."""
-    return [
-        f"{ROOT}/runs/{wildcards.student}/{method}/seed0"
-        for method in chosen("beyond", wildcards.student)
-        if method in TRAINED
-    ]
-
-
 FAR = config["beyond"]["sizes"]
 
 
@@ -79,7 +70,7 @@ rule beyond_evaluate:
 rule why:
     input:
         model=lambda wildcards: checkpoint_files(wildcards.student),
-        runs=first_runs,
+        runs=first_runs("beyond"),
         images=IMAGES,
         questions=expand(
             f"{ROOT}/haystacks/test/visual_haystack_{{size}}.json", size=SIZES

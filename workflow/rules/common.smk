@@ -82,12 +82,34 @@ def teacher_cache_for(wildcards):
     return f"{ROOT}/{folder}/index.json"
 
 
+def runs_of(student, method, seeds):
+    """The training runs of a method, one per seed; none for base, YaRN and SelfExtend."""
+    seeds = range(seeds) if method in TRAINED else []
+    return [f"{ROOT}/runs/{student}/{method}/seed{seed}" for seed in seeds]
+
+
 def runs_for(wildcards):
-    """The training runs behind a cell: one per seed for a trained method, none for base, YaRN and SelfExtend."""
-    seeds = range(config["seeds"]) if wildcards.method in TRAINED else []
-    return [
-        f"{ROOT}/runs/{wildcards.student}/{wildcards.method}/seed{seed}"
-        for seed in seeds
+    """The training runs behind a cell."""
+    return runs_of(wildcards.student, wildcards.method, config["seeds"])
+
+
+def sweep_runs(wildcards):
+    """The training runs behind a cell of the sweep; runs of the tables' own methods serve as well."""
+    return runs_of(wildcards.student, wildcards.method, config["sweep"]["seeds"])
+
+
+def chosen(section, student):
+    """The methods that a section of the configuration names, those that the student's tables have."""
+    own = {Path(cell).parts[1] for cell in CELLS if Path(cell).parts[0] == student}
+    return [method for method in config[section]["methods"] if method in own]
+
+
+def first_runs(section):
+    """input: the first seed's runs of the methods that a section of the configuration names."""
+    return lambda wildcards: [
+        run
+        for method in chosen(section, wildcards.student)
+        for run in runs_of(wildcards.student, method, 1)
     ]
 
 

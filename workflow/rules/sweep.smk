@@ -11,15 +11,6 @@ SWEPT = [*config["sweep"]["against"], *ASKED]
 VALIDATION = sorted(config["haystacks"]["validation"]["sizes"])
 
 
-def sweep_runs(wildcards):
-    """The training runs behind a cell of the sweep: none for base; runs of the tables' own methods serve as well."""
-    seeds = range(config["sweep"]["seeds"]) if wildcards.method in TRAINED else []
-    return [
-        f"{ROOT}/runs/{wildcards.student}/{wildcards.method}/seed{seed}"
-        for seed in seeds
-    ]
-
-
 rule sweep_evaluate:
     input:
         model=lambda wildcards: checkpoint_files(wildcards.student),
