@@ -6,8 +6,9 @@
 
 Weights and inputs are random: neither changes what a step costs. A step is one sample: forward, losses, backward,
 clipping, AdamW, as `laid train` does it, by the same code (laid.distill.losses). All methods train all weights of the
-language model, so that SFT is the measure for the others. Rounds go through all methods in turn, so that a change in
-the machine's load meets all alike; the median over rounds counts.
+language model, so that SFT is the measure for the others. Memory: the peak of a process of its own, one method each. Time:
+methods take their steps in turn in one process, so that a change in the machine's load meets all alike, and the ratio
+to SFT is the median of ratios of neighbouring steps (--apart: in processes of their own, for large models).
 """
 
 from __future__ import annotations
@@ -63,27 +64,32 @@ METHODS = {  # name -> (what it is, settings, teacher)
 # ------------------------------------------------------------------ one measurement, in a process of its own
 
 
-def measure(shape: str, method: str, tokens: int, steps: int, device: str, checkpointing: bool) -> dict:
-    """{"seconds": median step, "bytes": peak, "fixed": what does not depend on tokens}; imports happen here."""
+def measure(args) -> dict[str, dict]:
+    """method -> {"seconds": [step, ...], "bytes": peak, "fixed": what does not depend on tokens}."""
     import torch
 
     torch.manual_seed(0)
-    torch.set_num_threads(max(1, torch.get_num_threads()))
-    dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
-    peak = Peak(torch, device)
+    dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
+    peak = Peak(torch, args.device)
     with tempfile.TemporaryDirectory() as folder:
-        job = Job(SHAPES[shape], method, [64, tokens], dtype, device, Path(folder), checkpointing)
-        job.step(0)  # few tokens: weights, optimiser state and libraries are then in memory
+        jobs = {}
+        for method in args.child:
+            place = Path(folder) / method
+            place.mkdir()
+            counts, few = [64, *args.tokens], args.gradient_checkpointing
+            jobs[method] = Job(SHAPES[args.shape], method, counts, dtype, args.device, place, few)
+            jobs[method].step(0)  # few tokens: weights, optimiser state and libraries are then in memory
         fixed = peak.now()
-        job.step(1)
-        spent = []
-        for _ in range(steps):
-            peak.sync()
-            start = time.perf_counter()
-            job.step(1)
-            peak.sync()
-            spent.append(time.perf_counter() - start)
-        return {"seconds": statistics.median(spent), "bytes": peak.now(), "fixed": fixed}
+        spent: dict[str, list[float]] = {method: [] for method in jobs}
+        for number in range(args.steps + 1):
+            for method, job in jobs.items():
+                peak.sync()
+                start = time.perf_counter()
+                job.step(1)
+                peak.sync()
+                if number:  # the first step warms up
+                    spent[method].append(time.perf_counter() - start)
+        return {m: {"seconds": spent[m], "bytes": peak.now(), "fixed": fixed} for m in jobs}
 
 
 class Peak:
@@ -126,8 +132,11 @@ class Job:
         if kind in ("online", "naive", "pass"):
             self.teacher_model = build(shape["teacher"], shape, dtype, device, eager).requires_grad_(False)
         self.shape, self.counts, self.dtype = shape, counts, dtype
+        if kind in ("naive", "pass"):
+            self.teacher_batches = [self._batch(shape["teacher"], count)[0] for count in counts]
         if kind == "pass":
             return
+        self.asked = 0
         self.model = build(shape["student"], shape, dtype, device, eager)
         if checkpointing:
             text_model(self.model).gradient_checkpointing_enable({"use_reentrant": False})
@@ -148,7 +157,10 @@ class Job:
         if self.kind == "naive":
             loss = self._naive(inputs, labels, sample)
         else:
-            loss = self.losses.total(self.losses(inputs, labels, [sample], 0.5), 0.5)
+            # The online teacher keeps its last answer: ask it as for another sample each time.
+            self.asked += len(self.counts)
+            known = sample + self.asked if self.kind == "online" else sample
+            loss = self.losses.total(self.losses(inputs, labels, [known], 0.5), 0.5)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
@@ -189,7 +201,7 @@ class Job:
             from laid.distill.online import OnlineTeacher
 
             seen = [self._batch(self.shape["teacher"], count)[0] for count in self.counts]
-            return OnlineTeacher(self.teacher_model, [-1], lambda indices: seen[indices[0]])
+            return OnlineTeacher(self.teacher_model, [-1], lambda indices: seen[indices[0] % len(seen)])
         return None
 
     def _teacher_pass(self, sample: int) -> None:
@@ -198,7 +210,7 @@ class Job:
 
         from laid.distill.online import teacher_outputs
 
-        inputs, _ = self._batch(self.shape["teacher"], self.counts[sample])
+        inputs = self.teacher_batches[sample]
         logits, caught = teacher_outputs(self.teacher_model, inputs, (self.shape["teacher"]["layers"] - 1,))
         kept = {"logits": logits.float().cpu()}
         for qk in caught.values():
@@ -225,8 +237,7 @@ class Job:
         import torch
 
         with torch.no_grad():
-            batch, _ = self._batch(self.shape["teacher"], self.counts[sample])
-            theirs, attended = run(self.teacher_model, batch)
+            theirs, attended = run(self.teacher_model, self.teacher_batches[sample])
         own, attentions = run(self.model, inputs)
         rows = min(own.shape[-1], theirs.shape[-1])
         loss = F.cross_entropy(own[:, -2:].float().flatten(0, 1), labels.flatten())
@@ -309,43 +320,45 @@ def write_cache(folder: Path, teacher, counts):
 # ------------------------------------------------------------------ all measurements, and the table
 
 
-def rounds(args) -> dict[tuple[str, int], dict]:
-    """(method, tokens) -> medians over rounds; {"failed": why} where a method did not fit into memory."""
-    raw: dict[tuple[str, int], list[dict]] = {}
-    for number in range(args.rounds):
-        for tokens in args.tokens:
-            for method in args.methods:
-                if method == "naive" and tokens > args.naive_up_to:
-                    raw[method, tokens] = [{"failed": f"not run above {args.naive_up_to} tokens"}]
-                    continue
-                words = ["--child", method, "--tokens", str(tokens), "--steps", str(args.steps)]
-                words += ["--shape", args.shape, "--device", args.device]
-                words += ["--gradient-checkpointing"] if args.gradient_checkpointing else []
-                done = subprocess.run(
-                    [sys.executable, __file__, *words], capture_output=True, text=True, check=False
-                )
-                if done.returncode:
-                    found = {"failed": (done.stderr.strip().splitlines() or ["killed"])[-1][:120]}
-                else:
-                    found = json.loads(done.stdout.splitlines()[-1])
-                raw.setdefault((method, tokens), []).append(found)
-                print(f"round {number + 1}: {method} {tokens}: {found}", file=sys.stderr, flush=True)
-    return {key: _median(found) for key, found in raw.items()}
+def everything(args) -> dict[tuple[str, int], dict]:
+    """(method, tokens) -> {"seconds", "ratio" to SFT, "bytes", "fixed"} or {"failed": why}."""
+    found: dict[tuple[str, int], dict] = {}
+    for tokens in args.tokens:
+        able = [m for m in args.methods if m != "naive" or tokens <= args.naive_up_to]
+        for method in able:
+            found[method, tokens] = _child([method], tokens, args.steps if args.apart else 0, args)[method]
+        if not args.apart:
+            able = [m for m in able if "failed" not in found[m, tokens]]
+            times = _child(able, tokens, args.steps, args)
+            for method in able:
+                found[method, tokens]["seconds"] = times[method].get("seconds")
+        sft = found.get(("sft", tokens), {}).get("seconds") or []
+        for method in able:
+            seconds = found[method, tokens].get("seconds")
+            ratios = [a / b for a, b in zip(seconds or [], sft)]
+            found[method, tokens]["ratio"] = statistics.median(ratios) if ratios else None
+        for method in able:
+            seconds = found[method, tokens].get("seconds")
+            found[method, tokens]["seconds"] = statistics.median(seconds) if seconds else None
+            print(f"{method} {tokens}: {found[method, tokens]}", file=sys.stderr, flush=True)
+    return found
 
 
-def _median(found: list[dict]) -> dict:
-    good = [f for f in found if "failed" not in f]
-    if not good:
-        return found[0]
-    return {key: statistics.median(f[key] for f in good) for key in good[0]}
+def _child(methods: list[str], tokens: int, steps: int, args) -> dict[str, dict]:
+    words = ["--child", *methods, "--tokens", str(tokens), "--steps", str(steps)]
+    words += ["--shape", args.shape, "--device", args.device]
+    words += ["--gradient-checkpointing"] if args.gradient_checkpointing else []
+    done = subprocess.run([sys.executable, __file__, *words], capture_output=True, text=True, check=False)
+    if done.returncode:
+        why = (done.stderr.strip().splitlines() or ["killed, out of memory"])[-1][:120]
+        return {method: {"failed": why} for method in methods}
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def table(results: dict[tuple[str, int], dict], args) -> str:
     """The section of RESULTS.md for these results."""
     about = f"{_hardware(args.device)}; {time.strftime('%Y-%m-%d')}; torch {_version('torch')},"
-    about += (
-        f" transformers {_version('transformers')}; median of {args.rounds} rounds of {args.steps} steps."
-    )
+    about += f" transformers {_version('transformers')}; median of {args.steps} steps."
     lines = [
         f"## {args.shape}, {args.device}",
         "",
@@ -358,19 +371,21 @@ def table(results: dict[tuple[str, int], dict], args) -> str:
     ]
     for method in args.methods:
         for tokens in args.tokens:
-            found, sft = results[method, tokens], results.get(("sft", tokens), {})
+            found = results.get((method, tokens)) or {"failed": f"not run above {args.naive_up_to} tokens"}
+            sft = results.get(("sft", tokens), {})
             name = METHODS[method][0]
             if "failed" in found:
                 lines.append(f"| {name} | {tokens} | {found['failed']} | | | | | |")
                 continue
             half = results.get((method, tokens // 2), {})
             above, below = found["bytes"] - found["fixed"], half.get("bytes", 0) - half.get("fixed", 0)
-            ratio = [
-                f"{found[k] / sft[k]:.2f}" if sft.get(k) and method != "teacher_pass" else ""
-                for k in ("seconds", "bytes")
-            ]
+            ratio = ["", ""]
+            if method != "teacher_pass" and "bytes" in sft:
+                times = found.get("ratio")
+                ratio = [f"{times:.2f}" if times else "", f"{found['bytes'] / sft['bytes']:.2f}"]
+            step = f"{1000 * found['seconds']:.0f}" if found["seconds"] else ""
             lines.append(
-                f"| {name} | {tokens} | {1000 * found['seconds']:.0f} | {ratio[0]} | {found['bytes'] / 1e6:.0f} | {ratio[1]}"
+                f"| {name} | {tokens} | {step} | {ratio[0]} | {found['bytes'] / 1e6:.0f} | {ratio[1]}"
                 f" | {above / 1e6:.0f} | {f'{above / below:.2f}' if below > 0 else ''} |"
             )
     lines += ["", *_epochs(results, args)]
@@ -430,22 +445,19 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 2048, 4096, 8192, 16384])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=5, help="timed steps per process")
+    parser.add_argument("--steps", type=int, default=9, help="timed steps")
+    parser.add_argument("--apart", action="store_true", help="time every method in a process of its own")
     parser.add_argument(
         "--naive-up-to", type=int, default=4096, help="tokens; its memory grows with their square"
     )
     parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument("--write", action="store_true", help="put the table into RESULTS.md")
-    parser.add_argument("--child", choices=METHODS, help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs="+", choices=METHODS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        found = measure(
-            args.shape, args.child, args.tokens[0], args.steps, args.device, args.gradient_checkpointing
-        )
-        print(json.dumps(found))
+        print(json.dumps(measure(args)))
         return
-    section = table(rounds(args), args)
+    section = table(everything(args), args)
     print(section)
     if args.write:
         write(section)
