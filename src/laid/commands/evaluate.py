@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from laid.commands.shared import config_argument, count, device_arguments
+    from laid.commands.shared import config_argument, count, device_arguments, features_argument
 
     config_argument(parser)
     parser.add_argument(
@@ -30,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--sizes", type=count, nargs="+", required=True, help="haystack sizes, in images")
     parser.add_argument("--out", type=Path, required=True, help="folder for <size>.json cells and cost.json")
+    features_argument(parser)
     device_arguments(parser)
 
 
@@ -42,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     deterministic(args.threads)
     cells = evaluate_cells(
         settings, args.student_name, args.method, args.model, args.runs, args.coco, args.questions, args.sizes,
-        args.out, pick_device(args.device),
+        args.out, pick_device(args.device), args.features,
     )  # fmt: skip
     for cell in cells:
         low, high = (100 * bound for bound in cell["interval"])

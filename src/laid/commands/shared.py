@@ -27,6 +27,17 @@ def device_arguments(parser: argparse.ArgumentParser) -> None:
     threads_argument(parser)
 
 
+def features_argument(parser: argparse.ArgumentParser) -> None:
+    """Add `--features`."""
+    parser.add_argument(
+        "--features",
+        type=Path,
+        metavar="DIR",
+        help="keep visual features here, and take them from here: other runs with the same vision tower need not"
+        " compute them again",
+    )
+
+
 def threads_argument(parser: argparse.ArgumentParser) -> None:
     """Add `--threads`."""
     parser.add_argument(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from laid.commands.shared import config_argument, device_arguments
+    from laid.commands.shared import config_argument, device_arguments, features_argument
 
     config_argument(parser)
     parser.add_argument("--teacher", required=True, help="checkpoint: a folder or a hub id")
@@ -20,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--without-labels", action="store_true", help="do not read the questions' answers (for laid_long)"
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for the cache")
+    features_argument(parser)
     device_arguments(parser)
 
 
@@ -35,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     with alone(args.out):
         index = build_cache(
             settings, args.teacher, args.coco, args.questions, args.out, pick_device(args.device),
-            labelled=not args.without_labels,
+            labelled=not args.without_labels, features_folder=args.features,
         )  # fmt: skip
     write_json(Path(args.out).parent / f"{Path(args.out).name}.cost.json", provenance.cost(start))
     print(

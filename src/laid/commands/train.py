@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from laid.commands.shared import config_argument, device_arguments, seed
+    from laid.commands.shared import config_argument, device_arguments, features_argument, seed
 
     config_argument(parser)
     parser.add_argument(
@@ -22,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--questions", type=Path, required=True, help="training questions, VHs JSON")
     parser.add_argument("--out", type=Path, required=True, help="folder for model/, log.jsonl and run.json")
+    features_argument(parser)
     device_arguments(parser)
 
 
@@ -36,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     with alone(args.out):
         trainer = Trainer(
             settings, args.method, args.seed, args.student_name, args.student, args.teacher_cache, args.coco,
-            args.questions, args.out, pick_device(args.device),
+            args.questions, args.out, pick_device(args.device), args.features,
         )  # fmt: skip
         record = trainer.train()
     print(

@@ -48,12 +48,14 @@ def build_cache(
     out: str | Path,
     device: str = "cpu",
     labelled: bool = True,
+    features_folder: str | Path | None = None,
 ) -> dict[str, Any]:
     """Run the teacher once over `questions` and write the cache to folder `out`; returns its index.
 
-    labelled=False: the questions' answers are not read (see laid.distill.samples); the cache serves methods
-    with questions: long. Finished shards of a pass that was killed (same teacher, questions, settings and
-    code) are taken up, not computed again. Raises LaidError for inputs that are missing or wrong.
+    labelled=False: the questions' answers are not read (see laid.distill.samples); the cache serves methods with
+    questions: long. features_folder: keeps visual features for other runs (laid.models.feature_store). Finished
+    shards of a pass that was killed (same teacher, questions, settings and code) are taken up, not computed again.
+    Raises LaidError for inputs that are missing or wrong.
     """
     from laid.evaluation.evaluate import source_of
 
@@ -70,6 +72,7 @@ def build_cache(
         processor,
         lambda path: safe_join(coco_root, path),
         limit_bytes=int(config["evaluation"]["feature_cache_gb"] * 2**30),
+        store=features_folder,
     )
     samples = build_samples(read_questions(questions), features, config["evaluation"]["order_seed"], labelled)
     shape = geometry(model)

@@ -56,6 +56,7 @@ class Trainer:
         questions: str | Path,
         out: str | Path,
         device: str = "cpu",
+        features_folder: str | Path | None = None,
     ):
         self.start = time.perf_counter()
         if "lambda_sft" not in config["methods"].get(method, {}):
@@ -69,7 +70,7 @@ class Trainer:
         self._setup_student(student)
         self._setup_teacher(cache, questions)
         self.losses = Losses(self.model, self.method_settings, self.cache)
-        self._setup_data(coco_root, questions)
+        self._setup_data(coco_root, questions, features_folder)
         self._setup_optimizer()
         self.log: list[dict[str, Any]] = []
         self.interrupted = False
@@ -133,13 +134,16 @@ class Trainer:
             )
         self.inputs["teacher_cache"] = Path(cache) / "index.json"
 
-    def _setup_data(self, coco_root: str | Path, questions: str | Path) -> None:
+    def _setup_data(
+        self, coco_root: str | Path, questions: str | Path, features_folder: str | Path | None
+    ) -> None:
         evaluation = self.config["evaluation"]
         self.features = ImageFeatures(
             self.model,
             self.processor,
             lambda path: safe_join(coco_root, path),
             limit_bytes=int(evaluation["feature_cache_gb"] * 2**30),
+            store=features_folder,
         )
         self.samples = build_samples(
             read_questions(questions), self.features, evaluation["order_seed"], self.labelled
@@ -390,7 +394,7 @@ class Trainer:
                 base = self.name if Path(base).exists() else base
                 model.peft_config["default"].base_model_name_or_path = base
                 model.get_base_model().config.name_or_path = base
-                model.save_pretrained(str(folder), safe_serialization=True)
+                model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
                 return
             gain.detach()
             model = model.merge_and_unload()

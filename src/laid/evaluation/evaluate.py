@@ -39,7 +39,12 @@ class Evaluator:
     """Answers questions with one loaded model. Features are kept between sizes; every image is seen once."""
 
     def __init__(
-        self, loaded: Loaded, coco_root: str | Path, settings: Mapping[str, Any], label: str = "evaluate"
+        self,
+        loaded: Loaded,
+        coco_root: str | Path,
+        settings: Mapping[str, Any],
+        label: str = "evaluate",
+        features_folder: str | Path | None = None,
     ):
         self.model, self.processor, self.settings, self.label = (
             loaded.model,
@@ -52,6 +57,7 @@ class Evaluator:
             self.processor,
             lambda path: safe_join(coco_root, path),
             limit_bytes=int(settings["feature_cache_gb"] * 2**30),
+            store=features_folder,
         )
         self.device = next(self.model.parameters()).device
         self.by_logits = settings["scoring"] == "logits"
@@ -125,6 +131,7 @@ def evaluate_cells(
     sizes: Sequence[int],
     out: str | Path,
     device: str = "cpu",
+    features_folder: str | Path | None = None,
 ) -> list[dict[str, Any]]:
     """Measure one student under one method at every size; write out/<size>.json each and out/cost.json.
 
@@ -152,7 +159,7 @@ def evaluate_cells(
     for run, seed in [(run, seed_of(run)) for run in runs] or [(None, 0)]:
         loaded = load_with_method(config, method, model, run, device)
         label = config["models"]["labels"].get(student) or parameter_label(parameters(loaded.model))
-        evaluator = Evaluator(loaded, coco_root, settings, f"{student} {method}")
+        evaluator = Evaluator(loaded, coco_root, settings, f"{student} {method}", features_folder)
         total = sum(len(entries) for entries in asked_of.values())
         with Progress(total, f"{student} {method}: seed {seed}", unit="questions") as bar:
             for size in sorted(sizes):

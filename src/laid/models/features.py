@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from laid.models.feature_store import FeatureStore
 from laid.models.processing import Processor, image_size
 from laid.progress import Progress
 
@@ -15,8 +16,8 @@ class ImageFeatures:
     """The language model's inputs for images, by path; each image goes through the vision tower once.
 
     model: a Qwen2.5-VL model. file: path in a question -> file on disk. limit_bytes: what is kept in memory;
-    the longest unused are dropped and computed again when asked for. Features are (tokens, hidden), in the
-    model's dtype, on its device.
+    the longest unused are dropped and computed again when asked for. store: a folder that keeps them on disk for
+    other runs (laid.models.feature_store). Features are (tokens, hidden), in the model's dtype, on its device.
     """
 
     def __init__(
@@ -26,12 +27,14 @@ class ImageFeatures:
         file: Callable[[str], Path],
         batch: int = 64,
         limit_bytes: int = 8 << 30,
+        store: str | Path | None = None,
     ):
         self.model, self.processor, self.file = model, processor, file
         self.batch, self.limit_bytes = batch, limit_bytes
         self.kept: dict[str, torch.Tensor] = {}
         self.bytes = 0
         self.computed = 0
+        self.store = FeatureStore(store, model, processor) if store is not None else None
         self._grids: dict[str, tuple[int, int]] = {}
 
     def grids(self, paths: Sequence[str]) -> list[tuple[int, int]]:
@@ -69,10 +72,23 @@ class ImageFeatures:
 
     @torch.no_grad()
     def _compute(self, paths: list[str]) -> None:
-        pixels, grid = self.processor.pixels([self.file(path) for path in paths])
         device = next(self.model.parameters()).device
+        if self.store is not None:
+            stored = self.store.get([self.file(path) for path in paths])
+            for path in paths:
+                if self.file(path) in stored:
+                    self._keep(path, stored[self.file(path)].to(device))
+            paths = [path for path in paths if path not in self.kept]
+            if not paths:
+                return
+        pixels, grid = self.processor.pixels([self.file(path) for path in paths])
         output = self.model.model.get_image_features(pixels.to(device), grid.to(device))
         for path, feature in zip(paths, output.pooler_output, strict=True):
-            self.kept[path] = feature.clone()  # not a view: dropping it is to free its memory
-            self.bytes += feature.numel() * feature.element_size()
+            self._keep(path, feature.clone())  # not a view: dropping it is to free its memory
         self.computed += len(paths)
+        if self.store is not None:
+            self.store.put({self.file(path): self.kept[path] for path in paths})
+
+    def _keep(self, path: str, feature: torch.Tensor) -> None:
+        self.kept[path] = feature
+        self.bytes += feature.numel() * feature.element_size()
