@@ -27,7 +27,7 @@ demo: $(VENV)/.demo
 	@laid tables
 
 report: $(VENV)/.demo
-	@snakemake --cores $(CORES)
+	@snakemake --cores $(CORES) all page
 	@snakemake --report results/snakemake-report.html
 	@echo "results/snakemake-report.html: the run as Snakemake tells it; results/<scale>/report.html: the results page"
 

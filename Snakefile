@@ -26,6 +26,11 @@ rule all:
     default_target: True
     input:
         rules.tables.output,
+
+
+# Figures, claims and the results page, with the analyses behind them (`make report`).
+rule page:
+    input:
         rules.report_page.output,
 
 

@@ -25,7 +25,8 @@ class Workdir:
 
     def __init__(self, path):
         self.path = Path(path)
-        shutil.copy(TOP / "config.yaml", self.path)
+        for name in ("config.yaml", "claims.yaml"):
+            shutil.copy(TOP / name, self.path)
         (self.path / "micro.yaml").write_text(MICRO)
         self.root = self.path / "results/micro"
 

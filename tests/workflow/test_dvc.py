@@ -82,8 +82,14 @@ def origin(tmp_path_factory):
     work.commit()
     work.made = work.run("dvc", "repro", "data")
     work.commit()
-    work.run("dvc", "push")
+    work.run("dvc", "push", "data")
     return work
+
+
+def colleague(origin, name):
+    """A clone beside `origin`, where the default remote (a folder beside the checkout) is the same one."""
+    origin.git("clone", "-q", origin.path, origin.path.parent / name)
+    return Checkout(origin.path.parent / name)
 
 
 def test_stages_cover_what_the_rules_make(origin):
@@ -93,19 +99,17 @@ def test_stages_cover_what_the_rules_make(origin):
         next(iter(out)) for stage in stages.values() for out in (*stage["outs"], *stage.get("metrics", ()))
     ]
     assert len(outs) == len(set(outs))
-    plan = origin.run("snakemake", "--dry-run", "--forceall", "--cores", "2")
+    plan = origin.run("snakemake", "--dry-run", "--forceall", "--cores", "2", "all", "page")
     made = {path for line in re.findall(r"^ +output: (.*)$", plan, re.MULTILINE) for path in line.split(", ")}
     for out in outs:
         assert any(path == out or path.startswith(f"{out}/") for path in made), f"{out}: no rule makes it"
-    shown = (
-        "results/small/figures",
-        "results/small/claims",
-        "results/small/report.html",
-        "results/small/tables/",
-    )
     for path in made:
-        kept = any(path == out or path.startswith(f"{out}/") for out in outs)
-        assert kept or path.startswith(shown), f"{path}: no stage keeps it"
+        if not path.startswith(
+            "results/small/tables/"
+        ):  # some of them are kept, all are made from cells in a second
+            assert any(path == out or path.startswith(f"{out}/") for out in outs), (
+                f"{path}: no stage keeps it"
+            )
 
 
 def test_a_second_repro_does_nothing(origin):
@@ -124,11 +128,9 @@ def test_what_snakemake_made_is_recorded_without_building(origin, tmp_path):
     assert locks[0]["stages"]["data"]["outs"] == locks[1]["stages"]["data"]["outs"]
 
 
-def test_only_what_matters_makes_a_stage_stale(origin, tmp_path):
-    git = origin.git("clone", "-q", origin.path, tmp_path / "clone")
-    assert not git
-    clone = Checkout(tmp_path / "clone")
-    clone.run("dvc", "pull", "-q")
+def test_only_what_matters_makes_a_stage_stale(origin):
+    clone = colleague(origin, "stale")
+    clone.run("dvc", "pull", "data")
 
     def stale():
         return json.loads(clone.run("dvc", "status", "--json", "data"))
@@ -140,10 +142,9 @@ def test_only_what_matters_makes_a_stage_stale(origin, tmp_path):
     assert "haystacks" in json.dumps(stale())
 
 
-def test_a_colleague_pulls_and_snakemake_agrees(origin, tmp_path):
-    origin.git("clone", "-q", origin.path, tmp_path / "clone")
-    clone = Checkout(tmp_path / "clone")
-    clone.run("dvc", "pull", "-q")
+def test_a_colleague_pulls_and_snakemake_agrees(origin):
+    clone = colleague(origin, "pulls")
+    clone.run("dvc", "pull", "data")
     assert clone.outputs() == origin.outputs()
     clone.run("snakemake", "--cores", "1", "--touch", "haystacks")
     assert "Nothing to be done" in clone.run("snakemake", "--cores", "1", "haystacks")
@@ -168,18 +169,17 @@ def s3(tmp_path):
         server.wait()
 
 
-def test_through_an_s3_store(origin, s3, tmp_path):
+def test_through_an_s3_store(origin, s3):
     import boto3
 
     key = {"AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s", "AWS_DEFAULT_REGION": "us-east-1"}
     client = boto3.client("s3", endpoint_url=s3, aws_access_key_id="k", aws_secret_access_key="s", region_name="us-east-1")  # fmt: skip
     client.create_bucket(Bucket="lab")
-    origin.git("clone", "-q", origin.path, tmp_path / "clone")
-    clone = Checkout(tmp_path / "clone")
+    clone = colleague(origin, "s3")
     for work in (origin, clone):
         work.run("dvc", "remote", "add", "--local", "-f", "s3", "s3://lab/laid")
         work.run("dvc", "remote", "modify", "--local", "s3", "endpointurl", s3)
-    origin.run("dvc", "push", "-q", "-r", "s3", **key)
+    origin.run("dvc", "push", "-r", "s3", "data", **key)
     assert client.list_objects_v2(Bucket="lab")["KeyCount"] > 0
-    clone.run("dvc", "pull", "-q", "-r", "s3", **key)
+    clone.run("dvc", "pull", "-r", "s3", "data", **key)
     assert clone.outputs() == origin.outputs()

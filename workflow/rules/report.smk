@@ -39,7 +39,7 @@ rule claims:
         [f"{ROOT}/cells/{cell}" for cell in CELLS],
         analysis=ANALYSES,
         costs=COSTS,
-        ledger="claims.yaml",
+        ledger=LEDGER,
     output:
         json=f"{ROOT}/claims/claims.json",
         markdown=report(
