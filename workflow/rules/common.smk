@@ -25,7 +25,9 @@ IMAGES = [] if config["data"]["source"] == "rendered" else f"{ROOT}/images.check
 TEACHER, STUDENTS = config["models"]["teacher"], config["models"]["students"]
 SIZES = sorted(config["haystacks"]["test"]["sizes"])
 # The ledger that comes with the workflow; one in the working folder, an edited copy, goes before it.
-LEDGER = next(p for p in ("claims.yaml", f"{workflow.basedir}/claims.yaml") if Path(p).is_file())
+LEDGER = next(
+    p for p in ("claims.yaml", f"{workflow.basedir}/claims.yaml") if Path(p).is_file()
+)
 TRAINED = [name for name, method in config["methods"].items() if "lambda_sft" in method]
 ABLATED = [method for method in TRAINED if method.startswith("laid")]
 
