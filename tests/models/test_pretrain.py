@@ -226,7 +226,7 @@ def test_validation_images_are_never_trained_on(micro, coco_root, coco, tmp_path
 
 
 def test_the_losses_fall(micro, coco, processor):
-    """On one-image haystacks the supervision of what stands beside the anchor soon pays."""
+    """On one-image haystacks listing the needle's objects and ending the turn are soon learned."""
     family = copy.deepcopy(micro["family"])
     family["pretrain"] |= {"start_size": 1, "warmup_steps": 5, "lr_adamw": 0.01}
     member = {**family["members"]["small"], "window": 1, "steps": 75}
@@ -234,6 +234,4 @@ def test_the_losses_fall(micro, coco, processor):
     training.language()
     first, last = training.log[0], training.log[-1]
     assert (first["step"], last["step"]) == (25, 75)
-    assert (
-        last["list"] < first["list"] - 0.15 and last["beside"] < first["beside"] - 0.05 and last["end"] < 0.05
-    )
+    assert last["list"] < first["list"] - 0.15 and last["end"] < 0.05
