@@ -30,7 +30,7 @@ def table(file: Path) -> str:
     """A table's Markdown with its title one level lower."""
     if not file.is_file():
         raise LaidError(f"{file}: no such file; run `make demo` first")
-    return re.sub(r"^# ", "### ", file.read_text(encoding="utf-8").strip(), flags=re.MULTILINE)
+    return re.sub(r"^#{1,2} ", "### ", file.read_text(encoding="utf-8").strip(), flags=re.MULTILINE)
 
 
 def main(results: Path) -> int:
