@@ -24,7 +24,7 @@ parser.add_argument(
     "--questions", type=Path, required=True, help="folder of visual_haystack_<size>.json files"
 )
 parser.add_argument("--sizes", type=int, nargs="+", default=[20, 150])
-parser.add_argument("--repeats", type=int, default=30)
+parser.add_argument("--repeats", type=int, default=80)
 parser.add_argument("--out", type=Path, required=True)
 device_arguments(parser)
 args = parser.parse_args()

@@ -71,7 +71,7 @@ def measure(
     coco_root: str | Path,
     questions: str | Path,
     sizes: Sequence[int],
-    repeats: int = 30,
+    repeats: int = 80,
     device: str = "cpu",
 ) -> dict[str, Any]:
     """Answer one question of each size with base and with the exported run: prefill and NEW_TOKENS further tokens.

@@ -11,6 +11,8 @@ from laid.models.feature_store import FeatureStore
 from laid.models.processing import Processor, image_size
 from laid.progress import Progress
 
+LEAST = 8  # images in a pass of the vision tower whose features are stored
+
 
 class ImageFeatures:
     """The language model's inputs for images, by path; each image goes through the vision tower once.
@@ -81,9 +83,12 @@ class ImageFeatures:
             paths = [path for path in paths if path not in self.kept]
             if not paths:
                 return
-        pixels, grid = self.processor.pixels([self.file(path) for path in paths])
+        # Matrix products of very few rows round otherwise; what is stored must not depend on what it was computed beside.
+        least = LEAST if self.store is not None else 0
+        filled = [*paths, *[paths[0]] * (least - len(paths))]
+        pixels, grid = self.processor.pixels([self.file(path) for path in filled])
         output = self.model.model.get_image_features(pixels.to(device), grid.to(device))
-        for path, feature in zip(paths, output.pooler_output, strict=True):
+        for path, feature in zip(paths, output.pooler_output):
             self._keep(path, feature.clone())  # not a view: dropping it is to free its memory
         self.computed += len(paths)
         if self.store is not None:
