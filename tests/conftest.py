@@ -46,10 +46,10 @@ MICRO = {
             "lambda_kl": 0.5,
             "lambda_laid": 0.3,
             "distance": {"strength": 4.0},
-            "gaps": {"reach": 60},
-            "gain": {"length_aware": True, "reference": 20, "exponent": 0.2},
+            "gaps": {"reach": 120},
+            "gain": {"length_aware": True, "reference": 20, "exponent": 0.2, "export": "attention"},
         },
-        "laid_wo_kl": {"extends": "laid", "lambda_kl": 0.0, "lambda_rows": 0.2},
+        "laid_wo_kl": {"extends": "laid", "lambda_kl": 0.0, "lambda_rows": 0.2, "gain": {"export": "fold"}},
         "laid_wo_laid": {"extends": "laid", "lambda_laid": 0.0, "gain": {"length_aware": False}},
     },
 }  # fmt: skip
@@ -88,7 +88,7 @@ def micro() -> dict:
 def micro_file(tmp_path_factory) -> Path:
     """The micro configuration as a file, for the command line."""
     path = tmp_path_factory.mktemp("config") / "micro.yaml"
-    path.write_text(yaml.safe_dump(MICRO))
+    path.write_text(yaml.safe_dump(MICRO, sort_keys=False))
     return path
 
 

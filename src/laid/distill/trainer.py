@@ -375,9 +375,8 @@ class Trainer:
         with atomic_path(self.out) as folder:
             folder.mkdir()
             self._export(folder / "model")
-            (folder / "log.jsonl").write_text(
-                "".join(json.dumps(line) + "\n" for line in self.log), encoding="utf-8"
-            )
+            lines = (json.dumps(line, sort_keys=True) + "\n" for line in self.log)
+            (folder / "log.jsonl").write_text("".join(lines), encoding="utf-8")
             write_json(folder / "learned.json", weights, indent=None)
             write_json(folder / "run.json", record)
         write_json(self.out.parent / f"{self.out.name}.cost.json", provenance.cost(self.start))
@@ -393,8 +392,10 @@ class Trainer:
                 base = str(self.inputs["student"])
                 base = self.name if Path(base).exists() else base
                 model.peft_config["default"].base_model_name_or_path = base
-                model.get_base_model().config.name_or_path = base
                 model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
+                (folder / "README.md").unlink(
+                    missing_ok=True
+                )  # an empty form that names this machine's paths
                 return
             gain.detach()
             model = model.merge_and_unload()

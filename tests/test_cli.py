@@ -1,0 +1,239 @@
+"""Every verb: a wrong input is exit status 2 and one clear line, never a traceback, and nothing half-written is left."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from laid import __version__, cli
+from laid.io import read_json
+
+TOP = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def as_before(monkeypatch):
+    """The verbs set torch's threads and determinism for their process; other tests keep theirs."""
+    import torch
+
+    threads = torch.get_num_threads()
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def places(micro_file, coco_root, haystacks, family, tmp_path):
+    """Words in braces that command lines below use."""
+    (tmp_path / "broken.yaml").write_text("scale: [micro\n")
+    (tmp_path / "unknown.yaml").write_text("scala: micro\n")
+    (tmp_path / "broken.json").write_text('[{"id": "1", ')
+    (tmp_path / "file").write_text("a file")
+    return {
+        "micro": micro_file, "coco": coco_root, "questions": haystacks / "train.json", "test": haystacks / "test",
+        "teacher": family["teacher"], "small": family["small"], "out": tmp_path / "made/out", "tmp": tmp_path,
+    }  # fmt: skip
+
+
+RIGHT = {
+    "data": "data --config {micro} --out {out}",
+    "haystacks": "haystacks --config {micro} --coco {coco} --out {out}",
+    "pretrain": "pretrain --config {micro} --member small --coco {coco} --out {out}",
+    "teacher-cache": "teacher-cache --config {micro} --teacher {teacher} --coco {coco} --questions {questions} --out {out}",
+    "train": "train --config {micro} --method sft --student-name small --student {small} --coco {coco}"
+    " --questions {questions} --out {out} --device cpu",
+    "evaluate": "evaluate --config {micro} --student-name small --method base --model {small} --coco {coco}"
+    " --questions {test} --sizes 1 2 --out {out} --device cpu",
+    "analyse": "analyse --config {micro} --student-name small --model {small} --coco {coco} --questions {test} --out {out}",
+    "tables": "tables --config {micro} --cells {tmp}/cells --out {out}",
+    "figures": "figures --config {micro} --cells {tmp}/cells --out {out}",
+    "report": "report --config {micro} --cells {tmp}/cells --out {out}",
+    "verify": "verify --config {micro}",
+    "explain": "explain {tmp}/cells/small/base/1.json --config {micro}",
+    "config": "config --config {micro}",
+}
+# (verb, what replaces what in its command line, what the one line says)
+WRONG = [
+    ("haystacks", ("{coco}", "{tmp}"), "instances_train2017.json"),
+    ("pretrain", ("small", "large"), "family.members has no 'large'; it has teacher, small"),
+    ("pretrain", ("{coco}", "{tmp}/none"), "none: no such folder (expected COCO's layout"),
+    ("pretrain", ("{out}", "{tmp}/file/out"), "file"),
+    ("teacher-cache", ("{teacher}", "{tmp}/none"), "none"),
+    ("teacher-cache", ("{teacher}", "{tmp}"), "no config.json in this folder"),
+    ("teacher-cache", ("{questions}", "{tmp}/none.json"), "none.json"),
+    ("teacher-cache", ("{questions}", "{tmp}/broken.json"), "broken.json: not valid JSON, line 1"),
+    ("teacher-cache", ("{coco}", "{tmp}"), "no such image"),
+    ("train", ("sft", "base"), "'base' is not a trained method; trained methods: sft, kd, laid"),
+    ("train", ("sft", "kd"), "give --teacher-cache"),
+    ("train", ("sft", "kd --teacher-cache {tmp}/none"), "none/index.json: no such file"),
+    ("train", ("sft", "kd --teacher-cache {test}"), "index.json: no such file"),
+    ("train", ("{small}", "{tmp}/file"), "is a file, expected a checkpoint folder or a hub id"),
+    ("train", ("{small}", "nobody/nothing"), "nobody/nothing: cannot be loaded"),
+    ("train", ("{questions}", "{tmp}/broken.json"), "broken.json: not valid JSON"),
+    ("train", ("{coco}", "{tmp}"), "no such image"),
+    ("train", ("--device cpu", "--device gpu"), "--device gpu: expected auto, cpu, cuda or cuda:<number>"),
+    ("train", ("--device cpu", "--device cuda:99"), "--device cuda:99: this machine has"),
+    ("evaluate", ("base", "bass"), "no method 'bass'; methods: "),
+    ("evaluate", ("base", "sft"), "method sft is trained: give its run folders with --runs"),
+    ("evaluate", ("base", "base --runs {tmp}/seed0"), "method base takes no --runs"),
+    ("evaluate", ("base", "sft --runs {tmp}/seed0"), "this run did not finish"),
+    ("evaluate", ("{small}", "{tmp}/none"), "no such checkpoint folder"),
+    ("evaluate", ("{test}", "{tmp}"), "visual_haystack_1.json: no such file"),
+    ("evaluate", ("--sizes 1 2", "--sizes 3"), "visual_haystack_3.json: no such file"),
+    ("evaluate", ("{coco}", "{tmp}"), "no such image"),
+    ("tables", None, "no such folder of cells"),
+]
+
+
+def command(places, verb, swap=None):
+    text = RIGHT[verb]
+    if swap:
+        assert swap[0] in text
+        text = text.replace(*swap)
+    return [word.format(**places) for word in text.split()]
+
+
+def left_behind(tmp_path):
+    """Files and folders below made/; the hidden lock of a verb that makes something alone is no result."""
+    return [
+        p for p in (tmp_path / "made").rglob("*") if not (p.name.startswith(".") and p.name.endswith(".lock"))
+    ]
+
+
+def one_line(capsys, verb, says):
+    """The error, after whatever progress was shown before it."""
+    captured = capsys.readouterr()
+    lines = [
+        line
+        for line in captured.err.splitlines()
+        if not line.startswith(("teacher cache: images", "images:"))
+    ]
+    assert "Traceback" not in captured.err + captured.out
+    assert len(lines) == 1 and lines[0].startswith(f"laid {verb}: error: "), captured.err
+    assert says in lines[0] and len(lines[0]) < 900
+
+
+@pytest.mark.parametrize("verb, swap, says", WRONG)
+def test_wrong_inputs(places, capsys, tmp_path, verb, swap, says):
+    assert cli.main(command(places, verb, swap)) == 2
+    one_line(capsys, verb, says)
+    assert not left_behind(tmp_path)
+
+
+@pytest.mark.parametrize("verb", RIGHT)
+@pytest.mark.parametrize(
+    "file, says",
+    [
+        ("none.yaml", "none.yaml: no such configuration file"),
+        ("broken.yaml", "broken.yaml: not valid YAML, line "),
+        ("unknown.yaml", "scala: unknown key; did you mean 'scale'?"),
+    ],
+)
+def test_wrong_configurations(places, capsys, tmp_path, verb, file, says):
+    assert cli.main(command(places, verb, ("{micro}", "{tmp}/" + file))) == 2
+    one_line(capsys, verb, says)
+    assert not left_behind(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "verb, swap, says",
+    [
+        ("evaluate", ("--sizes 1 2", "--sizes 0"), "'0' is not a whole number from 1 on"),
+        ("evaluate", ("--sizes 1 2", "--sizes two"), "'two' is not a whole number"),
+        ("evaluate", ("--device cpu", "--threads -1"), "not a whole number|expected one argument"),
+        ("train", ("sft", "sft --seed -1"), "not a whole number from 0 on|expected one argument"),
+        ("train", ("--out {out}", ""), "the following arguments are required: --out"),
+        ("train", ("--device cpu", "--epochs 3"), "unrecognized arguments: --epochs 3"),
+    ],
+)
+def test_wrong_words(places, capsys, tmp_path, verb, swap, says):
+    import re
+
+    with pytest.raises(SystemExit) as caught:
+        cli.main(command(places, verb, swap))
+    assert caught.value.code == 2
+    assert re.search(says, capsys.readouterr().err.splitlines()[-1])
+    assert not left_behind(tmp_path)
+
+
+def test_unknown_verbs_version_and_help(capsys):
+    for words, code in ((["trane"], 2), ([], 2), (["--version"], 0), (["--help"], 0)):
+        with pytest.raises(SystemExit) as caught:
+            cli.main(words)
+        assert caught.value.code == code
+    out = capsys.readouterr().out
+    assert f"laid {__version__}" in out and all(verb in out for verb in cli.VERBS)
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_every_verb_explains_itself(verb, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main([verb, "--help"])
+    assert caught.value.code == 0
+    out = capsys.readouterr().out
+    assert cli.VERBS[verb].split()[0] in out and "--config" in out
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(places, capsys, tmp_path, monkeypatch):
+    def full(*_args, **_kwargs):
+        raise OSError(28, "No space left on device", str(tmp_path / "made/out"))
+
+    monkeypatch.setattr("laid.evaluation.evaluate.write_cell", full)
+    assert cli.main(command(places, "evaluate")) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-1] == f"laid evaluate: error: {tmp_path / 'made/out'}: No space left on device"
+
+
+def test_interrupted_by_hand(places, capsys, monkeypatch):
+    def interrupted(*_args, **_kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("laid.evaluation.evaluate.evaluate_cells", interrupted)
+    assert cli.main(command(places, "evaluate")) == 130
+    assert capsys.readouterr().err == "laid evaluate: interrupted\n"
+
+
+def test_the_whole_way_by_hand(places, capsys, tmp_path):
+    """pretrain, teacher-cache, train and evaluate one after the other, each on what the one before it made."""
+    out = tmp_path / "made"
+
+    def laid(verb, *swaps):
+        text = RIGHT[verb]
+        for swap in swaps:
+            assert swap[0] in text
+            text = text.replace(*swap)
+        assert cli.main([word.format(**places) for word in text.split()]) == 0
+        return capsys.readouterr().out.splitlines()[-1]
+
+    said = laid("pretrain", ("{out}", str(out / "models/small")))
+    assert said.startswith("small: ") and "window 4" in said
+    laid("pretrain", ("{out}", str(out / "models/teacher")), ("small", "teacher"))
+    places |= {"small": out / "models/small", "teacher": out / "models/teacher"}
+    said = laid("teacher-cache", ("{out}", str(out / "teacher_cache")))
+    assert said == "teacher cache: 24 questions in 1 shards, layers [2]"
+    run = out / "runs/small/laid/seed3"
+    said = laid(
+        "train", ("{out}", str(run)), ("sft", f"laid --seed 3 --teacher-cache {out / 'teacher_cache'}")
+    )
+    assert said.startswith("small laid seed 3: 6 steps, loss ")
+    cells = out / "cells/small/laid"
+    said = laid("evaluate", ("{out}", str(cells)), ("base", f"laid --runs {run}"))
+    assert said.startswith("small laid: 2 images: ") and ", 10 answers, " in said
+    cell = read_json(cells / "2.json")
+    assert cell["seeds"] == [3] and {p.name for p in cells.iterdir()} == {"1.json", "2.json", "cost.json"}
+    locks = {p.name for p in out.rglob(".*") if p.is_file()}
+    assert locks <= {".small.lock", ".teacher.lock", ".teacher_cache.lock", ".seed3.lock"}
+
+
+def test_as_a_process(tmp_path):
+    """The installed way in: `python -m laid`, its exit status, nothing but one line on stderr."""
+    environment = {**os.environ, "PYTHONPATH": str(TOP / "src")}
+    done = subprocess.run(
+        [sys.executable, "-m", "laid", "config", "--config", "none.yaml"],
+        capture_output=True, text=True, cwd=tmp_path, env=environment, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "laid config: error: none.yaml: no such configuration file\n"
