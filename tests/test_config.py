@@ -285,7 +285,10 @@ def test_variants_of_the_sweep_are_methods_to_every_step():
     ("text", "said"),
     [
         ("sweep: {variants: {laid: {}}}", "'laid' is a method already"),
-        ("sweep: {variants: {mine: {extends: laidd}}}", "sweep.variants.mine.extends = 'laidd': no such method"),
+        (
+            "sweep: {variants: {mine: {extends: laidd}}}",
+            "sweep.variants.mine.extends = 'laidd': no such method",
+        ),
         ("sweep: {variants: {mine: {lambda_kll: 1}}}", "sweep.variants.mine.lambda_kll: unknown key"),
         ("sweep: {variants: {My-own: {}}}", "'My-own': must match"),
         ("sweep: {only: [mine]}", "sweep.only: 'mine' is not among none"),

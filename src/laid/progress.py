@@ -52,7 +52,9 @@ class Progress:
         rate = self.done / spent if spent > 0 else 0.0
         shown = " ".join(f"{k}={_short(v)}" for k, v in self.metrics.items())
         left = "" if final or rate == 0 else f", {_clock((self.total - self.done) / rate)} left"
-        line = f"{self.label}: {self.done}/{self.total} {self.unit}, {rate:.3g}/s, {_clock(spent)} spent{left}"
+        line = (
+            f"{self.label}: {self.done}/{self.total} {self.unit}, {rate:.3g}/s, {_clock(spent)} spent{left}"
+        )
         print(line + (f"  {shown}" if shown else ""), file=sys.stderr, flush=True)
 
 

@@ -123,7 +123,9 @@ def test_a_model_that_says_yes_scores_yes(loaded, coco_root, micro, questions):
             other.model.model.language_model.norm.register_forward_hook(lambda m, a, out: out + 1.0)
             other.model.lm_head.weight.zero_()
             other.model.lm_head.weight[tokenizer(word, add_special_tokens=False)["input_ids"][0]] = 1.0
-        found = answers(other, coco_root, micro, questions=questions[:4], scoring="generate", max_new_tokens=1)
+        found = answers(
+            other, coco_root, micro, questions=questions[:4], scoring="generate", max_new_tokens=1
+        )
         assert {a["answer"] for a in found} == {expected}
 
 

@@ -51,7 +51,12 @@ def test_means_windows_and_differences_by_hand():
 def test_p_values_are_mcnemars_with_holms_correction():
     found = rows(sweep_table(grid(settings())))
     # the synthetic answers are nested, so what one has more is all that differs: 30 + 20 questions, 2 questions
-    raw = {("gaps", "short"): 1.0, ("gaps", "long"): 2 / 2**50, ("gain", "short"): 1.0, ("gain", "long"): 2 / 2**2}
+    raw = {
+        ("gaps", "short"): 1.0,
+        ("gaps", "long"): 2 / 2**50,
+        ("gain", "short"): 1.0,
+        ("gain", "long"): 2 / 2**2,
+    }
     for (variant, name), p in raw.items():
         assert float(found[variant][f"{name}_vs_kd_p"]) == pytest.approx(p, rel=1e-2)
     adjusted = dict(zip(raw, stats.holm(list(raw.values()))))
@@ -65,7 +70,12 @@ def test_seeds_widen_the_intervals_and_decide_the_tests():
     """A variant that is much better with one seed and no better with two others is no difference."""
     rng = np.random.default_rng(0)
     cells = {}
-    for method, shares in (("base", [0.6]), ("kd", [0.6] * 3), ("gaps", [0.6] * 3), ("gain", [0.6, 0.6, 0.95])):
+    for method, shares in (
+        ("base", [0.6]),
+        ("kd", [0.6] * 3),
+        ("gaps", [0.6] * 3),
+        ("gain", [0.6, 0.6, 0.95]),
+    ):
         for size in SIZES:
             right = np.stack([rng.permutation(200) < 200 * share for share in shares]).astype(int)
             cells["3B", method, size] = synthetic.cell("3B", method, size, right)
@@ -85,7 +95,11 @@ def test_a_subset_by_flag_and_by_configuration():
 @pytest.mark.parametrize(
     ("config", "only", "said"),
     [
-        (settings(variants={"gaps": {}, "other": {}}), (), "cells/3B/other/5.json: no such cell; make it with"),
+        (
+            settings(variants={"gaps": {}, "other": {}}),
+            (),
+            "cells/3B/other/5.json: no such cell; make it with",
+        ),
         (settings(), ["gapz"], "no variant 'gapz' in sweep.variants: gaps, gain"),
         (settings(variants={}), (), "none; give --config config.yaml configs/sweep.yaml"),
     ],

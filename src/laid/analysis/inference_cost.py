@@ -22,7 +22,9 @@ FORMAT = "laid-inference-cost/1"
 NEW_TOKENS, NO_TOKEN = 4, -1  # nothing stops an answer early
 # torch counts attention on CUDA only; the CPU kernel does the same products.
 COUNTED = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(
+        q, k, v
+    )
 }
 
 

@@ -436,5 +436,7 @@ def _from_training_images(
         raise LaidError(f"haystacks.{part}: min_size {low} is above max_size {high}")
     sizes = np.resize(np.arange(low, high + 1), count)
     sizes = np.random.default_rng([seed, 8, *([code] if code else [])]).permutation(sizes).tolist()
-    labels = {path: train.labels[path] for path in split_paths(train, settings["validation"]["share"], seed)[0]}
+    labels = {
+        path: train.labels[path] for path in split_paths(train, settings["validation"]["share"], seed)[0]
+    }
     return synthesise(labels, train.categories, sizes, seed=[seed, code], name=name, **_common(settings))
