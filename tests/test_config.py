@@ -275,7 +275,7 @@ def test_variants_of_the_sweep_are_methods_to_every_step():
     assert [name for name in full["methods"] if name in written] == list(written)
     alone, tokens = full["methods"]["alignment"], full["methods"]["distance_tokens"]
     assert tokens == alone | {"extends": "alignment", "distance": alone["distance"] | {"strength": 4.0}}
-    assert full["methods"]["together"] == full["methods"]["laid"] | {"extends": "laid"}
+    assert full["methods"]["without_kl"] == full["methods"]["laid"] | {"extends": "laid", "lambda_kl": 0.0}
     assert full["methods"]["without_gain"]["gain"] is None and full["methods"]["labels"]["lambda_kl"] == 0
     assert config.validate(full) == full
     assert config.slice_for("train", full, method="gain")["methods"].keys() == {"gain"}

@@ -47,7 +47,10 @@ class SweepGrid(Grid):
 
 
 def sweep_table(grid: SweepGrid, resamples: int = stats.RESAMPLES) -> Table:
-    """One row per student and method: accuracies, short and long mean, effective window, differences to the rivals."""
+    """One row per student and method: accuracies, short and long mean, effective window, differences to the rivals.
+
+    A rival is compared too, with the rivals named before it.
+    """
     answers = Answers(grid, resamples)
     short, long = grid.window_sizes(grid.sizes)
     spans = [(name, sizes) for name, sizes in (("short", short), ("long", long)) if sizes]
@@ -55,8 +58,8 @@ def sweep_table(grid: SweepGrid, resamples: int = stats.RESAMPLES) -> Table:
     tests = [
         ((student, rival), (student, method), name, sizes)
         for student, method in grid.models
-        for rival in grid.rivals
-        if method in grid.variants
+        for k, rival in enumerate(grid.rivals)
+        if method in grid.variants or method in grid.rivals[k + 1 :]
         for name, sizes in spans
     ]
     found = [answers.compare(first, second, sizes) for first, second, _, sizes in tests]
