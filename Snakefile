@@ -20,6 +20,7 @@ include: "workflow/rules/analysis.smk"
 include: "workflow/rules/report.smk"
 include: "workflow/rules/beyond.smk"
 include: "workflow/rules/sweep.smk"
+include: "workflow/rules/pope.smk"
 
 
 rule all:

@@ -19,6 +19,7 @@ VERBS = {
     "teacher-cache": "run the teacher once over the training questions and keep what distillation needs",
     "train": "post-train a student (sft, kd, laid and its ablations)",
     "evaluate": "evaluate a model with a method over haystack sizes into cells",
+    "pope": "object questions about single images (POPE): build, evaluate, print",
     "analyse": "look into the attention heads of a student: needles, spectra",
     "why": "take distance in positions and dilution by more keys apart",
     "beyond": "draw and tell what lies beyond the paper: why windows shrink, where they end",

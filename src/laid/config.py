@@ -74,6 +74,7 @@ SLICES: dict[str, list[str]] = {
         "beyond.questions",
     ],
     "why": ["beyond.few", "beyond.questions", "evaluation", "-evaluation.shard", "haystacks.test.sizes"],
+    "pope": ["pope", "-pope.methods"],
     "tables": ["tables", "models", "haystacks.test.sizes"],
     "sweep": [
         "sweep",
@@ -407,6 +408,12 @@ def _cross_checks(config: dict[str, Any]) -> Iterable[tuple[str, str]]:
         low, high = (config["haystacks"][part][key] for key in ("min_size", "max_size"))
         if low > high:
             yield f"haystacks.{part}.min_size", f"{low} is above max_size {high}"
+    pope = config["pope"]
+    if pope["wording"] == "haystack" and pope["objects"] < 2:
+        yield (
+            "pope.objects",
+            f"{pope['objects']}: the wording 'haystack' names a second object of the image, so give at least 2",
+        )
     sweep = config["sweep"]
     for key, allowed in (
         ("students", models["students"]),

@@ -222,7 +222,14 @@ def test_wrong_inputs_are_one_line_and_nothing_is_written(micro, family, coco_ro
         haystack_file(other / "test", 1),
         [asked[0].__class__(**{**vars(asked[0]), "needles": ("val2017/9.png",)})],
     )
-    refused("val2017/9.png: no such image", micro, family, coco_root, other, out=out)
+    refused(
+        "no such image: 1 of the 49 images .* first val2017/9.png; .* laid data ",
+        micro,
+        family,
+        coco_root,
+        other,
+        out=out,
+    )
     haystack_file(other / "test", 1).write_text("[{")
     refused("not valid JSON", micro, family, coco_root, other, out=out)
     refused("no such checkpoint folder", micro, {"small": tmp_path / "none"}, coco_root, haystacks, out=out)

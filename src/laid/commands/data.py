@@ -33,19 +33,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from laid import config
     from laid.data.coco import SPLITS, check_images, load_coco, load_labels
+    from laid.data.pope import is_pope, read_pope
     from laid.data.questions import read_questions
     from laid.errors import LaidError
 
     settings = config.load(args.config)["data"]
     out: Path = args.out
-    named = sorted(
-        {p for file in args.questions for q in read_questions(file) for p in q.needles + q.distractors}
-    )
+    source = None
     if settings["source"] == "download":
         from laid.data.download import CocoDownload
 
         source = CocoDownload(out, **settings["download"])
-        source.annotations()
+        source.annotations()  # first: POPE's own files are read by them
+    read = [read_pope(file, out) if is_pope(file) else read_questions(file) for file in args.questions]
+    named = sorted({path for questions in read for q in questions for path in q.needles + q.distractors})
+    if source is not None:
         source.images(named)
         if args.all_images:
             source.all_images()

@@ -7,31 +7,15 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from laid.commands.shared import config_argument, count, device_arguments, features_argument
+    from laid.commands.shared import config_argument, count, model_arguments
 
     config_argument(parser)
-    parser.add_argument(
-        "--student-name",
-        required=True,
-        help="name of the model in tables (models.students, or the teacher's)",
-    )
-    parser.add_argument(
-        "--method", required=True, help="method to evaluate it under (methods in the configuration)"
-    )
-    parser.add_argument("--model", required=True, help="checkpoint: a folder or a hub id")
-    parser.add_argument(
-        "--runs", nargs="*", default=[], metavar="DIR", help="for a trained method: run folders, one per seed"
-    )
-    parser.add_argument(
-        "--coco", type=Path, required=True, help="COCO root that the questions' paths start from"
-    )
+    model_arguments(parser)
     parser.add_argument(
         "--questions", type=Path, required=True, help="folder of visual_haystack_<size>.json files"
     )
     parser.add_argument("--sizes", type=count, nargs="+", required=True, help="haystack sizes, in images")
     parser.add_argument("--out", type=Path, required=True, help="folder for <size>.json cells and cost.json")
-    features_argument(parser)
-    device_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:

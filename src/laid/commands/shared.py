@@ -19,6 +19,27 @@ def config_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what says which model is measured, on which images, and how: --student-name to --threads."""
+    parser.add_argument(
+        "--student-name",
+        required=True,
+        help="name of the model in tables (models.students, or the teacher's)",
+    )
+    parser.add_argument(
+        "--method", required=True, help="method to evaluate it under (methods in the configuration)"
+    )
+    parser.add_argument("--model", required=True, help="checkpoint: a folder or a hub id")
+    parser.add_argument(
+        "--runs", nargs="*", default=[], metavar="DIR", help="for a trained method: run folders, one per seed"
+    )
+    parser.add_argument(
+        "--coco", type=Path, required=True, help="COCO root that the questions' paths start from"
+    )
+    features_argument(parser)
+    device_arguments(parser)
+
+
 def device_arguments(parser: argparse.ArgumentParser) -> None:
     """Add `--device` and `--threads`."""
     parser.add_argument(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from laid import provenance
-from laid.data.coco import annotation_file
+from laid.data.coco import SPLITS, annotation_file
 from laid.data.questions import Question, haystack_file, ordered_images, read_questions
 from laid.errors import LaidError
 from laid.evaluation.scoring import answer_tokens, probability_yes, spoken_answer
@@ -20,7 +20,7 @@ from laid.methods.registry import Loaded, load_with_method
 from laid.models.features import ImageFeatures
 from laid.models.forward import collate, generate, last_logits
 from laid.models.loading import parameter_label, parameters
-from laid.models.prompts import EncodedPrompt
+from laid.models.prompts import OFFICIAL_PROMPT, EncodedPrompt
 from laid.progress import Progress
 from laid.results.cells import make_cell, write_cell
 
@@ -35,8 +35,30 @@ class Asked:
     prompt: EncodedPrompt
 
 
+@dataclass(frozen=True)
+class QuestionSet:
+    """The questions of one cell, the file they stand in, and where the cell goes."""
+
+    file: Path
+    questions: list[Question]
+    out: Path
+
+    @property
+    def size(self) -> int:
+        """Images per question."""
+        return self.questions[0].size
+
+    @property
+    def images(self) -> list[str]:
+        """The images that the questions name, sorted."""
+        return sorted({p for q in self.questions for p in (*q.needles, *q.distractors)})
+
+
 class Evaluator:
-    """Answers questions with one loaded model. Features are kept between sizes; every image is seen once."""
+    """Answers questions with one loaded model. Features are kept between sizes; every image is seen once.
+
+    spoken: what a generated response says, by the rule of the benchmark.
+    """
 
     def __init__(
         self,
@@ -45,6 +67,7 @@ class Evaluator:
         settings: Mapping[str, Any],
         label: str = "evaluate",
         features_folder: str | Path | None = None,
+        spoken: Callable[[str], str] = spoken_answer,
     ):
         self.model, self.processor, self.settings, self.label = (
             loaded.model,
@@ -52,6 +75,7 @@ class Evaluator:
             settings,
             label,
         )
+        self.spoken = spoken
         self.features = ImageFeatures(
             self.model,
             self.processor,
@@ -71,7 +95,16 @@ class Evaluator:
         self.features.prepare((p for paths, _ in ordered for p in paths), label)
         encode = self.processor.encoder.encode
         return [
-            Asked(question, paths, needles, encode(question.text, self.features.grids(paths)))
+            Asked(
+                question,
+                paths,
+                needles,
+                encode(
+                    question.text,
+                    self.features.grids(paths),
+                    "" if question.mode == "object" else OFFICIAL_PROMPT,
+                ),
+            )
             for question, (paths, needles) in zip(questions, ordered)
         ]
 
@@ -102,7 +135,7 @@ class Evaluator:
         tokenizer = self.processor.tokenizer
         stops = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")} - {None}
         said = generate(self.model, inputs, self.settings["max_new_tokens"], sorted(stops), chunk)
-        return [(spoken_answer(tokenizer.decode(ids, skip_special_tokens=True)), None) for ids in said]
+        return [(self.spoken(tokenizer.decode(ids, skip_special_tokens=True)), None) for ids in said]
 
     def _batches(self, asked: Sequence[Asked]) -> Iterator[list[int]]:
         """Indices in batches of at most `batch_tokens` tokens; for generation, of one length each."""
@@ -139,48 +172,71 @@ def evaluate_cells(
     LaidError for a method without its runs, two runs of one seed, a missing question file, a broken image;
     nothing is written then.
     """
-    start = time.perf_counter()
-    settings = config["evaluation"]
-    sizes, seeds = list(dict.fromkeys(sizes)), [seed_of(run) for run in runs]
-    if len(set(seeds)) < len(seeds):
-        raise LaidError(f"{student} {method}: two of the {len(seeds)} runs have one seed: {sorted(seeds)}")
-    asked_of = {size: read_questions(haystack_file(questions, size)) for size in sizes}
-    for size, entries in asked_of.items():
+    sets = []
+    for size in dict.fromkeys(sizes):
+        file = haystack_file(questions, size)
+        entries = read_questions(file)
         wrong = next((q for q in entries if q.size != size), None)
         if wrong is not None:
-            raise LaidError(
-                f"{haystack_file(questions, size)}: question {wrong.id} has {wrong.size} images,"
-                f" expected {size}"
-            )
-    answers: dict[int, list[dict[str, Any]]] = {size: [] for size in sizes}
-    tokens: dict[int, list[int]] = {size: [] for size in sizes}
-    spans: dict[int, list[int]] = {size: [] for size in sizes}
+            raise LaidError(f"{file}: question {wrong.id} has {wrong.size} images, expected {size}")
+        sets.append(QuestionSet(file, entries, Path(out) / f"{size}.json"))
+    return measure(config, student, method, model, runs, coco_root, sets, device, features_folder)
+
+
+def measure(
+    config: Mapping[str, Any],
+    student: str,
+    method: str,
+    model: str | Path,
+    runs: Sequence[str | Path],
+    coco_root: str | Path,
+    sets: Sequence[QuestionSet],
+    device: str = "cpu",
+    features_folder: str | Path | None = None,
+    spoken: Callable[[str], str] = spoken_answer,
+) -> list[dict[str, Any]]:
+    """Measure one student under one method on every set; write a cell each, and cost.json beside the first.
+
+    As `evaluate_cells`, for questions that have been read; `spoken` as for Evaluator. Raises LaidError as it does.
+    """
+    start = time.perf_counter()
+    seeds = [seed_of(run) for run in runs]
+    if len(set(seeds)) < len(seeds):
+        raise LaidError(f"{student} {method}: two of the {len(seeds)} runs have one seed: {sorted(seeds)}")
+    _check_images(sets, coco_root)
+    answers: list[list[dict[str, Any]]] = [[] for _ in sets]
+    tokens: list[list[int]] = [[] for _ in sets]
+    spans: list[list[int]] = [[] for _ in sets]
     label = None
     for run, seed in [(run, seed_of(run)) for run in runs] or [(None, 0)]:
         loaded = load_with_method(config, method, model, run, device)
         label = config["models"]["labels"].get(student) or parameter_label(parameters(loaded.model))
-        evaluator = Evaluator(loaded, coco_root, settings, f"{student} {method}", features_folder)
-        total = sum(len(entries) for entries in asked_of.values())
+        evaluator = Evaluator(
+            loaded, coco_root, config["evaluation"], f"{student} {method}", features_folder, spoken
+        )
+        total = sum(len(part.questions) for part in sets)
         with Progress(total, f"{student} {method}: seed {seed}", unit="questions") as bar:
-            for size in sorted(sizes):
-                asked = evaluator.ask(asked_of[size])
+            for at in sorted(range(len(sets)), key=lambda k: sets[k].size):
+                asked = evaluator.ask(sets[at].questions)
                 found = evaluator.answer(asked)
-                answers[size] += [{**answer, "seed": seed} for answer in found]
+                answers[at] += [{**answer, "seed": seed} for answer in found]
                 if run in (None, *runs[:1]):
-                    tokens[size] = [len(a.prompt.ids) for a in asked]
-                    spans[size] = [a.prompt.span for a in asked]
+                    tokens[at] = [len(a.prompt.ids) for a in asked]
+                    spans[at] = [a.prompt.span for a in asked]
                 right = sum(a["answer"] in (a["label"], "both") for a in found) / len(found)
-                bar.update(len(found), size=size, accuracy=right)
+                bar.update(len(found), size=sets[at].size, accuracy=right)
+    labelled = {
+        f"annotations_{split}": annotation_file(coco_root, split)
+        for split in SPLITS
+        if annotation_file(coco_root, split).is_file()  # official questions do without
+    }
     cells = []
-    for size in sizes:
+    for at, part in enumerate(sets):
         inputs: dict[str, Any] = {
-            "questions": haystack_file(questions, size),
-            "images": (coco_root, sorted({p for q in asked_of[size] for p in (*q.needles, *q.distractors)})),
+            "questions": part.file,
+            "images": (coco_root, part.images),
             "model": source_of(model),
-            **{
-                f"annotations_{split}": annotation_file(coco_root, split)
-                for split in ("train2017", "val2017")
-            },
+            **labelled,
             **{f"run_seed{seed_of(run)}": Path(run) / "model" for run in runs},
         }
         cell = make_cell(
@@ -189,18 +245,31 @@ def evaluate_cells(
             label=label,
             role="teacher" if student == config["models"]["teacher"] else "student",
             method=method,
-            size=size,
-            answers=answers[size],
-            tokens_mean=sum(tokens[size]) / len(tokens[size]),
-            positions_mean=sum(spans[size]) / len(spans[size]),
+            size=part.size,
+            answers=answers[at],
+            tokens_mean=sum(tokens[at]) / len(tokens[at]),
+            positions_mean=sum(spans[at]) / len(spans[at]),
             provenance=provenance.collect(
-                "evaluate", config, inputs, student=student, method=method, size=size
+                "evaluate", config, inputs, student=student, method=method, size=part.size
             ),
         )
-        write_cell(Path(out) / f"{size}.json", cell)
+        write_cell(part.out, cell)
         cells.append(cell)
-    write_json(Path(out) / "cost.json", provenance.cost(start))
+    write_json(sets[0].out.with_name("cost.json"), provenance.cost(start))
     return cells
+
+
+def _check_images(sets: Sequence[QuestionSet], coco_root: str | Path) -> None:
+    """Raise LaidError, before any work is done, where images that the questions name are not there."""
+    named = sorted({path for part in sets for path in part.images})
+    missing = [path for path in named if not safe_join(coco_root, path).is_file()]
+    if missing:
+        files = " ".join(str(part.file) for part in sets)
+        raise LaidError(
+            f"{coco_root}: no such image: {len(missing)} of the {len(named)} images that the questions name are missing,"
+            f" first {missing[0]}; of COCO, just those are fetched with: laid data --config config.yaml configs/paper.yaml"
+            f" --out {coco_root} --questions {files}"
+        )
 
 
 def source_of(model: str | Path) -> str | Path:

@@ -45,3 +45,10 @@ def spoken_answer(text: str) -> str:
     """What a response says: "yes", "no", "both" or "none" (which the official runner calls non-compliant)."""
     found = set(words(text)) & {"yes", "no"}
     return "both" if len(found) == 2 else found.pop() if found else "none"
+
+
+def pope_answer(text: str) -> str:
+    """What a response says by POPE's rule (RUCAIBox/POPE, evaluate.py): "no" if its first sentence has the word no
+    (or No, or not), else "yes"."""
+    said = text.split(".")[0].replace(",", "").split(" ")
+    return "no" if {"No", "not", "no"} & set(said) else "yes"

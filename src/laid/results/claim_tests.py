@@ -16,6 +16,7 @@ from laid.io import read_json
 from laid.results import heads, stats
 from laid.results.comparisons import THRESHOLDS, reading_of_32
 from laid.results.exports import shape_report
+from laid.results.pope import PopeCells
 from laid.results.sources import Key, PublishedSource, Source
 
 SUPPORTED, NOT, UNDECIDED, NOT_MEASURED = "supported", "not supported", "undecided", "not measured"
@@ -302,8 +303,19 @@ def kept(source: Source, method: str, margin: float) -> Outcome:
     return conclude(source, found)
 
 
-def not_measured(source: Source, why: str) -> Outcome:
-    return Outcome(NOT_MEASURED, remarks=[why])
+def benchmark_kept(source: Source, method: str, margin: float, root: Path | None = None) -> Outcome:
+    """Accuracy on POPE's object questions (laid.results.pope), `method` minus base."""
+    if isinstance(source, PublishedSource) or root is None:
+        return Outcome(NOT_MEASURED, remarks=["the paper prints no figure for it"])
+    folder = root / "pope/cells"
+    if not folder.is_dir():
+        return Outcome(NOT_MEASURED, remarks=[f"{folder} is not there: run `snakemake --cores all pope`"])
+    cells, found = PopeCells(folder), []
+    for student in source.students:
+        if {(student, "base"), (student, method)} <= set(cells.models):
+            what = f"{student} {method} minus base on POPE's questions"
+            found.append(Statement(what, *(100 * v for v in cells.change(student, method)), bound=-margin))
+    return conclude(source, found)
 
 
 def same_shapes(source: Source, method: str, root: Path | None = None) -> Outcome:
@@ -384,7 +396,7 @@ def inference_cost(source: Source, method: str, margin: float, root: Path | None
 TESTS: dict[str, Callable[..., Outcome]] = {
     test.__name__: test
     for test in (
-        shrinkage, decay, no_help, short_biased, gains, over_kd, ablation_order, window_ratio, kept, not_measured,
+        shrinkage, decay, no_help, short_biased, gains, over_kd, ablation_order, window_ratio, kept, benchmark_kept,
         same_shapes, low_frequencies, inference_cost,
     )
 }  # fmt: skip
