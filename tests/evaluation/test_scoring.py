@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from laid.errors import LaidError
-from laid.evaluation.scoring import answer_tokens, probability_yes, spoken_answer, words
+from laid.evaluation.scoring import answer_tokens, official_bootstrap, probability_yes, spoken_answer, words
 from laid.models.processing import Processor
 
 # Worked by hand after the official scorer (vhs_benchmark, utils.py: `label in nltk.word_tokenize(response.lower())`),
@@ -43,6 +43,20 @@ RESPONSES = {
     "non": "none",
     "The answer is 1.": "none",
     "yes.no": "none",
+    "**No.**": "no",
+    "<answer>no</answer>": "no",
+    "<b>No.</b>": "none",
+    "No.#": "none",
+    "...Yes": "yes",
+    "\u201cNo.\u201d": "no",
+    "The answer is 'No'.": "no",
+    "''yes''": "yes",
+    "no'd": "no",
+    "\\boxed{no}": "no",
+    "{'answer': 'no'}": "no",
+    "A. Yes\nB. No": "both",
+    "Don't know; cannot say": "none",
+    "no\u3002": "none",
 }
 
 
@@ -91,3 +105,16 @@ def test_a_tokenizer_without_such_words_is_refused():
     letters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     with pytest.raises(LaidError, match="no single token for 'yes'"):
         answer_tokens(PreTrainedTokenizerFast(tokenizer_object=letters))
+
+
+def test_bootstrap_of_the_official_runner():
+    """100 resamples, mean and standard deviation: near the share and its standard error, and the same every time."""
+    said = ["yes"] * 60 + ["no"] * 20 + ["both"] * 10 + ["none"] * 10
+    answers = [{"label": "yes", "answer": word} for word in said]
+    found = official_bootstrap(answers)
+    for name, share in (("accuracy", 0.7), ("compliance", 0.9)):
+        error = math.sqrt(share * (1 - share) / 100)
+        assert found[name][0] == pytest.approx(share, abs=3 * error / 10)
+        assert found[name][1] == pytest.approx(error, rel=0.25)
+    assert found == official_bootstrap(answers) != official_bootstrap(answers, seed=1)
+    assert official_bootstrap(answers[:60]) == {"accuracy": (1.0, 0.0), "compliance": (1.0, 0.0)}

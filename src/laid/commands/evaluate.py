@@ -12,9 +12,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     config_argument(parser)
     model_arguments(parser)
     parser.add_argument(
-        "--questions", type=Path, required=True, help="folder of visual_haystack_<size>.json files"
+        "--questions",
+        type=Path,
+        required=True,
+        help="folder of visual_haystack_<size>.json files, ours or official, or one such file",
     )
-    parser.add_argument("--sizes", type=count, nargs="+", required=True, help="haystack sizes, in images")
+    parser.add_argument(
+        "--sizes", type=count, nargs="+", default=[], help="haystack sizes, in images; one file says its own"
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder for <size>.json cells and cost.json")
 
 
@@ -22,6 +27,7 @@ def run(args: argparse.Namespace) -> int:
     from laid import config
     from laid.commands.shared import deterministic, pick_device
     from laid.evaluation.evaluate import evaluate_cells
+    from laid.evaluation.scoring import official_bootstrap
 
     settings = config.load(args.config)
     deterministic(args.threads)
@@ -31,9 +37,14 @@ def run(args: argparse.Namespace) -> int:
     )  # fmt: skip
     for cell in cells:
         low, high = (100 * bound for bound in cell["interval"])
+        official = official_bootstrap(cell["answers"])
         print(
             f"{args.student_name} {args.method}: {cell['size']} images:"
             f" {100 * cell['accuracy']:.1f} % ({low:.1f} to {high:.1f}),"
-            f" {cell['n']} answers, {cell['tokens_mean']:.0f} tokens, {cell['positions_mean']:.0f} positions"
+            f" {cell['n']} answers, {cell['tokens_mean']:.0f} tokens, {cell['positions_mean']:.0f} positions;"
+            " as the official runner:"
+            + ",".join(
+                f" {name} {100 * mean:.2f}% ± {100 * std:.2f}%" for name, (mean, std) in official.items()
+            )
         )
     return 0

@@ -168,18 +168,27 @@ def evaluate_cells(
 ) -> list[dict[str, Any]]:
     """Measure one student under one method at every size; write out/<size>.json each and out/cost.json.
 
+    questions: a folder of visual_haystack_<size>.json, or one such file, then `sizes` may be empty.
     model: the checkpoint of the student as it is. runs: for a trained method, one run folder per seed. Raises
     LaidError for a method without its runs, two runs of one seed, a missing question file, a broken image;
     nothing is written then.
     """
+    if Path(questions).is_file():
+        asked = [Path(questions)]
+    elif sizes:
+        asked = [haystack_file(questions, size) for size in dict.fromkeys(sizes)]
+    else:
+        raise LaidError(
+            f"{questions}: a folder of question files: give the sizes with --sizes, or name one file"
+        )
     sets = []
-    for size in dict.fromkeys(sizes):
-        file = haystack_file(questions, size)
+    for file, size in zip(asked, dict.fromkeys(sizes) or [None]):
         entries = read_questions(file)
-        wrong = next((q for q in entries if q.size != size), None)
+        expected = entries[0].size if size is None else size
+        wrong = next((q for q in entries if q.size != expected), None)
         if wrong is not None:
-            raise LaidError(f"{file}: question {wrong.id} has {wrong.size} images, expected {size}")
-        sets.append(QuestionSet(file, entries, Path(out) / f"{size}.json"))
+            raise LaidError(f"{file}: question {wrong.id} has {wrong.size} images, expected {expected}")
+        sets.append(QuestionSet(file, entries, Path(out) / f"{expected}.json"))
     return measure(config, student, method, model, runs, coco_root, sets, device, features_folder)
 
 

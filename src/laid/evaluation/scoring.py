@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
 
 from laid.errors import LaidError
@@ -11,8 +14,12 @@ from laid.errors import LaidError
 _YES, _NO = ("yes", "Yes", " yes", " Yes", "YES"), ("no", "No", " no", " No", "NO")
 # Where nltk.word_tokenize, which the official runner uses (vhs_benchmark, utils.py), parts words. Marks that
 # it keeps within a word ("/", "_", "|", a full stop inside) keep it whole here too: "yes/no" is neither yes
-# nor no.
-_APART = re.compile(r"([;@#$%&?!*\"()\[\]{}<>`“”„«»‘’\u2012-\u2015]|[,:](?!\d)|\.\.+|--+|'s\b)")
+# nor no. A full stop ends a word only before a blank or one of the marks that may follow a sentence's end.
+_INSIDE = re.compile(r"(?<!\.)\.(?![\s.)\";}\]*:@'({\[!?\u00bb\u2019\u201d]|$)")
+_APART = re.compile(
+    r"(''|[;@#$%&?!*\"()\[\]{}<>`\u201c\u201d\u201e\u00ab\u00bb\u2018\u2019\u2012-\u2015]"
+    r"|[,:](?!\d)|\.\.+|--+|(?<!\w)'(?=\w)|n't\b|'(?:s|m|d|ll|re|ve)\b)"
+)
 
 
 def answer_tokens(tokenizer) -> tuple[list[int], list[int]]:
@@ -37,14 +44,30 @@ def probability_yes(logits: torch.Tensor, yes: list[int], no: list[int]) -> torc
 
 def words(text: str) -> list[str]:
     """Lower-case word tokens, as the official scorer sees them."""
-    pieces = _APART.sub(r" \1 ", text.lower()).split()
-    return [word for piece in pieces if (word := piece.rstrip(".").strip("'"))]
+    text = _INSIDE.sub("\0", text.lower())
+    pieces = _APART.sub(r" \1 ", text).split()
+    return [word for piece in pieces if (word := piece.rstrip(".").strip("'").replace("\0", "."))]
 
 
 def spoken_answer(text: str) -> str:
     """What a response says: "yes", "no", "both" or "none" (which the official runner calls non-compliant)."""
     found = set(words(text)) & {"yes", "no"}
     return "both" if len(found) == 2 else found.pop() if found else "none"
+
+
+def official_bootstrap(
+    answers: Sequence[dict[str, Any]], seed: int = 0, resamples: int = 100
+) -> dict[str, tuple[float, float]]:
+    """What the official runner reports (vhs_benchmark, utils.py, run_eval): (mean, standard deviation) of "accuracy"
+    and of "compliance", as fractions, over `resamples` draws of as many answers with replacement.
+
+    There the draws have no seed; here they do, so that the same answers give the same digits.
+    """
+    drawn = np.random.default_rng(seed).integers(len(answers), size=(resamples, len(answers)))
+    right = np.array([a["answer"] in (a["label"], "both") for a in answers], dtype=float)
+    said = np.array([a["answer"] != "none" for a in answers], dtype=float)
+    means = {"accuracy": right[drawn].mean(axis=1), "compliance": said[drawn].mean(axis=1)}
+    return {name: (float(values.mean()), float(values.std())) for name, values in means.items()}
 
 
 def pope_answer(text: str) -> str:
