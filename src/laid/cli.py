@@ -20,6 +20,7 @@ VERBS = {
     "train": "post-train a student (sft, kd, laid and its ablations)",
     "evaluate": "evaluate a model with a method over haystack sizes into cells",
     "pope": "object questions about single images (POPE): build, evaluate, print",
+    "tokens": "count tokens and M-RoPE positions over haystack sizes (Table 2), from image sizes alone",
     "analyse": "look into the attention heads of a student: needles, spectra",
     "why": "take distance in positions and dilution by more keys apart",
     "beyond": "draw and tell what lies beyond the paper: why windows shrink, where they end",

@@ -410,14 +410,28 @@ def _synthesise_all(
     choose = split_paths(train, settings["validation"]["share"], seed)[1]
     files = {"train.json": _from_training_images(settings, train, "train", 0, "train.json")}
     held_out = {path: train.labels[path] for path in choose}
-    for code, folder, images in ((1, "validation", held_out), (2, "test", test.labels)):
-        for size in settings[folder]["sizes"]:
-            name = f"{folder}/visual_haystack_{size}.json"
-            sizes = [size] * settings[folder]["questions"]
-            files[name] = synthesise(
-                images, test.categories, sizes, seed=[seed, code, size], name=name, **common
-            )
+    for size in settings["validation"]["sizes"]:
+        name = f"validation/visual_haystack_{size}.json"
+        sizes = [size] * settings["validation"]["questions"]
+        files[name] = synthesise(held_out, test.categories, sizes, seed=[seed, 1, size], name=name, **common)
+    for size in settings["test"]["sizes"]:
+        files[f"test/visual_haystack_{size}.json"] = questions_of_size(settings, test, size)
     return files
+
+
+def questions_of_size(settings: Mapping[str, Any], images: CocoSplit, size: int) -> list[Question]:
+    """The test questions of one size over `images`, as `settings` (config["haystacks"]) ask.
+
+    Raises LaidError as `synthesise` does.
+    """
+    return synthesise(
+        images.labels,
+        images.categories,
+        [size] * settings["test"]["questions"],
+        seed=[settings["seed"], 2, size],
+        name=f"test/visual_haystack_{size}.json",
+        **_common(settings),
+    )
 
 
 def _common(settings: Mapping[str, Any]) -> dict[str, Any]:
