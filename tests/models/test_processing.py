@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from laid.errors import LaidError
+from laid.io import read_json
 from laid.models.processing import Processor, image_size, open_image
 
 
@@ -119,3 +120,44 @@ def test_published_preprocessing_by_hand(family):
         (28, 28): (2, 2),
     }
     assert {size: processor.grid(*size) for size in hand} == hand
+
+
+def test_an_exported_folder_is_what_a_loader_of_the_checkpoint_needs(shared, micro, tmp_path):
+    """Published files are copied byte for byte beside a model of the published vocabulary; transformers' own loaders
+    read the folder back, generation settings and all, as lmms-eval's do (docs/benchmarks.md)."""
+    from transformers import AutoConfig, GenerationConfig, Qwen2_5_VLForConditionalGeneration
+
+    published = shared / "qwen2_5_vl/Qwen2.5-VL-7B-Instruct"
+    config = AutoConfig.from_pretrained(published)
+    config.text_config.update(
+        {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        | {"num_key_value_heads": 1, "head_dim": 8, "layer_types": ["full_attention"], "vocab_size": 152064}
+    )
+    config.text_config.rope_parameters["mrope_section"] = [2, 1, 1]
+    config.vision_config.update({"depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 16, "out_hidden_size": 16})  # fmt: skip
+    model = Qwen2_5_VLForConditionalGeneration(config)
+    model.generation_config = GenerationConfig.from_pretrained(published)
+    model.save_pretrained(tmp_path / "model")
+    processor = Processor.load(published)
+    processor.save(tmp_path / "model")
+
+    names = {path.name for path in (tmp_path / "model").iterdir()}
+    copied = {"tokenizer.json", "tokenizer_config.json", "chat_template.json", "preprocessor_config.json"}
+    assert names == copied | {"config.json", "generation_config.json", "model.safetensors"}
+    for name in copied:
+        assert (tmp_path / "model" / name).read_bytes() == (published / name).read_bytes()
+    again = Processor.load(tmp_path / "model")
+    assert again.tokenizer.chat_template == processor.tokenizer.chat_template
+    assert again.grid(640, 480) == processor.grid(640, 480) == (17, 23)
+    found = GenerationConfig.from_pretrained(tmp_path / "model")
+    assert found.eos_token_id == [151645, 151643] and found.repetition_penalty == 1.05
+    loaded = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "model")
+    assert loaded.config.image_token_id == again.encoder.pad_id == 151655
+
+
+def test_a_changed_processor_is_written_not_copied(family, tmp_path):
+    saved = "preprocessor_config.json"
+    Processor.load(family["small"], max_pixels=1568).save(tmp_path)
+    assert read_json(tmp_path / saved)["size"]["longest_edge"] == 1568
+    Processor.load(family["small"]).save(tmp_path)
+    assert (tmp_path / saved).read_bytes() == (family["small"] / saved).read_bytes()

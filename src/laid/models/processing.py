@@ -6,6 +6,7 @@ other two parts. Both are loaded from the files a checkpoint carries, by hub id 
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,14 +21,23 @@ from laid.io import read_json
 from laid.models.loading import resolve, source_errors
 from laid.models.prompts import PromptEncoder
 
+# Everything but weights and their configuration that published Qwen vision-language checkpoints consist of.
+FILES = (
+    "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json",
+    "special_tokens_map.json", "chat_template.json", "chat_template.jinja", "preprocessor_config.json",
+    "video_preprocessor_config.json", "processor_config.json",
+)  # fmt: skip
+
 
 class Processor:
     """What turns questions and image files into a model's inputs.
 
-    tokenizer: with a chat template. image_processor: Qwen2VLImageProcessorPil. encoder: builds prompts.
+    tokenizer: with a chat template. image_processor: Qwen2VLImageProcessorPil. encoder: builds prompts. source: the
+    checkpoint that both come from as they are, if any.
     """
 
-    def __init__(self, tokenizer, image_processor: Qwen2VLImageProcessorPil):
+    def __init__(self, tokenizer, image_processor: Qwen2VLImageProcessorPil, source: str | None = None):
+        self.source = source
         self.tokenizer = tokenizer
         self.image_processor = image_processor
         self.encoder = PromptEncoder(tokenizer, merge_size=image_processor.merge_size)
@@ -49,15 +59,29 @@ class Processor:
         if max_pixels is not None:
             size["longest_edge"] = max_pixels
         images.size = size
+        as_they_are = min_pixels is None and max_pixels is None
         try:
-            return cls(tokenizer, images)
+            return cls(tokenizer, images, source if as_they_are else None)
         except LaidError as error:  # transformers makes an empty tokenizer of a folder without one
             raise LaidError(f"{source}: {error}") from None
 
     def save(self, folder: str | Path) -> None:
-        """Write tokenizer and preprocessor files as `load` and transformers read them."""
-        self.tokenizer.save_pretrained(str(folder))
-        self.image_processor.save_pretrained(str(folder))
+        """Write tokenizer and preprocessor files as `load` and transformers read them.
+
+        Those of a checkpoint are copied byte for byte, so that any program that loads the checkpoint, of whatever
+        version, loads the folder as well; only what was made here, or changed, is written anew.
+        """
+        if self.source is None:
+            self.tokenizer.save_pretrained(str(folder))
+            self.image_processor.save_pretrained(str(folder))
+            return
+        from transformers.utils import cached_file
+
+        for name in FILES:
+            with source_errors(self.source):
+                file = cached_file(self.source, name, _raise_exceptions_for_missing_entries=False)
+            if file is not None:
+                shutil.copyfile(file, Path(folder) / name)
 
     def grid(self, width: int, height: int, file: str | Path = "an image") -> tuple[int, int]:
         """Merged grid (height, width) in visual tokens of an image of that many pixels, without decoding it.
