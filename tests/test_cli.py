@@ -47,6 +47,9 @@ RIGHT = {
     " --questions {questions} --out {out} --device cpu",
     "evaluate": "evaluate --config {micro} --student-name small --method base --model {small} --coco {coco}"
     " --questions {test} --sizes 1 2 --out {out} --device cpu",
+    "pope": "pope evaluate --config {micro} --student-name small --method base --model {small} --coco {coco}"
+    " --questions {test} --out {out} --device cpu",
+    "tokens": "tokens --config {micro} --model {small} --coco {coco} --out {out}",
     "analyse": "analyse --config {micro} --student-name small --model {small} --coco {coco} --questions {test} --out {out}",
     "tables": "tables --config {micro} --cells {tmp}/cells --out {out}",
     "figures": "figures --config {micro} --cells {tmp}/cells --out {out}",
@@ -84,6 +87,9 @@ WRONG = [
     ("evaluate", ("{test}", "{tmp}"), "visual_haystack_1.json: no such file"),
     ("evaluate", ("--sizes 1 2", "--sizes 3"), "visual_haystack_3.json: no such file"),
     ("evaluate", ("{coco}", "{tmp}"), "no such image"),
+    ("pope", None, "coco_pope_random.json: cannot be read: No such file"),
+    ("tokens", ("{small}", "{tmp}/none"), "no such checkpoint folder"),
+    ("tokens", ("{coco}", "{tmp}"), "instances_val2017.json: no such file"),
     ("tables", None, "no such folder of cells"),
 ]
 

@@ -66,6 +66,16 @@ def test_one_job_per_cell_for_large_models(workdir):
     assert jobs["evaluate"] == 2 * expected_jobs(config)["evaluate"]  # two sizes
 
 
+def test_pope_asks_teacher_and_students_before_and_after(workdir):
+    """Base of all three, and what follows it of each student; images are looked at where they are not rendered."""
+    jobs = workdir.planned("pope")
+    assert (jobs["pope_questions"], jobs["pope_evaluate"], jobs["pope"]) == (1, 1 + 2 * 4, 1)
+    assert "evaluate" not in jobs and "pope_images" not in jobs
+    (workdir.path / "fetched.yaml").write_text("data: {source: download}\n")
+    jobs = workdir.planned("pope", "--configfile", "micro.yaml", "fetched.yaml", overlay=None)
+    assert jobs["pope_images"] == 1
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
