@@ -9,6 +9,7 @@ from pathlib import Path
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from laid.commands.shared import config_argument, model_arguments
 
+    parser.epilog = "Every step takes --config FILE [FILE ...]; `laid pope STEP --help` tells the rest."
     steps = parser.add_subparsers(dest="step", required=True, metavar="STEP")
     make = steps.add_parser("questions", help="build the three question files from the val2017 labels")
     config_argument(make)
