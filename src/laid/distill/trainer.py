@@ -21,11 +21,11 @@ from laid.distill.gaps import open_gaps
 from laid.distill.losses import PARTS, Losses, objective_of
 from laid.distill.samples import Sample, batches_of, build_samples
 from laid.distill.schedule import learning_rate_factor, reach
+from laid.distill.student import make_trainable
 from laid.distill.teacher_cache import TeacherCache
 from laid.errors import LaidError
 from laid.io import atomic_path, safe_join, sha256_json, write_json
 from laid.methods import length_gain
-from laid.methods.decoder import text_model
 from laid.models.features import ImageFeatures
 from laid.models.forward import Batch, collate
 from laid.models.loading import load_model
@@ -82,31 +82,7 @@ class Trainer:
         attention = self.config["evaluation"]["attention"]
         self.model = load_model(student, getattr(torch, s["dtype"]), attention, self.device)
         self.processor = Processor.load(student)
-        for parameter in self.model.parameters():
-            parameter.requires_grad_(False)
-        lora = self.method_settings["lora"]
-        if lora is not None:
-            from peft import LoraConfig, get_peft_model
-
-            self.model = get_peft_model(
-                self.model,
-                LoraConfig(
-                    r=lora["rank"],
-                    lora_alpha=lora["alpha"],
-                    lora_dropout=lora["dropout"],
-                    # the language model's layers only: the vision tower has projections of the same names
-                    target_modules=rf".*language_model\.layers\.\d+\..*\.({'|'.join(lora['targets'])})",
-                ),
-            )
-        else:
-            for part in (text_model(self.model), self.model.get_output_embeddings()):
-                part.requires_grad_(True)
-        if s["train_vision"]:
-            raise LaidError(
-                "training.train_vision: true needs features computed anew in every step; set it to false"
-            )
-        if s["gradient_checkpointing"]:
-            text_model(self.model).gradient_checkpointing_enable({"use_reentrant": False})
+        self.model = make_trainable(self.model, self.method_settings["lora"], s)
 
     def _setup_teacher(self, cache: str | Path | None, questions: str | Path) -> None:
         m, self.cache = self.method_settings, None
