@@ -15,6 +15,7 @@ from laid.errors import LaidError
 VERBS = {
     "data": "make or check the COCO data (rendered, local or downloaded)",
     "haystacks": "build Visual Haystacks questions from COCO labels",
+    "plan": "tell what every job would cost before anything runs, and what does not fit",
     "pretrain": "train one member of the small-scale model family from nothing",
     "teacher-cache": "run the teacher once over the training questions and keep what distillation needs",
     "train": "post-train a student (sft, kd, laid and its ablations)",

@@ -5,6 +5,7 @@ from snakemake.exceptions import WorkflowError
 
 from laid.config import resolved_file, slice_json, validate
 from laid.errors import LaidError
+from laid.io import sha256_json
 from laid.results.tables import needed
 
 try:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from laid import provenance
 from laid.data.questions import haystack_file, read_questions
@@ -20,11 +20,14 @@ from laid.models.loading import parameters
 
 FORMAT = "laid-inference-cost/1"
 NEW_TOKENS, NO_TOKEN = 4, -1  # nothing stops an answer early
-# torch counts attention on CUDA only; the CPU kernel does the same products.
+# torch counts attention on CUDA only; the CPU kernels do the same products.
 COUNTED = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(
         q, k, v
-    )
+    ),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        lambda gradient, q, k, v, *_, **__: sdpa_backward_flop_count(gradient, q, k, v)
+    ),
 }
 
 

@@ -1,0 +1,282 @@
+"""What one job of each kind needs: tokens, FLOPs, bytes on a device by part, disk."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from laid.distill.losses import PARTS, objective_of
+from laid.io import dumps
+from laid.methods.decoder import geometry, text_model
+from laid.models.loading import parameters
+from laid.plan.gpus import GIB
+from laid.plan.rehearsal import Cost
+from laid.plan.shapes import member_config, meta_model
+from laid.plan.steps import reading, teacher_pass, training_step
+from laid.plan.tokens import lengths_of
+from laid.plan.vision import BATCH, image_flops, pass_bytes, tower
+
+STANDING = ("weights", "gradients", "optimizer")
+ANSWER_BYTES = 200  # of JSON in a cell
+SCORES = 6 * 4 * 2**25  # SelfExtend's blocks of scores: near, far, chosen, merged, weights and softmax's own
+CHECKPOINTING = ("per_device_batch", "batch_size", "dtype", "gradient_checkpointing")
+
+
+@dataclass
+class Need:
+    """What one job needs.
+
+    longest: tokens of the longest prompt expected. tokens: read in the whole job, every pass counted. flops: of the
+    whole job. memory: peak bytes on one device, by part. disk: bytes it leaves. devices: that share the work.
+    """
+
+    parameters: int
+    dtype: str
+    longest: int = 0
+    trained: int = 0
+    tokens: float = 0.0
+    flops: float = 0.0
+    memory: Counter = field(default_factory=Counter)
+    disk: float = 0.0
+    devices: int = 1
+
+    @property
+    def bytes(self) -> int:
+        return sum(self.memory.values())
+
+
+class Member:
+    """One model of the family: its config, where that came from, and the model without weights."""
+
+    def __init__(self, config: PreTrainedConfig, source: str):
+        self.config, self.source = config, source
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        return meta_model(self.config)
+
+    @cached_property
+    def parameters(self) -> int:
+        return parameters(self.model)
+
+    @property
+    def hidden(self) -> int:
+        return self.config.get_text_config().hidden_size
+
+    @property
+    def words(self) -> int:
+        return self.config.get_text_config().vocab_size
+
+
+class Estimator:
+    """Rehearses the jobs of one configuration; like jobs once. Raises LaidError for a member of unknown shape.
+
+    configs: a folder of config.json files that go before everything else (laid.plan.shapes.member_config).
+    """
+
+    def __init__(self, config: Mapping[str, Any], configs: str | Path | None = None):
+        names = [config["models"]["teacher"], *config["models"]["students"]]
+        self.members = {name: Member(*member_config(config, name, configs)) for name in names}
+        self.rehearsed: dict[str, Any] = {}
+        self._set(config)
+
+    def under(self, config: Mapping[str, Any]) -> Estimator:
+        """The same members under another configuration."""
+        other = object.__new__(Estimator)
+        other.members, other.rehearsed = self.members, self.rehearsed
+        other._set(config)
+        return other
+
+    def _set(self, config: Mapping[str, Any]) -> None:
+        self.config, self.lengths = config, lengths_of(config)
+        self.attention = config["evaluation"]["attention"]
+
+    # ---------------------------------------------------------------- the jobs
+
+    def pretrain(self, name: str) -> Need:
+        """Making a member of the small family, roughly: plain training on haystacks as large as its window, every step.
+
+        The curriculum begins with smaller ones, so that FLOPs are an upper bound; the vision tower's phase is left out.
+        """
+        family, member = self.config["family"], self.members[name]
+        about, given = family["members"][name], family["pretrain"]
+        batch = given["batch"]
+        longest, visual = self.lengths.longest(about["window"])
+        longest += 16 * given["targets"]  # that many questions share a haystack
+        plain = {**self.config["methods"]["sft"], "lora": None, "gain": None, "lambda_sft": 1.0}
+        plain |= {"lambda_kl": 0.0, "lambda_laid": 0.0, "lambda_rows": 0.0}
+        settings = {
+            "per_device_batch": batch, "batch_size": batch, "dtype": "float32", "train_vision": False,
+            "gradient_checkpointing": False,
+        }  # fmt: skip
+        cost = self._once(
+            ["pretrain", name, batch],
+            training_step, member.config, member.config, plain, settings, longest, visual, self.attention,
+        )  # fmt: skip
+        need = Need(member.parameters, "float32", longest, cost.trained)
+        need.memory += cost.peak
+        need.tokens = about["steps"] * batch * longest
+        need.flops, need.disk = about["steps"] * cost.flops, member.parameters * 4
+        return need
+
+    def teacher_cache(self, kind: str) -> Need:
+        """The teacher's pass over the questions of a kind: "train" or "long"."""
+        c, settings, asked = self.config, self.config["teacher_cache"], self.config["haystacks"][kind]
+        name, dtype = c["models"]["teacher"], c["training"]["dtype"]
+        member, layers = self.members[name], tuple(settings["layers"])
+        longest, visual = self.lengths.longest(asked["max_size"])
+        longest += 1  # the answer is part of a sample
+        batch = max(1, min(asked["questions"], c["evaluation"]["batch_tokens"] // longest))
+        cost = self._once(
+            name, teacher_pass, member.config, layers, dtype, batch, longest, visual, self.attention
+        )
+        need = Need(member.parameters, dtype, longest)
+        sizes = range(asked["min_size"], asked["max_size"] + 1)
+        need.memory += cost.peak
+        self._prompts(
+            need, cost, batch, longest, [(n, asked["questions"] / len(sizes)) for n in sizes], extra=1
+        )
+        self._images(need, member, "train", asked["questions"] * _mean(sizes), BATCH)
+        shape = geometry(member.config)
+        width = (shape.heads + shape.kv_heads) * shape.head_dim * len(set(layers))
+        need.disk = need.tokens * width * _size(settings["dtype"]) + asked["questions"] * 2 * member.words * 4
+        return need
+
+    def train(self, student: str, method: str) -> Need:
+        """One training run of a student."""
+        c, m, member = self.config, self.config["methods"][method], self.members[student]
+        teacher, settings = self.members[c["models"]["teacher"]], c["training"]
+        asked, objective = c["haystacks"][m["questions"]], objective_of(m)
+        settings = {**settings, "per_device_batch": min(settings["per_device_batch"], settings["batch_size"])}
+        batch = settings["per_device_batch"]
+        longest, visual = self.lengths.longest(asked["max_size"])
+        longest += 1
+        alike = [m["lora"], m["gain"], m["alignment"], [p for p in PARTS if objective.needs(p)]]
+        cost = self._once(
+            [student, alike, {k: settings[k] for k in CHECKPOINTING}],
+            training_step, member.config, teacher.config, m, settings, longest, visual, self.attention,
+        )  # fmt: skip
+        steps = round((m["epochs"] or settings["epochs"]) * (asked["questions"] // settings["batch_size"]))
+        samples = max(1, steps) * settings["batch_size"]
+        need = Need(member.parameters, settings["dtype"], longest, cost.trained)
+        need.devices = max(1, c["resources"]["train"]["gpu"])
+        sizes = range(asked["min_size"], asked["max_size"] + 1)
+        need.memory += cost.peak
+        self._prompts(need, cost, batch, longest, [(n, samples / len(sizes)) for n in sizes], extra=1)
+        self._images(need, member, "train", samples * _mean(sizes), min(BATCH, batch * asked["max_size"]))
+        if need.devices > 1 and settings.get("parallel", "ddp") != "ddp":
+            self._shard(need, member)
+        written = need.trained if m["lora"] else member.parameters
+        kept = (
+            3 * need.trained if settings["checkpoint_minutes"] else 0
+        )  # weights and the optimiser's two moments
+        need.disk = (written + kept) * _size(settings["dtype"])
+        return need
+
+    def evaluate(self, student: str, method: str, sizes: Iterable[int]) -> Need:
+        """One evaluation job: a student under a method at these sizes, one seed."""
+        e, asked, member = self.config["evaluation"], self.config["haystacks"]["test"], self.members[student]
+        need, worst, draws = Need(member.parameters, e["dtype"]), Counter(), 0
+        keep = e["scoring"] == "generate"
+        for images in sizes:
+            longest, visual = self.lengths.longest(images)
+            batch = max(1, min(asked["questions"], e["batch_tokens"] // longest))
+            cost = self._once(
+                student, reading, member.config, e["dtype"], batch, longest, visual, e["chunk_tokens"], keep,
+                self.attention,
+            )  # fmt: skip
+            need.longest = max(need.longest, longest)
+            self._prompts(need, cost, batch, longest, [(images, asked["questions"])])
+            worst = max(worst, cost.peak, key=_total)
+            draws += images * asked["questions"]
+        need.memory += worst
+        if method == "self_extend":
+            heads = geometry(member.config).heads
+            need.memory["activations"] += min(SCORES, 24 * heads * batch * longest**2)
+        self._images(need, member, "test", draws, BATCH)
+        need.disk = ANSWER_BYTES * asked["questions"] * len(list(sizes))
+        return need
+
+    # ---------------------------------------------------------------- what they have in common
+
+    def _once(self, key: Any, rehearse: Callable[..., Any], *args: Any) -> Any:
+        """What `rehearse` says, asked once for the same key and plain arguments; key: what stands for the others."""
+        plain = [a for a in args if isinstance(a, (bool, int, str, tuple))]
+        key = dumps([rehearse.__name__, key, plain], indent=None)
+        if key not in self.rehearsed:
+            self.rehearsed[key] = rehearse(*args)
+        return self.rehearsed[key]
+
+    def _prompts(
+        self,
+        need: Need,
+        cost: Cost,
+        batch: int,
+        longest: int,
+        prompts: Iterable[tuple[int, float]],
+        extra: int = 0,
+    ) -> None:
+        """Add tokens and FLOPs of `count` prompts for each (images, count), from `batch` rehearsed ones of `longest`.
+
+        Matrix products cost every token the same, attention grows with the square of the prompt.
+        """
+        for images, count in prompts:
+            tokens = self.lengths.prompt(images) + extra
+            share = tokens / longest
+            need.tokens += count * tokens
+            need.flops += count / batch * (cost.linear * share + cost.attention * share**2)
+
+    def _images(self, need: Need, member: Member, pool: str, draws: float, at_once: float) -> None:
+        """Add the vision tower's FLOPs, its memory where that is the worst moment, and the features that are kept.
+
+        draws: images asked for over the job. at_once: images in one pass of the tower. Features are kept up to
+        evaluation.feature_cache_gb; where not all can be, an image not kept is computed again whenever asked for.
+        """
+        visual, size = self.lengths.visual, _size(need.dtype)
+        distinct = self.lengths.distinct(pool, draws)
+        each = visual * member.hidden * size
+        kept = min(distinct, self.config["evaluation"]["feature_cache_gb"] * GIB / each)
+        passes = distinct if kept >= distinct else kept + draws * (1 - kept / distinct)
+        need.flops += passes * image_flops(member.model, visual)
+        # The tower runs before the language model does: what stands then is there, what the other pass makes is not.
+        seeing = Counter({p: need.memory[p] for p in STANDING})
+        seeing["activations"] = pass_bytes(member.config, min(at_once, distinct), visual, size)
+        need.memory = max(need.memory, seeing, key=_total)
+        need.memory["features"] = int(kept * each)
+
+    def _shard(self, need: Need, member: Member) -> None:
+        """Lay weights, gradients and the optimiser's state out in pieces over the devices (laid.distill.parallel).
+
+        Each device holds its share, the vision tower whole, and, gathered in the number format it computes in, what
+        is neither: embedding and output, and two decoder layers, with the gradients of one in float32.
+        """
+        text, size = text_model(member.model), _size(need.dtype)
+        layer = parameters(text.layers[0])
+        seen = parameters(tower(member.model))
+        rest = member.parameters - seen - layer * len(text.layers)
+        whole = seen * need.memory["weights"] / need.parameters
+        need.memory["weights"] = int(whole + (need.memory["weights"] - whole) / need.devices)
+        need.memory["weights"] += (rest + 2 * layer) * size
+        need.memory["gradients"] = need.memory["gradients"] // need.devices
+        if need.trained:
+            need.memory["gradients"] += layer * 4
+        need.memory["optimizer"] //= need.devices
+
+
+def _size(dtype: str) -> int:
+    return getattr(torch, dtype).itemsize
+
+
+def _mean(sizes: range) -> float:
+    return (sizes[0] + sizes[-1]) / 2
+
+
+def _total(memory: Counter) -> int:
+    return sum(memory.values())

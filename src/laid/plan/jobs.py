@@ -1,0 +1,112 @@
+"""All jobs of a configuration, as the workflow would start them, each with what it needs and what it may have."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from laid.distill.losses import objective_of
+from laid.plan.estimate import Estimator, Need
+from laid.plan.gpus import GIB, Gpu
+from laid.results.tables import needed
+
+PROCESS = int(0.45 * GIB)  # Python and its libraries, where a job's memory is the machine's
+
+
+@dataclass
+class Job:
+    """One job, or several that are alike. rule: of the workflow. label: what it is. count: how many like it."""
+
+    rule: str
+    label: str
+    student: str
+    method: str
+    sizes: tuple[int, ...]
+    count: int
+    need: Need
+    gpu: Gpu | None
+    has: int  # bytes on one device
+    reserved: int  # devices that the configuration reserves for it
+
+    @property
+    def fits(self) -> bool:
+        return self.need.bytes <= self.has
+
+    @property
+    def devices(self) -> int:
+        """Devices that are taken while it runs: those it uses, and those reserved beside."""
+        return max(self.need.devices, self.reserved)
+
+    def hours(self, gpu: Gpu, utilisation: float) -> float:
+        """Of one job, on its devices, at that share of peak."""
+        return self.need.flops / (gpu.rate(self.need.dtype) * utilisation * self.need.devices) / 3600
+
+    def gpu_hours(self, gpu: Gpu, utilisation: float) -> float:
+        """Of all jobs like it."""
+        return self.count * self.devices * self.hours(gpu, utilisation)
+
+
+def jobs_of(estimator: Estimator, gpu: Gpu) -> Iterator[Job]:
+    """The jobs that the tables need, in the order of the data."""
+    config = estimator.config
+    names, methods = config["models"], config["methods"]
+    order = [names["teacher"], *names["students"]]
+    cells = sorted(needed(config), key=lambda cell: order.index(cell[0]))
+    trained = [m for m in dict.fromkeys((s, m) for s, m, _ in cells) if "lambda_sft" in methods[m[1]]]
+    if not config["models"]["checkpoints"]:
+        for member in order:
+            yield _job(estimator, gpu, "pretrain", member, "", (), 1)
+    for kind in ("train", "long"):
+        if any(methods[m]["questions"] == kind and _taught(methods[m]) for _, m in trained):
+            yield _job(estimator, gpu, "teacher_cache", names["teacher"], kind, (), 1)
+    for student, method in trained:
+        yield _job(estimator, gpu, "train", student, method, (), config["seeds"])
+    for student, method in dict.fromkeys((s, m) for s, m, _ in cells):
+        sizes = tuple(size for s, m, size in cells if (s, m) == (student, method))
+        parts = [sizes] if config["evaluation"]["shard"] == "model" else [(size,) for size in sizes]
+        for part in parts:
+            yield _job(estimator, gpu, "evaluate", student, method, part, 1)
+
+
+def need_of(estimator: Estimator, rule: str, student: str, method: str, sizes: tuple[int, ...]) -> Need:
+    """What a job of that rule needs, under the estimator's configuration."""
+    if rule == "teacher_cache":
+        return estimator.teacher_cache(method)
+    if rule == "train":
+        return estimator.train(student, method)
+    if rule == "evaluate":
+        need = estimator.evaluate(student, method, sizes)
+        # A cell of a trained method answers with one model per seed, one after the other.
+        runs = estimator.config["seeds"] if "lambda_sft" in estimator.config["methods"][method] else 1
+        need.flops, need.tokens, need.disk = need.flops * runs, need.tokens * runs, need.disk * runs
+        return need
+    return estimator.pretrain(student)
+
+
+def _job(
+    estimator: Estimator, gpu: Gpu, rule: str, student: str, method: str, sizes: tuple[int, ...], count: int
+) -> Job:
+    need = need_of(estimator, rule, student, method, sizes)
+    asked = estimator.config["resources"][rule]
+    on_gpu = asked["gpu"] > 0
+    if not on_gpu:
+        need.memory["process"] = PROCESS
+    name = estimator.config["models"]["labels"].get(student, student)
+    return Job(
+        rule=rule,
+        label=f"{name} {method}".strip(),
+        student=student,
+        method=method,
+        sizes=sizes,
+        count=count,
+        need=need,
+        gpu=gpu if on_gpu else None,
+        has=gpu.usable if on_gpu else asked["mem_mb"] * 10**6,
+        reserved=asked["gpu"],
+    )
+
+
+def _taught(method: Mapping[str, Any]) -> bool:
+    """Whether a method learns from the teacher's cache."""
+    return any(objective_of(method).needs(part) for part in ("kl", "laid", "rows"))

@@ -1,0 +1,150 @@
+"""A rehearsal: the real code on the meta device, where tensors have shapes and no content, with its bytes and FLOPs told.
+
+Nothing is computed and nothing is held, so a step of a 32B model over 50,000 tokens is rehearsed on any machine in
+seconds. Every operation passes through `Rehearsal`, which adds a storage's bytes when it appears, takes them off when
+nothing refers to it any more (as a caching allocator would reuse them), and remembers what was alive at the worst
+moment. Counted FLOPs are those of matrix products and attention, by torch's own formulae (torch.utils.flop_counter).
+
+Fused attention has no meta form that holds no tokens x tokens tensor, so `scaled_dot_product_attention` is replaced by a
+stand-in that allocates what the CUDA kernels do: output and log-sum-exp; in backward the three gradients and their
+float32 workspace; with a mask, that mask in the queries' dtype. What reads a value (`if mask.any()`) is answered with
+"true", and a boolean index takes every row: both occur on small tensors only, and choose between paths that cost alike.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import flop_registry
+
+PARTS = ("weights", "gradients", "optimizer", "activations", "teacher", "cache", "features")
+
+
+@dataclass
+class Cost:
+    """What was rehearsed.
+
+    peak: bytes alive at the worst moment, by part (PARTS). linear, attention: FLOPs of matrix products and of attention,
+    half of tokens x tokens where it is causal. trained: weights that an optimiser changes.
+    """
+
+    peak: Counter = field(default_factory=Counter)
+    linear: int = 0
+    attention: int = 0
+    trained: int = 0
+
+    @property
+    def bytes(self) -> int:
+        return sum(self.peak.values())
+
+    @property
+    def flops(self) -> int:
+        return self.linear + self.attention
+
+
+class Rehearsal(TorchDispatchMode):
+    """Counts bytes and FLOPs of what runs inside it. Use `rehearse`, which also replaces attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cost = Cost()
+        self.live: Counter = Counter()
+        self.part = "activations"  # of what appears now
+        self._part_of: dict[int, str] = {}  # a storage's number -> its part
+
+    def add(self, tensor: Tensor, part: str | None = None) -> None:
+        """Count a tensor's storage, once, until it is gone; `part` moves one that is counted already."""
+        storage = tensor.untyped_storage()
+        number, size = storage._cdata, storage.nbytes()
+        before = self._part_of.get(number)
+        if before is None:
+            self._part_of[number] = part or self.part
+            self.live[part or self.part] += size
+            weakref.finalize(storage, self._gone, number, size)
+        elif part is not None and part != before:
+            self._part_of[number] = part
+            self.live[before] -= size
+            self.live[part] += size
+        if sum(self.live.values()) > self.cost.bytes:
+            self.cost.peak = Counter(self.live)
+
+    def _gone(self, number: int, size: int) -> None:
+        self.live[self._part_of.pop(number)] -= size
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        packet = func._overloadpacket
+        if packet is torch.ops.aten._local_scalar_dense:
+            return args[0].dtype is torch.bool or 1
+        if packet in (torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_):
+            args = (args[0], [_rows(index) for index in args[1]], *args[2:])
+        out = func(*args, **kwargs)
+        if packet in flop_registry:
+            self.cost.linear += flop_registry[packet](*args, **kwargs, out_val=out)
+        for tensor in tree_iter(out):
+            if isinstance(tensor, Tensor):
+                self.add(tensor)
+        return out
+
+
+def _rows(index: Tensor | None) -> Tensor | None:
+    """A boolean index as one of numbers that takes every row."""
+    if index is None or index.dtype is not torch.bool:
+        return index
+    return index.new_empty(index.numel(), dtype=torch.long)
+
+
+class _StandIn(torch.autograd.Function):
+    """Fused attention as far as bytes and FLOPs go. query (B, H, T, D), key and value (B, Hkv, S, D)."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, mask, causal, rehearsal):
+        batch, heads, tokens, dim = query.shape
+        keys = key.shape[2]
+        out = query.new_empty(batch, tokens, heads, value.shape[3]).transpose(1, 2)
+        lse = query.new_empty(batch, heads, tokens, dtype=torch.float32)
+        if mask is not None and mask.dtype is torch.bool:
+            mask = mask.to(query.dtype)  # the kernel adds a bias; it is gone when the call returns
+        products = 2 * batch * heads * tokens * keys * (dim + value.shape[3])
+        ctx.products, ctx.rehearsal = products // 2 if causal else products, rehearsal
+        rehearsal.cost.attention += ctx.products
+        ctx.save_for_backward(query, key, value, out, lse)
+        return out
+
+    @staticmethod
+    def backward(ctx, gradient):
+        query, key, value, _, lse = ctx.saved_tensors
+        ctx.rehearsal.cost.attention += 5 * ctx.products // 2  # five products of that size instead of two
+        gradients = [torch.empty_like(x) for x in (query, key, value)]
+        workspace = [torch.empty_like(query, dtype=torch.float32), torch.empty_like(lse)]
+        if key.shape[1] != query.shape[1]:  # keys' gradients per query head, summed at the end
+            shape = (key.shape[0], query.shape[1], *key.shape[2:])
+            workspace += [key.new_empty(shape), value.new_empty(shape)]
+        del workspace
+        return *gradients, None, None, None
+
+
+@contextmanager
+def rehearse() -> Iterator[Rehearsal]:
+    """Everything on the meta device inside is counted."""
+    rehearsal, real = Rehearsal(), F.scaled_dot_product_attention
+
+    def stand_in(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, **_):
+        return _StandIn.apply(query, key, value, attn_mask, is_causal, rehearsal)
+
+    # By name, not by a TorchFunctionMode: what is computed again in backward runs outside of those.
+    F.scaled_dot_product_attention = stand_in
+    try:
+        with rehearsal:
+            yield rehearsal
+    finally:
+        F.scaled_dot_product_attention = real

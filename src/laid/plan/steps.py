@@ -1,0 +1,221 @@
+"""What the jobs do with a GPU, rehearsed: a training step, the teacher's pass, the reading of a prompt.
+
+Each runs the project's own code (laid.distill.losses, laid.distill.online, laid.models.forward) on the meta device.
+
+All layers of a decoder are alike, so that bytes and FLOPs are affine in their number: a deep model is rehearsed with
+DEPTHS layers and extrapolated. Not where gradients appear during the pass: the worst moment may then be another one.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedConfig
+
+from laid.distill.losses import Losses
+from laid.distill.online import teacher_outputs
+from laid.distill.student import make_trainable
+from laid.methods.decoder import geometry, layer_indices
+from laid.models.forward import Batch, last_logits
+from laid.plan.rehearsal import Cost, Rehearsal, rehearse
+from laid.plan.shapes import meta_model
+
+DEPTHS = (4, 6)
+
+
+def by_depth(
+    config: PreTrainedConfig, layers: Sequence[int], rehearsal: Callable[[PreTrainedConfig, list[int]], Cost]
+) -> Cost:
+    """What `rehearsal(config, layers)` costs, extrapolated from DEPTHS layers where the model has more.
+
+    layers: those that something special happens to; near the start or the end they keep their place.
+    """
+    low, high = DEPTHS
+    full = config.get_text_config().num_hidden_layers
+    near = [layer - full if layer >= full - low else layer for layer in layers]
+    if full <= high or not all(-low <= layer < low for layer in near):
+        return rehearsal(config, list(layers))
+    a, b = (rehearsal(_with_layers(config, depth), near) for depth in DEPTHS)
+
+    def there(x: float, y: float) -> int:
+        return round(y + (full - high) * (y - x) / (high - low))
+
+    peak = Counter({part: there(a.peak[part], b.peak[part]) for part in b.peak})
+    return Cost(peak, there(a.linear, b.linear), there(a.attention, b.attention), there(a.trained, b.trained))
+
+
+def _with_layers(config: PreTrainedConfig, count: int) -> PreTrainedConfig:
+    config = copy.deepcopy(config)
+    text = config.get_text_config()
+    text.num_hidden_layers = count
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:count]
+    return config
+
+
+class MetaTeacher:
+    """Stands for a teacher's cache: tensors of its shapes, counted as the part "teacher".
+
+    config: the teacher's. dtype: what the student computes in, which its tensors are brought to.
+    """
+
+    def __init__(self, config: PreTrainedConfig, dtype: torch.dtype):
+        shape = geometry(config)
+        self.heads, self.kv_heads, self.head_dim = shape.heads, shape.kv_heads, shape.head_dim
+        self.depth, self.words, self.dtype = shape.layers, config.get_text_config().vocab_size, dtype
+        self.rehearsal: Rehearsal | None = None
+
+    def logits(self, indices: Sequence[int]) -> Tensor:
+        return self._new(len(indices), 2, self.words, dtype=torch.float32)
+
+    def queries_keys(self, layer: int, indices: Sequence[int], tokens: int) -> tuple[Tensor, Tensor]:
+        return tuple(
+            self._new(len(indices), heads, tokens, self.head_dim, dtype=self.dtype)
+            for heads in (self.heads, self.kv_heads)
+        )
+
+    def _new(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        tensor = torch.empty(*shape, dtype=dtype, device="meta")
+        if self.rehearsal is not None:
+            self.rehearsal.add(tensor, "teacher")
+        return tensor
+
+
+class _CountedCache(DynamicCache):
+    """A key-value cache whose tensors are counted as the part "cache"."""
+
+    def __init__(self, rehearsal: Rehearsal):
+        super().__init__()
+        self.rehearsal = rehearsal
+
+    def update(self, *args, **kwargs):
+        found = super().update(*args, **kwargs)
+        for tensor in found:
+            self.rehearsal.add(tensor, "cache")
+        return found
+
+
+def meta_batch(
+    config: PreTrainedConfig, batch: int, tokens: int, visual: int, dtype: torch.dtype, device: str = "meta"
+) -> Batch:
+    """Inputs of `batch` prompts of `tokens` tokens, `visual` of them visual; content only on another device."""
+    mask = torch.zeros(batch, tokens, dtype=torch.bool, device=device)
+    mask[:, :visual] = True
+    hidden = config.get_text_config().hidden_size
+    return Batch(
+        ids=torch.ones(batch, tokens, dtype=torch.long, device=device),
+        positions=torch.arange(tokens, device=device).expand(3, batch, -1).contiguous(),
+        lengths=torch.full((batch,), tokens, device=device),
+        image_mask=mask,
+        features=torch.randn(batch * visual, hidden, dtype=dtype, device=device) if visual else None,
+    )
+
+
+def training_step(
+    student: PreTrainedConfig,
+    teacher: PreTrainedConfig,
+    method: Mapping[str, Any],
+    training: Mapping[str, Any],
+    tokens: int,
+    visual: int,
+    attention: str = "sdpa",
+) -> Cost:
+    """One forward and backward pass of `per_device_batch` samples, the optimiser's state in place.
+
+    method, training: those sections of the configuration. Gradients of earlier passes are there where one pass is not
+    the whole batch.
+    """
+    own, theirs = zip(*method["alignment"]["pairs"])
+    gain = method["gain"]
+    if training["per_device_batch"] >= training["batch_size"] or (gain and gain["layers"] is not None):
+        return _training_step(student, teacher, method, training, tokens, visual, attention)
+
+    def rehearsal(config: PreTrainedConfig, layers: list[int]) -> Cost:
+        alignment = {**method["alignment"], "pairs": [*zip(layers, theirs)]}
+        return _training_step(
+            config, teacher, {**method, "alignment": alignment}, training, tokens, visual, attention
+        )
+
+    return by_depth(student, own, rehearsal)
+
+
+def _training_step(student, teacher, method, training, tokens, visual, attention) -> Cost:
+    dtype, batch = getattr(torch, training["dtype"]), training["per_device_batch"]
+    model = meta_model(student, training["dtype"], attention)
+    model = make_trainable(model, method["lora"], training).train()
+    served = MetaTeacher(teacher, dtype)
+    losses = Losses(model, method, served)
+    losses.to_fit = False  # once, in the first step
+    learned = [p for module in losses.modules().values() for p in module.to("meta").parameters()]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    inputs = meta_batch(student, batch, tokens, visual, dtype)
+    labels = torch.ones(batch, 2, dtype=torch.long, device="meta")
+    with rehearse() as rehearsal:
+        served.rehearsal = rehearsal
+        hold_weights(rehearsal, model)
+        for tensor in (inputs.ids, inputs.positions, inputs.image_mask, inputs.features):
+            if tensor is not None:
+                rehearsal.add(tensor, "activations")
+        states = [torch.empty_like(p) for p in (*trained, *learned) for _ in range(2)]
+        for state in states:
+            rehearsal.add(state, "optimizer")
+        for p in trained:
+            if batch < training["batch_size"]:
+                p.grad = torch.empty_like(p)
+                rehearsal.add(p.grad, "gradients")
+            p.register_post_accumulate_grad_hook(lambda p: rehearsal.add(p.grad, "gradients"))
+        parts = losses(inputs, labels, range(batch), 0.5)
+        losses.total(parts, 0.5).backward()
+        del parts
+    rehearsal.cost.trained = sum(p.numel() for p in (*trained, *learned))
+    return rehearsal.cost
+
+
+def teacher_pass(
+    teacher: PreTrainedConfig, layers: Sequence[int], dtype: str, batch: int, tokens: int, visual: int,
+    attention: str = "sdpa",
+) -> Cost:  # fmt: skip
+    """One pass of the teacher over `batch` prompts, queries and keys of `layers` caught."""
+
+    def rehearsal(config: PreTrainedConfig, layers: list[int]) -> Cost:
+        model = meta_model(config, dtype, attention)
+        chosen = layer_indices(layers, geometry(config).layers) if layers else ()
+        with torch.no_grad(), rehearse() as counted:
+            hold_weights(counted, model)
+            inputs = meta_batch(config, batch, tokens, visual, getattr(torch, dtype))
+            logits, caught = teacher_outputs(model, inputs, chosen)
+            for qk in caught.values():  # brought to the cache's layout one by one
+                qk.q.transpose(1, 2).flatten(2).to(torch.bfloat16, copy=True)
+            del logits, caught
+        return counted.cost
+
+    return by_depth(teacher, layers, rehearsal)
+
+
+def reading(
+    config: PreTrainedConfig, dtype: str, batch: int, tokens: int, visual: int, chunk: int, keep: bool,
+    attention: str = "sdpa",
+) -> Cost:  # fmt: skip
+    """The reading of `batch` prompts up to the first answer's logits, in chunks, keys and values kept if `keep`."""
+
+    def rehearsal(config: PreTrainedConfig, _: list[int]) -> Cost:
+        model = meta_model(config, dtype, attention)
+        with torch.no_grad(), rehearse() as counted:
+            hold_weights(counted, model)
+            inputs = meta_batch(config, batch, tokens, visual, getattr(torch, dtype))
+            cache = _CountedCache(counted) if keep or 0 < chunk < tokens else None
+            last_logits(model, inputs, chunk, cache)
+            del inputs, cache
+        return counted.cost
+
+    return by_depth(config, (), rehearsal)
+
+
+def hold_weights(rehearsal: Rehearsal, model: nn.Module) -> None:
+    for tensor in (*model.parameters(), *model.buffers()):
+        rehearsal.add(tensor, "weights")

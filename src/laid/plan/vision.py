@@ -1,0 +1,39 @@
+"""The vision tower's cost, in closed form: images are many and alike, windows small."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedConfig, PreTrainedModel
+
+BATCH = 64  # images in a pass (laid.models.features)
+
+
+def tower(model: PreTrainedModel):
+    """The vision tower of a model."""
+    return model.model.visual
+
+
+def image_flops(model: PreTrainedModel, visual: float) -> float:
+    """FLOPs of one image of `visual` merged tokens: 2 per weight and patch, attention within windows or the image."""
+    v, config = tower(model), model.config.vision_config
+    merge = config.spatial_merge_size**2
+    patches = visual * merge
+    per_patch = [
+        p for name, p in v.named_parameters() if name.startswith(("patch_embed", "blocks")) and p.ndim > 1
+    ]
+    merger = [p for name, p in v.named_parameters() if name.startswith("merger") and p.ndim > 1]
+    linear = 2 * patches * sum(p.numel() for p in per_patch) + 2 * visual * sum(p.numel() for p in merger)
+    window = min(patches, (config.window_size // config.patch_size) ** 2)
+    full = len(config.fullatt_block_indexes)
+    return linear + 4 * config.hidden_size * patches * (full * patches + (config.depth - full) * window)
+
+
+def pass_bytes(config: PreTrainedConfig, images: int, visual: float, itemsize: int) -> int:
+    """Peak bytes above the weights while `images` images go through together.
+
+    The worst moment is the rotation of keys in a block: beside the residual stream and the normed input stand q, k and
+    v, float32 copies of q and k, the rotated q, and what rotating k makes: two products, a half turned, a sum.
+    """
+    v = config.vision_config
+    patches = images * visual * v.spatial_merge_size**2
+    pixels = 3 * v.temporal_patch_size * v.patch_size**2 * 4
+    return int(patches * (pixels + v.hidden_size * (5 * itemsize + 4 * 6)))

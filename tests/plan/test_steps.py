@@ -1,0 +1,212 @@
+"""Rehearsed bytes and FLOPs against measured ones: the same code with real tensors, watched by torch's own tools."""
+
+import copy
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import DynamicCache
+
+from laid.analysis.inference_cost import COUNTED
+from laid.config import fill
+from laid.distill.losses import Losses
+from laid.distill.online import teacher_outputs
+from laid.distill.student import make_trainable
+from laid.methods.decoder import geometry
+from laid.models.forward import last_logits
+from laid.models.loading import parameters
+from laid.plan import steps
+from laid.plan.measure import peak_bytes
+from laid.plan.shapes import meta_model, published_config
+
+TOKENS, VISUAL = 512, 400
+TRAINED = {"$ref": "#/$defs/trained_method"}
+METHODS = {
+    "sft": {},
+    "lora": {"lora": {"rank": 4}},
+    "laid": {
+        "lambda_kl": 1.0,
+        "lambda_laid": 0.3,
+        "distance": {"strength": 4.0},
+        "gain": {"length_aware": True},
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def student():
+    """A decoder of four layers, 128 wide, whose heads each have their own keys, as fused attention on the CPU wants them."""
+    return shrunk(hidden=128, layers=4, heads=4, kv=4, mlp=256)
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return shrunk(hidden=256, layers=2, heads=8, kv=4, mlp=256)
+
+
+def shrunk(hidden, layers, heads, kv, mlp, words=512):
+    config = published_config("Qwen/Qwen2.5-VL-7B-Instruct")
+    text, vision = config.get_text_config(), config.vision_config
+    text.hidden_size, text.num_hidden_layers, text.num_attention_heads = hidden, layers, heads
+    text.num_key_value_heads, text.intermediate_size, text.vocab_size = kv, mlp, words
+    text.eos_token_id = text.pad_token_id = 0
+    text.layer_types = text.layer_types[:layers]
+    text.rope_parameters = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 6, 6]}
+    vision.depth, vision.hidden_size, vision.intermediate_size, vision.num_heads = 2, 64, 96, 4
+    vision.out_hidden_size, vision.fullatt_block_indexes = hidden, [1]
+    return config
+
+
+def flops(work):
+    """(matrix products, attention) FLOPs of work() as torch counts them, attention as if nothing were causal."""
+    with FlopCounterMode(display=False, custom_mapping=COUNTED) as counter:
+        work()
+    by_op = counter.get_flop_counts()["Global"]
+    attention = sum(v for op, v in by_op.items() if "scaled_dot_product" in str(op))
+    return sum(by_op.values()) - attention, attention
+
+
+class FixedTeacher:
+    """Gives the same real tensors every time."""
+
+    def __init__(self, config, batch):
+        g = geometry(config)
+        self.heads, self.kv_heads, self.head_dim, self.depth = g.heads, g.kv_heads, g.head_dim, g.layers
+        self.batch, self.words = batch, config.get_text_config().vocab_size
+
+    def logits(self, indices):
+        return torch.randn(self.batch, 2, self.words)
+
+    def queries_keys(self, layer, indices, tokens):
+        return tuple(torch.randn(self.batch, h, tokens, self.head_dim) for h in (self.heads, self.kv_heads))
+
+
+def settings(checkpointing, pieces=4):
+    return {
+        "dtype": "float32", "per_device_batch": 2, "batch_size": 2 * pieces, "train_vision": False,
+        "gradient_checkpointing": checkpointing,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", METHODS)
+def test_training_step(student, teacher, name, checkpointing):
+    """Peak memory and FLOPs of a real forward and backward pass, gradients of an earlier one in place."""
+    method = fill(METHODS[name], TRAINED)
+    training = settings(checkpointing)
+    model = make_trainable(meta_model(student, "float32", device="cpu"), method["lora"], training).train()
+    losses = Losses(model, method, FixedTeacher(teacher, 2))
+    losses.to_fit = False
+    inputs = steps.meta_batch(student, 2, TOKENS, VISUAL, torch.float32, "cpu")
+    inputs.ids.random_(1, 500)
+    labels = torch.ones(2, 2, dtype=torch.long)
+
+    def step():
+        losses.total(losses(inputs, labels, [0, 1], 0.5), 0.5).backward()
+
+    step()
+    linear, attention = flops(step)
+    cost = steps.training_step(student, teacher, method, training, TOKENS, VISUAL)
+    assert cost.linear == pytest.approx(linear, rel=0.01)
+    assert cost.attention == pytest.approx(attention / 2, rel=0.01)  # causal: half of what torch counts
+    fixed = {part: cost.peak[part] for part in ("weights", "gradients", "optimizer")}
+    above = cost.bytes - sum(fixed.values())
+    given = sum(t.nbytes for t in (inputs.ids, inputs.positions, inputs.image_mask, inputs.features))
+    assert above - given == pytest.approx(peak_bytes(step), rel=0.15)
+    # What stands there all the time is known to the byte: float32, AdamW's two moments.
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    learned = sum(p.numel() for m in losses.modules().values() for p in m.parameters())
+    buffers = sum(b.nbytes for b in model.buffers())
+    assert fixed == {
+        "weights": 4 * parameters(model) + buffers,
+        "gradients": 4 * trained,
+        "optimizer": 8 * (trained + learned),
+    }
+    assert cost.trained == trained + learned
+
+
+@pytest.mark.parametrize("chunk", [0, 96])
+def test_reading(student, chunk):
+    """A prompt read whole or in chunks, its keys and values kept."""
+    model = meta_model(student, "float32", device="cpu")
+    inputs = steps.meta_batch(student, 2, TOKENS, VISUAL, torch.float32, "cpu")
+
+    @torch.no_grad()
+    def read():
+        last_logits(model, inputs, chunk, DynamicCache())
+
+    read()
+    linear, attention = flops(read)
+    cost = steps.reading(student, "float32", 2, TOKENS, VISUAL, chunk, keep=True)
+    assert cost.linear == pytest.approx(linear, rel=0.01)
+    # Whole: causal, half. In chunks the kernel goes through every key that a chunk may see, but in the first.
+    assert cost.attention == pytest.approx(attention if chunk else attention / 2, rel=0.15)
+    text = student.get_text_config()
+    kept = (
+        2 * 4 * text.num_hidden_layers * text.hidden_size * 2 * TOKENS
+    )  # keys, values; float32; two prompts
+    assert cost.peak["cache"] == pytest.approx(kept, rel=0.3 if chunk else 0.01)
+    given = sum(t.nbytes for t in (inputs.ids, inputs.positions, inputs.image_mask, inputs.features))
+    assert cost.bytes - cost.peak["weights"] - given == pytest.approx(peak_bytes(read), rel=0.15)
+
+
+def test_teacher_pass(teacher):
+    model = meta_model(teacher, "float32", device="cpu")
+    inputs = steps.meta_batch(teacher, 2, TOKENS, VISUAL, torch.float32, "cpu")
+
+    def one_pass():
+        logits, caught = teacher_outputs(model, inputs, (1,))
+        for qk in caught.values():
+            qk.q.transpose(1, 2).flatten(2).to(torch.bfloat16, copy=True)
+        del logits
+
+    one_pass()
+    linear, _ = flops(one_pass)
+    cost = steps.teacher_pass(teacher, [-1], "float32", 2, TOKENS, VISUAL)
+    given = sum(t.nbytes for t in (inputs.ids, inputs.positions, inputs.image_mask, inputs.features))
+    assert cost.linear == pytest.approx(linear, rel=0.01)
+    assert cost.bytes - cost.peak["weights"] - given == pytest.approx(peak_bytes(one_pass), rel=0.15)
+
+
+@pytest.mark.parametrize("what", ["step", "teacher", "read"])
+def test_depth_is_extrapolated_to_the_byte(student, teacher, what, monkeypatch):
+    """Eight layers from four and six, against all eight rehearsed."""
+    deep = copy.deepcopy(student)
+    text = deep.get_text_config()
+    text.num_hidden_layers, text.layer_types = 8, [text.layer_types[0]] * 8
+    method = fill({**METHODS["laid"], "alignment": {"pairs": [[7, -1], [0, 0]]}}, TRAINED)
+
+    def rehearse():
+        if what == "step":
+            return steps.training_step(deep, teacher, method, settings(True), TOKENS, VISUAL)
+        if what == "teacher":
+            return steps.teacher_pass(deep, [7], "bfloat16", 2, TOKENS, VISUAL)
+        return steps.reading(deep, "bfloat16", 2, TOKENS, VISUAL, 200, keep=True)
+
+    quick = rehearse()
+    monkeypatch.setattr(steps, "DEPTHS", (4, 99))
+    whole = rehearse()
+    assert quick == whole and quick.bytes > 0
+
+
+def test_flops_by_hand(teacher):
+    """The 7B model over 1,000 tokens: 2 per weight and token, 2 T^2 per head dimension and layer for causal attention."""
+    config = published_config("Qwen/Qwen2.5-VL-7B-Instruct")
+    tokens = 1000
+    cost = steps.reading(config, "bfloat16", 1, tokens, 900, 0, keep=False)
+    layer = 3584 * (3584 + 2 * 512) + 3584 * 3584 + 3 * 3584 * 18944
+    assert cost.linear == 2 * tokens * 28 * layer + 2 * 152064 * 3584  # logits of the last token alone
+    assert cost.attention == 28 * 28 * 128 * 2 * tokens**2
+    keys = steps.reading(config, "bfloat16", 1, tokens, 900, 0, keep=True).peak["cache"]
+    assert keys == 2 * 28 * 4 * 128 * 2 * tokens
+
+
+def test_a_longer_prompt_costs_more_memory_and_a_checkpoint_less(teacher):
+    config = published_config("Qwen/Qwen2.5-VL-3B-Instruct")
+    method = fill({}, TRAINED)
+
+    def peak(tokens, checkpointing):
+        training = {**settings(checkpointing), "dtype": "bfloat16", "per_device_batch": 1}
+        return steps.training_step(config, teacher, method, training, tokens, tokens - 50).bytes
+
+    assert peak(4000, True) < peak(8000, True) < peak(8000, False)

@@ -1,0 +1,25 @@
+# What the jobs of this configuration would cost, before any of them runs; no part of `rule all`:
+#   snakemake --cores 1 plan --configfile configs/paper.yaml
+
+
+localrules:
+    plan,
+
+
+rule plan:
+    output:
+        multiext(f"{ROOT}/plan", ".md", ".json"),
+    log:
+        f"{ROOT}/logs/plan.log",
+    conda:
+        "../../envs/laid.yaml"
+    threads: 1
+    resources:
+        mem_mb=2000,
+        runtime=20,
+    params:
+        config=sha256_json(config),
+        out=lambda wildcards, output: above(output[0]),
+    # The table is printed and stays in the log even where `laid plan` refuses and Snakemake takes the files away.
+    shell:
+        "laid plan --config $CONFIG --out {params.out} 2>&1 | tee {log}"
