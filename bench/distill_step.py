@@ -1,20 +1,24 @@
-"""Step time and peak memory of SFT, KD and LAid, by number of tokens, each measured in a process of its own.
+"""Step time and peak memory of SFT, KD and LAid, by number of tokens.
 
-    python bench/distill_step.py                              CPU, small width, 1k to 16k tokens
-    python bench/distill_step.py --device cuda --shape 3b     a GPU, real shapes (random weights)
+    python bench/distill_step.py                              CPU, small width, 1k to 16k tokens: 6 minutes on 2 cores
+    python bench/distill_step.py --quick                      1k to 4k tokens: 1 minute
+    python bench/distill_step.py --threads 1                  on a busy machine: CPU time of one thread instead of the clock
+    python bench/distill_step.py --device cuda --shape 3b --apart     a GPU, real shapes (random weights)
     python bench/distill_step.py --write                      put the table into bench/RESULTS.md
 
 Weights and inputs are random: neither changes what a step costs. A step is one sample: forward, losses, backward,
 clipping, AdamW, as `laid train` does it, by the same code (laid.distill.losses). All methods train all weights of the
-language model, so that SFT is the measure for the others. Memory: the peak of a process of its own, one method each. Time:
-methods take their steps in turn in one process, so that a change in the machine's load meets all alike, and the ratio
-to SFT is the median of ratios of neighbouring steps (--apart: in processes of their own, for large models).
+language model, so that SFT is the measure for the others. Memory: the peak of a process of its own, one method each, from
+few tokens to many. Time: methods take their steps in turn in one process, so that a change in the machine's load meets all
+alike, and the ratio to SFT is the median of ratios of neighbouring steps (--apart: in processes of their own, for large
+models). Long inputs take fewer steps, at least two.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
 import resource
 import statistics
@@ -26,11 +30,12 @@ from pathlib import Path
 
 RESULTS = Path(__file__).with_name("RESULTS.md")
 
-# heads, kv, dim: of attention. small: student and teacher stand to each other as 3B to 32B do (weights 1 to 8).
+# heads, kv, dim: of attention. small: student and teacher stand to each other as 3B to 32B do, in width, heads and MLP
+# (1 to 2.5) and in layers (1 to 1.8), hence in weights (1 to 11).
 SHAPES = {
     "small": {
-        "student": {"hidden": 128, "layers": 4, "heads": 4, "kv": 2, "dim": 32, "mlp": 256, "words": 1024},
-        "teacher": {"hidden": 256, "layers": 8, "heads": 8, "kv": 4, "dim": 32, "mlp": 512, "words": 1024},
+        "student": {"hidden": 128, "layers": 4, "heads": 4, "kv": 1, "dim": 32, "mlp": 688, "words": 1024},
+        "teacher": {"hidden": 320, "layers": 7, "heads": 10, "kv": 2, "dim": 32, "mlp": 1728, "words": 1024},
         "sections": (4, 6, 6),
         "image": (8, 12),
     },
@@ -65,12 +70,16 @@ METHODS = {  # name -> (what it is, settings, teacher)
 
 
 def measure(args) -> dict[str, dict]:
-    """method -> {"seconds": [step, ...], "bytes": peak, "fixed": what does not depend on tokens}."""
+    """ "method tokens" -> {"seconds": [step, ...], "bytes": peak so far, "fixed": what does not depend on tokens}."""
     import torch
 
     torch.manual_seed(0)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    # One thread's own time is what other processes disturb least; the time of several would count their waiting too.
+    clock = time.process_time if args.threads == 1 and args.device == "cpu" else time.perf_counter
     dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
-    peak = Peak(torch, args.device)
+    peak, found = Peak(torch, args.device), {}
     with tempfile.TemporaryDirectory() as folder:
         jobs = {}
         for method in args.child:
@@ -80,16 +89,30 @@ def measure(args) -> dict[str, dict]:
             jobs[method] = Job(SHAPES[args.shape], method, counts, dtype, args.device, place, few)
             jobs[method].step(0)  # few tokens: weights, optimiser state and libraries are then in memory
         fixed = peak.now()
-        spent: dict[str, list[float]] = {method: [] for method in jobs}
-        for number in range(args.steps + 1):
-            for method, job in jobs.items():
-                peak.sync()
-                start = time.perf_counter()
-                job.step(1)
-                peak.sync()
-                if number:  # the first step warms up
-                    spent[method].append(time.perf_counter() - start)
-        return {m: {"seconds": spent[m], "bytes": peak.now(), "fixed": fixed} for m in jobs}
+        for sample, tokens in enumerate(args.tokens, start=1):
+            able = [method for method in jobs if can(method, tokens, args)]
+            spent: dict[str, list[float]] = {method: [] for method in able}
+            for number in range(steps_at(tokens, args.steps) + 1):
+                for method in able:
+                    peak.sync()
+                    start = clock()
+                    jobs[method].step(sample)
+                    peak.sync()
+                    if number:  # the first step warms up
+                        spent[method].append(clock() - start)
+            for method in able:
+                found[f"{method} {tokens}"] = {"seconds": spent[method], "bytes": peak.now(), "fixed": fixed}
+    return found
+
+
+def steps_at(tokens: int, steps: int) -> int:
+    """Timed steps: `steps` up to 4,096 tokens, fewer above, at least 2; none where none are asked for."""
+    return min(steps, max(2, round(steps * 4096 / tokens)))
+
+
+def can(method: str, tokens: int, args) -> bool:
+    """Whether a method is measured at so many tokens."""
+    return method != "naive" or tokens <= args.naive_up_to
 
 
 class Peak:
@@ -287,20 +310,34 @@ def build(member, shape, dtype, device, eager=False):
 
 
 def write_cache(folder: Path, teacher, counts):
-    """A TeacherCache of these sizes in `folder`, with random content, opened."""
+    """A TeacherCache of these sizes in `folder`, with random content, opened.
+
+    Its one shard is written piece by piece, so that the peak of this process is that of its steps.
+    """
     import torch
-    from safetensors.torch import save_file
 
     from laid.distill.teacher_cache import FORMAT, TeacherCache
     from laid.io import write_json
 
     layers = [0, teacher["layers"] - 1]
-    tensors = {"logits": torch.randn(len(counts), 2, teacher["words"])}
+    shapes = {"logits": ("F32", (len(counts), 2, teacher["words"]), 4)}
     for layer in layers:
         for name, heads in (("q", teacher["heads"]), ("k", teacher["kv"])):
-            shape = (sum(counts), heads * teacher["dim"])
-            tensors[f"{name}.{layer}"] = torch.randn(shape, dtype=torch.bfloat16)
-    save_file(tensors, folder / "shard-00000.safetensors")
+            shapes[f"{name}.{layer}"] = ("BF16", (sum(counts), heads * teacher["dim"]), 2)
+    header, at = {}, 0
+    for name, (dtype, shape, width) in shapes.items():
+        size = math.prod(shape) * width
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + size]}
+        at += size
+    head = json.dumps(header).encode()
+    head += b" " * (-len(head) % 8)
+    with (folder / "shard-00000.safetensors").open("wb") as file:
+        file.write(len(head).to_bytes(8, "little") + head)
+        for dtype, shape, width in shapes.values():
+            piece = torch.randn(1 << 16, dtype=torch.float32 if dtype == "F32" else torch.bfloat16)
+            raw = piece.view(torch.uint8).numpy().tobytes()
+            for start in range(0, math.prod(shape) * width, len(raw)):
+                file.write(raw[: math.prod(shape) * width - start])
     index = {
         "format": FORMAT,
         "labelled": True,
@@ -323,42 +360,47 @@ def write_cache(folder: Path, teacher, counts):
 def everything(args) -> dict[tuple[str, int], dict]:
     """(method, tokens) -> {"seconds", "ratio" to SFT, "bytes", "fixed"} or {"failed": why}."""
     found: dict[tuple[str, int], dict] = {}
-    for tokens in args.tokens:
-        able = [m for m in args.methods if m != "naive" or tokens <= args.naive_up_to]
-        for method in able:
-            found[method, tokens] = _child([method], tokens, args.steps if args.apart else 0, args)[method]
-        if not args.apart:
-            able = [m for m in able if "failed" not in found[m, tokens]]
-            times = _child(able, tokens, args.steps, args)
-            for method in able:
-                found[method, tokens]["seconds"] = times[method].get("seconds")
-        sft = found.get(("sft", tokens), {}).get("seconds") or []
-        for method in able:
-            seconds = found[method, tokens].get("seconds")
-            ratios = [a / b for a, b in zip(seconds or [], sft)]
-            found[method, tokens]["ratio"] = statistics.median(ratios) if ratios else None
-        for method in able:
-            seconds = found[method, tokens].get("seconds")
-            found[method, tokens]["seconds"] = statistics.median(seconds) if seconds else None
-            print(f"{method} {tokens}: {found[method, tokens]}", file=sys.stderr, flush=True)
+    for method in args.methods:
+        found |= _child([method], args.tokens, args.steps if args.apart else 0, args)
+    if not args.apart:
+        able = [m for m in args.methods if not any("failed" in found.get((m, n), {}) for n in args.tokens)]
+        times = _child(able, args.tokens, args.steps, args)
+        for key in found:
+            found[key] |= {"seconds": times.get(key, {}).get("seconds")}
+    for (_, tokens), one in found.items():
+        base = found.get(("sft", tokens), {}).get("seconds") or []
+        one["samples"] = one.get("seconds") or []
+        ratios = [a / b for a, b in zip(one["samples"], base)]
+        one["ratio"] = statistics.median(ratios) if ratios else None
+    for one in found.values():
+        one["seconds"] = statistics.median(one["samples"]) if one["samples"] else None
     return found
 
 
-def _child(methods: list[str], tokens: int, steps: int, args) -> dict[str, dict]:
-    words = ["--child", *methods, "--tokens", str(tokens), "--steps", str(steps)]
-    words += ["--shape", args.shape, "--device", args.device]
+def _child(methods: list[str], counts: list[int], steps: int, args) -> dict[tuple[str, int], dict]:
+    words = ["--child", *methods, "--tokens", *map(str, counts), "--steps", str(steps)]
+    words += ["--shape", args.shape, "--device", args.device, "--naive-up-to", str(args.naive_up_to)]
+    words += ["--threads", str(args.threads)]
     words += ["--gradient-checkpointing"] if args.gradient_checkpointing else []
+    start = time.perf_counter()
     done = subprocess.run([sys.executable, __file__, *words], capture_output=True, text=True, check=False)
+    print(f"{' '.join(methods)}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
     if done.returncode:
         why = (done.stderr.strip().splitlines() or ["killed, out of memory"])[-1][:120]
-        return {method: {"failed": why} for method in methods}
-    return json.loads(done.stdout.splitlines()[-1])
+        if len(counts) > 1 and len(methods) == 1:  # the largest inputs may be the ones that do not fit
+            fewer = _child(methods, counts[:-1], steps, args)
+            return fewer | {(methods[0], counts[-1]): {"failed": why}}
+        return {(method, tokens): {"failed": why} for method in methods for tokens in counts}
+    parts = json.loads(done.stdout.splitlines()[-1])
+    return {(key.split()[0], int(key.split()[1])): value for key, value in parts.items()}
 
 
 def table(results: dict[tuple[str, int], dict], args) -> str:
     """The section of RESULTS.md for these results."""
-    about = f"{_hardware(args.device)}; {time.strftime('%Y-%m-%d')}; torch {_version('torch')},"
-    about += f" transformers {_version('transformers')}; median of {args.steps} steps."
+    about = f"{_hardware(args.device, args.threads)}; {time.strftime('%Y-%m-%d')}; torch {_version('torch')},"
+    clock = "CPU time" if args.threads == 1 and args.device == "cpu" else "wall time"
+    fewest = steps_at(max(args.tokens), args.steps)
+    about += f" transformers {_version('transformers')}; {clock}, median of {args.steps} to {fewest} steps."
     lines = [
         f"## {args.shape}, {args.device}",
         "",
@@ -388,8 +430,29 @@ def table(results: dict[tuple[str, int], dict], args) -> str:
                 f"| {name} | {tokens} | {step} | {ratio[0]} | {found['bytes'] / 1e6:.0f} | {ratio[1]}"
                 f" | {above / 1e6:.0f} | {f'{above / below:.2f}' if below > 0 else ''} |"
             )
-    lines += ["", *_epochs(results, args)]
+    lines += ["", *_epochs(results, args), *_targets(results, args)]
     return "\n".join(lines) + "\n"
+
+
+def _targets(results, args) -> list[str]:
+    """What was aimed at, and whether it was met."""
+    rows = [(n, results.get(("laid", n), {}), results.get(("sft", n), {})) for n in args.tokens]
+    rows = [(n, a, b) for n, a, b in rows if a.get("ratio") and b.get("bytes")]
+    if not rows:
+        return []
+    time_, where = max((a["ratio"], n) for n, a, _ in rows)
+    memory, at = max((a["bytes"] / b["bytes"], n) for n, a, b in rows)
+    above = {n: a["bytes"] - a["fixed"] for n, a, _ in rows}
+    growth = [above[n] / above[n // 2] for n in above if above.get(n // 2, 0) > 0]
+    lines = [
+        f"- LAid from the cache, target at most 1.05 of SFT's time: highest {time_:.3f}, at {where} tokens.",
+        f"- LAid from the cache, target at most 1.10 of SFT's memory: highest {memory:.3f}, at {at} tokens.",
+    ]
+    if growth:
+        lines.append(
+            f"- Memory above the fixed part on doubling the tokens, target at most 2.1: highest {max(growth):.2f}."
+        )
+    return lines
 
 
 def _epochs(results, args) -> list[str]:
@@ -413,7 +476,7 @@ def _version(name: str) -> str:
     return metadata.version(name)
 
 
-def _hardware(device: str) -> str:
+def _hardware(device: str, threads: int) -> str:
     if device.startswith("cuda"):
         import torch
 
@@ -423,8 +486,7 @@ def _hardware(device: str) -> str:
     cores = cost(time.perf_counter())["hardware"]["cores"]
     import os
 
-    threads = os.environ.get("OMP_NUM_THREADS", "all")
-    return f"{platform.machine()} CPU, {cores} cores, OMP_NUM_THREADS={threads}, load {os.getloadavg()[0]:.1f} at the end"
+    return f"{platform.machine()} CPU, {cores} cores, {threads or 'all'} threads, load {os.getloadavg()[0]:.1f} at the end"
 
 
 def write(section: str) -> None:
@@ -445,15 +507,20 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 2048, 4096, 8192, 16384])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--steps", type=int, default=9, help="timed steps")
+    parser.add_argument("--steps", type=int, default=9, help="timed steps, up to 4096 tokens; fewer above")
+    parser.add_argument("--quick", action="store_true", help="1024 to 4096 tokens, 5 steps")
+    parser.add_argument("--threads", type=int, default=0, help="0: as many as cores")
     parser.add_argument("--apart", action="store_true", help="time every method in a process of its own")
     parser.add_argument(
-        "--naive-up-to", type=int, default=4096, help="tokens; its memory grows with their square"
+        "--naive-up-to", type=int, default=2048, help="tokens; its memory grows with their square"
     )
     parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument("--write", action="store_true", help="put the table into RESULTS.md")
     parser.add_argument("--child", nargs="+", choices=METHODS, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.quick:
+        args.tokens, args.steps = [1024, 2048, 4096], 5
+    args.tokens = sorted(args.tokens)
     if args.child:
         print(json.dumps(measure(args)))
         return

@@ -54,7 +54,8 @@ def main(results: Path) -> int:
         text = fill(text, "claims", verdicts)
         write_text(ROOT / "README.md", text)
         (ROOT / "docs" / "img").mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(results / "figures" / "figure1.png", ROOT / "docs" / "img" / "figure1.png")
+        for name in ("figure1.png", "distance_schedule.png"):
+            shutil.copyfile(results / "figures" / name, ROOT / "docs" / "img" / name)
     except (LaidError, OSError) as error:
         print(f"readme: error: {error}", file=sys.stderr)
         return 2

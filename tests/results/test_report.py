@@ -26,6 +26,7 @@ def root(tmp_path_factory):
         f"scale: test\nresults: {folder}\nmodels: {{teacher: big, students: [mid, tiny]}}\n"
         f"haystacks: {{test: {{sizes: {SIZES}}}}}\n"
         "tables: {methods: [base, sft, laid], ablations: [base, laid]}\n"
+        "methods: {laid: {distance: {strength: 4.0}}}\n"
     )
     root = folder / "test"
     rng = np.random.default_rng(0)
@@ -137,8 +138,8 @@ def test_right_by_label_adds_up(page):
 
 def test_figures_keep_their_order_and_captions(page):
     titles = re.findall(r'<h3 id="figure-(\w+)">', page)
-    assert titles == ["figure1", "methods", "figure3", "needle_position"]
-    assert page.count("<figcaption>") == 4 and "<metadata>" not in page
+    assert titles == ["figure1", "methods", "figure3", "needle_position", "distance_schedule"]
+    assert page.count("<figcaption>") == 5 and "<metadata>" not in page
 
 
 def test_the_same_inputs_give_the_same_bytes_and_an_unchanged_page_keeps_its_time(root, page):

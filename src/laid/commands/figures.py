@@ -17,6 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from laid import config
+    from laid.distill.schedule_figure import draw_schedule
     from laid.errors import LaidError
     from laid.results import curves, figures, heads, learned, plotting, tables
     from laid.results.cells import load_cells
@@ -33,6 +34,11 @@ def run(args: argparse.Namespace) -> None:
     drawings += curves.build(curves.load_logs(runs))
     drawings += learned.build(learned.load(runs, grid.students))
     drawings += heads.build(heads.load(cells.parent / "analysis"), grid.teacher, grid.students)
+    shown = [size for size in grid.sizes if size <= settings["haystacks"]["train"]["max_size"]]
+    if shown:
+        span = grid.cell(grid.teacher, "base", shown[-1])["positions_mean"]
+        schedule = draw_schedule(settings["methods"]["laid"], span)
+        drawings += [schedule] if schedule else []
     written = [path for drawing in drawings for path in plotting.save(drawing, out)]
     plotting.write_captions(drawings, out)
     names = ", ".join(path.stem for path in written if path.suffix == ".svg")

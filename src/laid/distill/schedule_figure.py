@@ -1,6 +1,9 @@
-"""The distance schedule as a figure: weight over distance at five moments, and emphasis and reach over progress."""
+"""A method's distance emphasis as a figure: weight over distance at five moments, and reach of gaps over progress."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,19 +13,23 @@ from laid.results import plotting
 from laid.results.plotting import Drawing
 
 MOMENTS = (0.0, 0.25, 0.5, 0.75, 1.0)
+_DASHES = ("-", (0, (6, 1)), (0, (4, 1.5)), (0, (2, 1)), (0, (1, 1)))
 
 
-def draw_schedule(
-    schedule: DistanceSchedule, short: float, long: float, name: str = "distance_schedule"
-) -> Drawing:
-    """Draw `schedule` for tokens spread evenly over distances 0 to d_max; short, long: reach before and after growing.
+def draw_schedule(method: Mapping[str, Any], span: float, name: str = "distance_schedule") -> Drawing | None:
+    """Draw a method's `distance` and `gaps` settings, for tokens spread evenly over distances 0 to d_max.
 
-    The reach is drawn over the schedule's own start and end. Returns the figure with its numbers as CSV rows.
+    method: a trained method's section of the configuration. span: positions of a training sample without gaps.
+    Returns the figure with its numbers as CSV rows; None for a method that uses neither.
     """
+    schedule, gaps = DistanceSchedule(**method["distance"]), method["gaps"]
+    far = max(span, gaps["reach"])
+    if schedule.strength == 0 and far == span:
+        return None
     distance = torch.linspace(0, 1, 101)
     weights = [schedule.weights(distance[None], p, d_max=1.0)[0] for p in MOMENTS]
     progress = np.linspace(0, 1, 101)
-    spans = [reach(float(p), short, long, schedule.start, schedule.end) for p in progress]
+    spans = [reach(float(p), span, far, gaps["start"], gaps["end"]) for p in progress]
     with plotting.style():
         figure = plotting.new_figure(plotting.PAGE, 2.4)
         left, right = figure.subplots(1, 2)
@@ -40,11 +47,9 @@ def draw_schedule(
     ]
     rows += [["reach", f"{p:.2f}", f"{p:.2f}", f"{s:.1f}"] for p, s in zip(progress, spans, strict=True)]
     caption = (
-        f"Distance emphasis: weight of a token over its distance (strength {schedule.strength:g}, power"
-        f" {schedule.power:g}, growing from progress {schedule.start:g} to {schedule.end:g}), and the positions that"
-        f" gapped samples may span ({short:g} to {long:g})."
+        f"Progressive distance emphasis. Left: weight of a token over its distance (strength {schedule.strength:g}, power"
+        f" {schedule.power:g}, growing from progress {schedule.start:g} to {schedule.end:g}). Right: the positions that a"
+        f" training sample of {span:.0f} may span once gaps are opened (to {far:.0f}, from progress {gaps['start']:g} to"
+        f" {gaps['end']:g})."
     )
     return Drawing(name=name, title="Distance schedule", caption=caption, figure=figure, csv=rows)
-
-
-_DASHES = ("-", (0, (6, 1)), (0, (4, 1.5)), (0, (2, 1)), (0, (1, 1)))
