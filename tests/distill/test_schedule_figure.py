@@ -28,4 +28,6 @@ def test_figure_is_written_with_the_numbers_of_both_schedules(tmp_path):
 
 
 def test_no_figure_of_a_method_without_distance():
-    assert draw_schedule({"distance": {**DISTANCE, "strength": 0.0}, "gaps": {**GAPS, "reach": 0}}, 100) is None
+    assert (
+        draw_schedule({"distance": {**DISTANCE, "strength": 0.0}, "gaps": {**GAPS, "reach": 0}}, 100) is None
+    )
