@@ -85,6 +85,15 @@ SLICES: dict[str, list[str]] = {
     ],
 }
 
+# Keys that came after results, with the value that stands for what was done before: at that value a key is in no slice,
+# so that its coming makes nothing again. "*" is any name.
+LATER: dict[str, Any] = {
+    "methods.*.axes": "all",
+    "methods.*.rows": "answer",
+    "methods.*.kl_vocabulary": "common",
+    "teacher_cache.queries": "all",
+}
+
 
 def load(paths: Iterable[str | Path]) -> dict[str, Any]:
     """Read the first file as the base, lay the others over it, validate, fill in defaults.
@@ -177,6 +186,8 @@ def slice_for(step: str, config: dict[str, Any], **wildcards: Any) -> dict[str, 
             found = _lookup(config, keys)
             if found is not None:
                 result = merge(result, _nest(keys, found))
+    for key, before in LATER.items():
+        _drop_at(result, key.split("."), before)
     return result
 
 
@@ -453,6 +464,16 @@ def _nest(keys: list[str], value: Any) -> dict[str, Any]:
     for key in reversed(keys):
         value = {key: value}
     return value
+
+
+def _drop_at(values: dict[str, Any], keys: list[str], value: Any) -> None:
+    """Remove the entry at `keys`, where "*" is any, if it is `value`."""
+    first, *rest = keys
+    for key in list(values) if first == "*" else [first] if first in values else []:
+        if not rest and values[key] == value:
+            del values[key]
+        elif rest and isinstance(values[key], dict):
+            _drop_at(values[key], rest, value)
 
 
 def _drop(values: dict[str, Any], keys: list[str]) -> None:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_vlm import tiny_model
 
-from laid.distill.attention_rows import RowMatching, attention_rows
+from laid.distill.attention_rows import RowMatching, attention_rows, question_rows
 from laid.distill.capture import QKCapture
 from laid.errors import LaidError
 
@@ -78,6 +78,20 @@ def test_gradients_also_where_keys_are_masked():
         return torch.func.functional_call(match, {"mixture": mixture}, args)
 
     assert torch.autograd.gradcheck(loss, (q.requires_grad_(), k.requires_grad_(), match.mixture))
+
+
+def test_rows_of_the_question_and_rows_that_do_not_count():
+    images = torch.tensor([[0, 1, 1, 0, 0, 0, 0, 0], [0, 0, 1, 1, 0, 0, 0, 0], [0] * 8]).bool()
+    rows, counted = question_rows(images, torch.tensor([6, 5, 1]))
+    assert rows.tolist() == [[4, 5, 6], [5, 5, 5], [0, 1, 1]]
+    assert counted.tolist() == [[True] * 3, [True, False, False], [True, True, False]]
+    student, teacher, match = draw(0, 2), draw(1, 3), RowMatching(2, 3).double()
+    counted = torch.tensor([[True, True, False], [False, False, True]])
+    each = [
+        match(student[b : b + 1, :, [r]], teacher[b : b + 1, :, [r]]) for b, r in ((0, 0), (0, 1), (1, 2))
+    ]
+    torch.testing.assert_close(match(student, teacher, row_mask=counted), sum(each) / 3)
+    torch.testing.assert_close(match(student, teacher, row_mask=counted | True), match(student, teacher))
 
 
 def test_clear_errors():

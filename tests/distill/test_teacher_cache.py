@@ -4,14 +4,16 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from laid.cli import main
 from laid.data.questions import read_questions, write_questions
 from laid.distill import teacher_cache
 from laid.distill.capture import QKCapture
 from laid.distill.losses import Losses
 from laid.distill.online import OnlineTeacher
 from laid.distill.samples import build_samples
-from laid.distill.teacher_cache import TeacherCache, build_cache, shard_ranges
+from laid.distill.teacher_cache import TeacherCache, build_cache, from_float8, shard_ranges, to_float8
 from laid.errors import LaidError
 from laid.io import sha256_folder
 from laid.models.features import ImageFeatures
@@ -91,11 +93,11 @@ def test_it_holds_what_the_teacher_says(folder, teacher):
             assert not q[:, :, count:].any() and not k_[:, :, count:].any()
 
 
-@pytest.mark.parametrize("dtype, close", [("float32", 1e-4), ("bfloat16", 2e-2)])
+@pytest.mark.parametrize("dtype, close", [("float32", 1e-4), ("bfloat16", 2e-2), ("float8", 6e-2)])
 def test_losses_from_the_cache_are_those_of_the_teacher_at_hand(
     micro, inputs, teacher, student, tmp_path, dtype, close
 ):
-    """Values and gradients of all of equation 8's parts; bfloat16 queries and keys change L_LAid by their 8 bits."""
+    """Values and gradients of all of equation 8's parts; bfloat16 changes L_LAid by its 8 bits, float8 by its 4."""
     build_cache(with_cache(micro, layers=[-1], dtype=dtype), *inputs, tmp_path / "c")
     settings = {**micro["methods"]["laid"], "lambda_rows": 0.2, "gain": None}
     settings["alignment"] = {**settings["alignment"], "init": "uniform"}
@@ -116,6 +118,89 @@ def test_losses_from_the_cache_are_those_of_the_teacher_at_hand(
         assert float(cached[part].detach()) > 0.01
     for a, b in zip(cached_grads, online_grads):
         assert (a - b).norm() < close * b.norm()
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-3, 1.0, 300.0, 1e30])
+def test_float8_is_within_its_four_bits_of_each_head_s_largest(scale):
+    g = torch.Generator().manual_seed(0)
+    x = scale * torch.randn(50, 3, 16, generator=g) * 10 ** torch.randn(50, 3, 1, generator=g)
+    x[7, 1] = 0
+    x[8, 1, 0] = 448 * 2.0 ** torch.frexp(x[8, 1].abs().max())[1]  # at the very edge of the format
+    back = from_float8(*to_float8(x))
+    largest = x.abs().amax(-1, keepdim=True)
+    assert back.dtype == torch.bfloat16 and torch.equal(back[7, 1], torch.zeros(16).bfloat16())
+    # half a unit of the last of four bits, or of the smallest subnormal, which lies 2**-17 or less below the largest
+    assert ((back.float() - x).abs() <= (x.abs() / 16).maximum(largest * 2**-17)).all()
+    again = from_float8(*to_float8(back))
+    assert torch.equal(again, back)  # what is read back is exact
+
+
+def test_float8_is_half_the_size_and_says_its_error(micro, inputs, folder, tmp_path, capsys):
+    index = build_cache(with_cache(micro, layers=[0, -1], dtype="float8"), *inputs, tmp_path / "c")
+    cache, exact, tokens = TeacherCache(tmp_path / "c"), TeacherCache(folder), max(index["lengths"])
+    every = range(len(index["lengths"]))
+    for layer in (0, 2):
+        for kind, got, wanted in zip("qk", *(c.queries_keys(layer, every, tokens) for c in (cache, exact))):
+            error = ((got.double() - wanted.double()).square().sum() / wanted.double().square().sum()).sqrt()
+            assert error.item() == pytest.approx(index["float8_error"][f"{kind}.{layer}"], rel=1e-3)
+            assert 0.015 < error < 0.035
+    assert "q.0 in float8, relative error 2." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float8"])
+@pytest.mark.parametrize("queries", ["all", "question"])
+def test_the_size_is_known_before(micro, micro_file, inputs, tmp_path, capsys, dtype, queries):
+    """By the command, without weights; the shards are that large but for their headers."""
+    config = with_cache(micro, layers=[0, -1], dtype=dtype, queries=queries)
+    (tmp_path / "c.yaml").write_text(json.dumps({"teacher_cache": config["teacher_cache"]}))
+    words = [f"--{name}={path}" for name, path in zip(("teacher", "coco", "questions"), inputs)]
+    assert (
+        main(["teacher-cache", "--size", "--config", str(micro_file), str(tmp_path / "c.yaml"), *words]) == 0
+    )
+    said = capsys.readouterr().out
+    index = build_cache(config, *inputs, tmp_path / "c")
+    assert capsys.readouterr().out.splitlines()[0] == said.strip()
+    kept, tokens, asked = (
+        TeacherCache(tmp_path / "c").kept,
+        sum(index["lengths"]),
+        sum(index.get("query_tokens", ())),
+    )
+    width = {"float32": 4 * 16, "float8": 16 + 1}[dtype]
+    vocabulary = load_file(tmp_path / "c/shard-00000.safetensors")["logits"].shape[-1]
+    expected = 24 * 2 * vocabulary * 4 + 2 * width * (4 * (asked or tokens) + 2 * tokens)
+    size = sum(f.stat().st_size for f in (tmp_path / "c").glob("*.safetensors"))
+    assert 0 < size - expected < 2000 * len(index["shards"])
+    assert f"{expected / 1e6:.1f} MB in all" in said and kept.queries == queries
+    assert main(["teacher-cache", *words]) == 2
+    assert "give --out, a folder for the cache" in capsys.readouterr().err
+
+
+def test_queries_of_the_question_alone(micro, inputs, folder, teacher, student, tmp_path):
+    """Enough for attention rows, with the same loss; refused where equation 7 needs all."""
+    build_cache(with_cache(micro, layers=[-1], queries="question"), *inputs, tmp_path / "c")
+    cache, indices = TeacherCache(tmp_path / "c", inputs[2]), [3, 1, 20, 8]
+    settings = {**micro["methods"]["kd"], "lambda_rows": 0.2}
+    for rows in ("answer", "question"):
+        found = []
+        for source in (cache, OnlineTeacher(teacher.model, [-1], teacher.batch)):
+            losses = Losses(student.model, {**settings, "rows": rows}, source)
+            with torch.no_grad():
+                found.append(losses(student.batch(indices), student.labels(indices), indices, 0.5)["rows"])
+        torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
+    q, _ = cache.queries_keys(2, [3], 60)
+    whole, _ = TeacherCache(folder).queries_keys(2, [3], 60)
+    start = teacher.samples[3].text_start
+    assert not q[:, :, :start].any() and torch.equal(q[:, :, start:], whole[:, :, start:])
+    with pytest.raises(LaidError, match="queries of question tokens alone"):
+        Losses(student.model, {**settings, "lambda_laid": 0.1}, cache)
+
+
+def test_a_full_disk_is_told_before_the_pass(micro, inputs, tmp_path, monkeypatch):
+    room = shutil.disk_usage(tmp_path)._replace(free=100_000)
+    monkeypatch.setattr(teacher_cache.shutil, "disk_usage", lambda _: room)
+    with pytest.raises(LaidError, match="needs .* MB, 100.0 kB are free: choose another folder"):
+        build_cache(with_cache(micro, layers=[0, -1]), *inputs, tmp_path / "c")
+    assert not (tmp_path / "c").exists()
 
 
 def test_the_same_bytes_again(micro, inputs, folder, tmp_path):

@@ -185,6 +185,15 @@ def test_what_was_learned_is_written(runs):
     assert runs("laid").log[-1]["gain_max"] != 1.0
 
 
+def test_gain_and_adapter_together_export_what_was_trained(micro, start, family, tmp_path):
+    config = changed(micro, None, "laid", lora=micro["methods"]["sft"]["lora"])
+    run = Run(start(config, "laid", tmp_path / "seed0"), tmp_path / "seed0")
+    assert any("lora_" in name for name in run.weights) and run.log[-1]["gain_max"] != 1.0
+    with torch.no_grad():
+        loaded = load_with_method(config, "laid", family["small"], run.out)
+        torch.testing.assert_close(last_logits(loaded.model, run.inputs), run.logits, **CLOSE)
+
+
 @pytest.mark.parametrize("method", ["laid", "sft"])
 def test_the_same_run_elsewhere_gives_the_same_bytes_and_another_seed_others(
     micro, start, runs, family, tmp_path, method

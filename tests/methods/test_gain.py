@@ -1,5 +1,6 @@
 """The gain against scores written out by hand; folding and export against the hooked model."""
 
+import accelerate
 import pytest
 import torch
 from hypothesis import given, settings
@@ -157,6 +158,16 @@ def test_two_forwards_before_one_backward_keep_their_own_counts_under_checkpoint
         return gain.exponent.grad
 
     torch.testing.assert_close(grads(True), grads(False))
+
+
+def test_under_accelerate():
+    plain = tiny_model()
+    gain = randomised(plain, length_aware=True, reference=8).attach(plain)
+    hooked = logits(plain)
+    gain.detach()
+    prepared = accelerate.Accelerator(cpu=True).prepare(tiny_model())
+    gain.attach(prepared)
+    torch.testing.assert_close(logits(prepared), hooked)
 
 
 def test_adapter_added_after_attaching_is_refused():

@@ -19,7 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--without-labels", action="store_true", help="do not read the questions' answers (for laid_long)"
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder for the cache")
+    parser.add_argument("--out", type=Path, help="folder for the cache")
+    parser.add_argument("--size", action="store_true", help="only tell how large the cache would be")
     features_argument(parser)
     device_arguments(parser)
 
@@ -27,11 +28,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from laid import config, provenance
     from laid.commands.shared import deterministic, pick_device
-    from laid.distill.teacher_cache import build_cache
+    from laid.distill.teacher_cache import build_cache, cache_size
+    from laid.errors import LaidError
     from laid.io import alone, write_json
 
     start = time.perf_counter()
     settings = config.load(args.config)
+    if args.size:
+        print(cache_size(settings, args.teacher, args.coco, args.questions, labelled=not args.without_labels))
+        return 0
+    if args.out is None:
+        raise LaidError("give --out, a folder for the cache, or --size to learn how large it would be")
     deterministic(args.threads)
     with alone(args.out):
         index = build_cache(

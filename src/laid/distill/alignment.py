@@ -49,7 +49,7 @@ class HeadAlignment(nn.Module):
         if head_dim_s != head_dim_t and not projection:
             raise LaidError(
                 f"student head_dim {head_dim_s} and teacher head_dim {head_dim_t} differ: their heads cannot be"
-                " compared; set projection=True to learn a map, or pick models of equal head_dim"
+                " compared; set projection=True (alignment.projection: true) to learn a map, or pick models of equal head_dim"
             )
         self.heads_s, self.kv_s = student_heads, student_kv_heads
         self.heads_t, self.kv_t = teacher_heads, teacher_kv_heads

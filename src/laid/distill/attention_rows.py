@@ -41,6 +41,19 @@ def attention_rows(
     return scores.masked_fill(~allowed[:, None], float("-inf")).log_softmax(-1)
 
 
+def question_rows(image_mask: torch.Tensor, answer: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens of the question, from the first after the last image to the one that predicts the answer.
+
+    image_mask: (batch, tokens), true for visual tokens. answer: (batch,) token index. Returns (batch, rows) token
+    indices and which of them count: shorter questions are filled up with their answer's token.
+    """
+    at = torch.arange(image_mask.shape[1], device=image_mask.device)
+    # behind the last visual token stands <|vision_end|>
+    first = torch.where(image_mask.any(-1), (image_mask * at).amax(-1) + 2, 0)
+    rows = first[:, None] + torch.arange(int((answer - first).max()) + 1, device=image_mask.device)
+    return torch.minimum(rows, answer[:, None]), rows <= answer[:, None]
+
+
 class RowMatching(nn.Module):
     """Weighted divergence of student rows from learned mixtures of teacher rows, for one pair of layers.
 
@@ -52,12 +65,17 @@ class RowMatching(nn.Module):
         self.mixture = nn.Parameter(torch.zeros(student_heads, teacher_heads))
 
     def forward(
-        self, student: torch.Tensor, teacher: torch.Tensor, key_weights: torch.Tensor | None = None
+        self,
+        student: torch.Tensor,
+        teacher: torch.Tensor,
+        key_weights: torch.Tensor | None = None,
+        row_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Mean over batch, student heads and rows of the weighted divergence: a scalar in nats.
 
         student: (batch, student_heads, rows, tokens), teacher: (batch, teacher_heads, rows, tokens): log-probabilities
         from `attention_rows`. key_weights: (batch, tokens), not negative, e.g. DistanceSchedule.weights.
+        row_mask: (batch, rows), true where a row counts (None: all).
         Raises LaidError when rows or heads do not fit.
         """
         heads = (student.shape[1], teacher.shape[1])
@@ -74,4 +92,8 @@ class RowMatching(nn.Module):
         terms = target * (log_target - log_student) - target + student.exp()
         if key_weights is not None:
             terms = terms * key_weights.to(terms.dtype)[:, None, None]
-        return terms.sum(-1).mean()
+        sums = terms.sum(-1)
+        if row_mask is None:
+            return sums.mean()
+        counted = row_mask[:, None].to(sums.dtype).expand_as(sums)
+        return (sums * counted).sum() / counted.sum()

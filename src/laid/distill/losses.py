@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from laid.distill.alignment import HeadAlignment
-from laid.distill.attention_rows import RowMatching, attention_rows
+from laid.distill.attention_rows import RowMatching, attention_rows, question_rows
 from laid.distill.capture import LayerQK, QKCapture
 from laid.distill.kl import forward_kl, generalised_jsd
 from laid.distill.objective import Objective
@@ -38,7 +38,7 @@ class Teacher(Protocol):
         """(B, 2, vocabulary) logits at the answer and after it."""
 
     def queries_keys(self, layer: int, indices: Sequence[int], tokens: int) -> tuple[Tensor, Tensor]:
-        """Before rotation: (B, heads, tokens, head_dim) and (B, kv_heads, tokens, head_dim), padded right."""
+        """Before rotation: (B, heads, tokens, head_dim) and (B, kv_heads, tokens, head_dim), padded right, of any format."""
 
 
 def objective_of(settings: Mapping[str, Any]) -> Objective:
@@ -86,6 +86,18 @@ class Losses:
 
     def _pair_layers(self) -> None:
         a, g, t = self.settings["alignment"], geometry(self.model), self.teacher
+        if self.objective.needs("laid") and getattr(t, "queries", "all") != "all":
+            raise LaidError(
+                "lambda_laid has weight, but the teacher's cache keeps the queries of question tokens alone: set"
+                " teacher_cache.queries to all and make it again"
+            )
+        turned = (a["rotation"] == "after" and self.objective.needs("laid")) or self.objective.needs("rows")
+        if turned and g.head_dim != t.head_dim:
+            raise LaidError(
+                f"alignment.rotation: after and lambda_rows turn the teacher's heads by the student's RoPE, but head_dim is"
+                f" {g.head_dim} in the student and {t.head_dim} in the teacher: compare before rotation, with"
+                " alignment.projection: true"
+            )
         for student_layer, teacher_layer in a["pairs"]:
             pair = (layer_indices(student_layer, g.layers)[0], layer_indices(teacher_layer, t.depth)[0])
             self.pairs.append(pair)
@@ -144,6 +156,13 @@ class Losses:
 
     def _divergence(self, student: Tensor, teacher: Tensor) -> Tensor:
         m = self.settings
+        if m["kl_vocabulary"] == "same" and student.shape[-1] != teacher.shape[-1]:
+            if not any(self.objective.needs(part) for part in PARTS if part != "kl"):
+                raise LaidError(
+                    f"kl_vocabulary is same, the student has {student.shape[-1]} rows of vocabulary and the teacher"
+                    f" {teacher.shape[-1]}: without L_KL nothing is left to train; set it to common"
+                )
+            return student.new_zeros(())
         if m["divergence"] == "jsd":
             return generalised_jsd(student, teacher, m["jsd_beta"], m["temperature"])
         return forward_kl(student, teacher, m["temperature"])
@@ -164,7 +183,9 @@ class Losses:
         parts: dict[str, Tensor] = {}
         for s, t in self.pairs:
             own, key = caught[s], f"{s}-{t}"
-            q_t, k_t = (x.to(own.q) for x in self.teacher.queries_keys(t, indices, inputs.ids.shape[1]))
+            q_t, k_t = (
+                x.to(own.q.device) for x in self.teacher.queries_keys(t, indices, inputs.ids.shape[1])
+            )
             if self.objective.needs("laid"):
                 if a["rotation"] == "after":
                     compared = (*own.rotated(), *(rotate(x, own.cos, own.sin) for x in (q_t, k_t)))
@@ -175,13 +196,15 @@ class Losses:
                 loss = self.alignments[key](*compared, mask, weights, a["norm"], a["normalize"])
                 parts["laid"] = parts.get("laid", 0.0) + loss
             if self.objective.needs("rows"):
-                at = answer[:, None]
+                at, counted = answer[:, None], None
+                if self.settings["rows"] == "question":
+                    at, counted = question_rows(inputs.image_mask, answer)
                 student = attention_rows(*own.rotated(), at, mask)
                 with torch.no_grad():
                     # The teacher's rows are those of its own positions, without gaps.
                     positions = inputs.positions if plain is None else plain.to(inputs.ids.device)
                     turn = text_model(self.model).rotary_emb(own.q, positions)
                     teacher = attention_rows(rotate(q_t, *turn), rotate(k_t, *turn), at, mask)
-                parts["rows"] = parts.get("rows", 0.0) + self.rows[key](student, teacher, weights)
+                parts["rows"] = parts.get("rows", 0.0) + self.rows[key](student, teacher, weights, counted)
         self.to_fit = False
         return parts

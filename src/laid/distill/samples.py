@@ -37,17 +37,22 @@ class Sample:
 
 
 def build_samples(
-    questions: Sequence[Question], features: ImageFeatures, order_seed: int, labelled: bool = True
+    questions: Sequence[Question],
+    features: ImageFeatures,
+    order_seed: int,
+    labelled: bool = True,
+    ahead: bool = True,
 ) -> list[Sample]:
     """Encode questions and compute the features of their images ahead, as far as memory allows.
 
-    labelled=False reads no answer: the samples have no labels.
+    labelled=False reads no answer: the samples have no labels. ahead=False leaves features to when they are asked for.
     Raises LaidError where an answer is not one token, or an image is missing or broken.
     """
     tokenizer, encoder = features.processor.tokenizer, features.processor.encoder
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     ordered = [ordered_images(question, order_seed)[0] for question in questions]
-    features.prepare((path for paths in ordered for path in paths), "images")
+    if ahead:
+        features.prepare((path for paths in ordered for path in paths), "images")
     samples = []
     for index, (question, paths) in enumerate(zip(questions, ordered)):
         prompt = encoder.encode(question.text, features.grids(paths))

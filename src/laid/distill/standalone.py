@@ -113,13 +113,13 @@ def _cache(config, settings, teacher, coco_root, data, out: Path, device: str) -
     """The teacher's cache beside `out`, made unless the same one is there; it keeps the layers that are aligned."""
     aligned = settings["lambda_laid"] > 0 or settings["lambda_rows"] > 0
     layers = sorted({teacher_layer for _, teacher_layer in settings["alignment"]["pairs"]}) if aligned else []
-    config = merge(dict(config), {"teacher_cache": {"layers": layers}})
+    queries = "all" if settings["lambda_laid"] > 0 else "question"
+    config = merge(dict(config), {"teacher_cache": {"layers": layers, "queries": queries}})
     key = sha256_json(
         [
             provenance.fingerprint(source_of(teacher)),
             sha256_file(data),
-            layers,
-            config["teacher_cache"]["dtype"],
+            config["teacher_cache"],
         ]
     )
     folder = out.parent / f".{out.name}.teacher-{key[:12]}"

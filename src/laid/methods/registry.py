@@ -50,9 +50,9 @@ def load_with_method(
         student = load_run(Path(run) / "model", model, dtype, evaluation["attention"], device)
     if method == "yarn":
         trained = settings["original_positions"] or student.config.text_config.max_position_embeddings
-        apply_yarn(student, settings["factor"], trained)
+        apply_yarn(student, settings["factor"], trained, settings["axes"])
     elif method == "self_extend":
-        apply_self_extend(student, settings["group"], settings["window"])
+        apply_self_extend(student, settings["group"], settings["window"], settings["axes"])
     return Loaded(student, processor)
 
 

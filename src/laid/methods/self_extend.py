@@ -68,7 +68,10 @@ def apply_self_extend(
     text = text_model(model)
     before = text.config._attn_implementation
     if before not in ("sdpa", "eager"):
-        raise LaidError(f"self_extend: the model runs on {before!r} attention; load it with sdpa or eager")
+        raise LaidError(
+            f"self_extend: the model runs on {before!r} attention; load it with sdpa (whose flash kernels are called for the"
+            " near and the far part) or eager"
+        )
     settings = _Settings(int(group), int(window), axes, backend, block_elements)
     handle = text.register_forward_pre_hook(settings.before_forward, with_kwargs=True)
     text.set_attn_implementation(f"laid_self_extend_{before}")

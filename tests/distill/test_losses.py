@@ -1,0 +1,107 @@
+"""The parts of equation 8 through the class that the trainer uses, with models of two layouts at hand."""
+
+import pytest
+import torch
+from tiny_vlm import IMAGE, prompt, tiny_model
+
+from laid.config import fill, merge
+from laid.distill.attention_rows import attention_rows
+from laid.distill.capture import QKCapture
+from laid.distill.losses import Losses
+from laid.distill.online import OnlineTeacher
+from laid.errors import LaidError
+from laid.models.forward import Batch, hidden_states
+
+TRAINED = {"$ref": "#/$defs/trained_method"}
+ALIGNED = {"lambda_laid": 1.0, "alignment": {"pairs": [[-1, -1]]}}
+
+
+def two(model):
+    """A batch of two prompts of unlike length, the shorter padded at the right."""
+    made = [prompt(model, grids, tail=tail)[:2] for grids, tail in ((((4, 4), (6, 4)), 7), (((4, 4),), 4))]
+    lengths = torch.tensor([ids.shape[1] for ids, _ in made])
+    pads = [int(lengths.max() - n) for n in lengths]
+    ids = torch.cat([torch.nn.functional.pad(i, (0, p)) for (i, _), p in zip(made, pads)])
+    positions = torch.cat([torch.nn.functional.pad(x, (0, p)) for (_, x), p in zip(made, pads)], 1)
+    mask = ids == IMAGE
+    return Batch(
+        ids, positions, lengths, mask, torch.randn(int(mask.sum()), model.config.text_config.hidden_size)
+    )
+
+
+def losses_of(settings, student=None, **teacher):
+    """(Losses, inputs): a student of 4 heads and a teacher of 8."""
+    torch.manual_seed(0)
+    student = student or tiny_model()
+    big = tiny_model(**{"seed": 1, "heads": 8, "hidden": 64, **teacher}).requires_grad_(False)
+    seen = two(big)
+    settings = fill(merge(fill({}, TRAINED), settings), TRAINED)
+    return Losses(student, settings, OnlineTeacher(big, [0, -1], lambda _: seen)), two(student)
+
+
+LABELS = torch.tensor([[7, 8], [9, 8]])
+
+
+def test_before_and_after_rotation_are_the_same_number_and_gradient():
+    found = []
+    for rotation in ("before", "after"):
+        losses, inputs = losses_of(merge(ALIGNED, {"alignment": {"rotation": rotation}}))
+        value = losses(inputs, LABELS, [0, 1], 0.5)["laid"]
+        value.backward()
+        found.append((value, losses.alignments["1-1"].w.grad))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-6)
+
+
+def test_rows_of_the_question_by_hand():
+    """The mean over both samples' question tokens, each row an attention row of the models; padding counts nowhere."""
+    losses, inputs = losses_of({"lambda_rows": 1.0, "rows": "question"})
+    with torch.no_grad():
+        got = losses(inputs, LABELS, [0, 1], 0.5)["rows"]
+        seen = []
+        for model, batch in ((losses.model, inputs), (losses.teacher.model, losses.teacher.batch(None))):
+            with QKCapture(model, -1) as capture:
+                hidden_states(model, batch)
+                (qk,) = capture.take().values()
+            every = torch.arange(batch.ids.shape[1]).expand(2, -1)
+            seen.append(attention_rows(*qk.rotated(), every))
+        values = []
+        for b in range(2):
+            last = int(inputs.image_mask[b].nonzero()[-1])
+            for n in range(last + 2, int(inputs.lengths[b]) - 1):
+                target = seen[1][b, :, n, : n + 1].exp().mean(0)  # an even mixture at the start
+                for head in range(4):
+                    own = seen[0][b, head, n, : n + 1]
+                    values.append((target * (target.log() - own)).sum())
+    assert len(values) == 4 * ((7 + 1) + (4 + 1) - 2)
+    torch.testing.assert_close(got, torch.stack(values).mean(), rtol=1e-4, atol=1e-6)
+    answer_only, inputs = losses_of({"lambda_rows": 1.0})
+    with torch.no_grad():
+        assert abs(answer_only(inputs, LABELS, [0, 1], 0.5)["rows"] - got) > 1e-3
+
+
+def test_vocabularies_of_different_size():
+    settings = {"lambda_kl": 1.0, "temperature": 2.0}
+    with torch.no_grad():
+        losses, inputs = losses_of(settings, vocab_size=70)
+        common = losses(inputs, LABELS, [0, 1], 0.5)
+        paper, inputs = losses_of({**settings, "kl_vocabulary": "same"}, vocab_size=70)
+        left_out = paper(inputs, LABELS, [0, 1], 0.5)
+        equal, inputs = losses_of({**settings, "kl_vocabulary": "same"})
+        assert equal(inputs, LABELS, [0, 1], 0.5)["kl"] > 0.01
+    assert common["kl"] > 0.01 and left_out["kl"] == 0
+    assert paper.total(left_out, 0.5) == left_out["sft"] == common["sft"]
+    alone, inputs = losses_of({**settings, "lambda_sft": 0.0, "kl_vocabulary": "same"}, vocab_size=70)
+    with pytest.raises(LaidError, match="64 rows of vocabulary and the teacher 70.*set it to common"):
+        alone(inputs, None, [0, 1], 0.5)
+
+
+def test_other_head_dims_need_a_projection_and_no_rotation():
+    wide = {"heads": 4, "hidden": 64, "sections": (2, 3, 3)}  # head_dim 16 against 8
+    with pytest.raises(LaidError, match="head_dim 8 and teacher head_dim 16.*alignment.projection: true"):
+        losses_of(ALIGNED, **wide)
+    for turned in ({"alignment": {"rotation": "after", "projection": True}}, {"lambda_rows": 0.1}):
+        with pytest.raises(LaidError, match="head_dim is 8 in the student and 16 in the teacher"):
+            losses_of(merge(ALIGNED, turned), **wide)
+    losses, inputs = losses_of(merge(ALIGNED, {"alignment": {"projection": True}}), **wide)
+    losses(inputs, LABELS, [0, 1], 0.5)["laid"].backward()
+    assert losses.alignments["1-1"].map_q.grad.abs().max() > 0
