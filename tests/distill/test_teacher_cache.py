@@ -120,7 +120,7 @@ def test_losses_from_the_cache_are_those_of_the_teacher_at_hand(
         assert (a - b).norm() < close * b.norm()
 
 
-@pytest.mark.parametrize("scale", [1e-30, 1e-3, 1.0, 300.0, 1e30])
+@pytest.mark.parametrize("scale", [1e-20, 1e-3, 300.0, 1e20])
 def test_float8_is_within_its_four_bits_of_each_head_s_largest(scale):
     g = torch.Generator().manual_seed(0)
     x = scale * torch.randn(50, 3, 16, generator=g) * 10 ** torch.randn(50, 3, 1, generator=g)

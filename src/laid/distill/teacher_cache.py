@@ -94,7 +94,7 @@ def to_float8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     The exponent is the least at which the largest element stays within e4m3's 448.
     """
     fraction, exponent = x.float().abs().amax(-1).frexp()  # the fraction of 448 is 0.875
-    exponent = exponent - 8 - (fraction <= 0.875).int()
+    exponent = (exponent - 8 - (fraction <= 0.875).int()).clamp(-120, 120)  # so that two to it is a float32
     return torch.ldexp(x.float(), -exponent[..., None]).to(torch.float8_e4m3fn), exponent.to(torch.int8)
 
 
@@ -385,7 +385,7 @@ class TeacherCache:
             self.query_tokens = index.get("query_tokens", self.lengths)
             self.kept = Kept(
                 self.layers, self.heads, self.kv_heads, self.head_dim, None,
-                "float8" if "float8_error" in index else "bfloat16", self.queries,
+                "float8" if "float8_error" in index else "bfloat16", self.queries,  # float32 is read as bfloat16 is
             )  # fmt: skip
         except (KeyError, TypeError) as error:
             raise LaidError(f"{self.folder}/index.json: broken ({error}); make the cache again") from None
