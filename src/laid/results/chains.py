@@ -76,7 +76,7 @@ def _chain(cell: dict[str, Any], root: Path, records: dict[str, str]) -> list[di
         if entry["hashes"] or record is not None:
             steps.append(entry)
 
-    step("Images and their labels", [n for n in data if n.startswith("annotations")])
+    step("Images and their labels", [n for n in data if n.startswith("annotations") or n == "images"])
     step("Questions", [n for n in data if "question" in n or "haystack" in n])
     step(
         f"Checkpoint of {cell['student']}", [n for n in data if n == "model" or n.startswith("models/")],
