@@ -13,7 +13,17 @@ from laid.errors import LaidError
 from laid.io import read_json
 from laid.results import stats
 from laid.results.cells import Cells
-from laid.results.plotting import METHOD_LOOKS, PAGE, Drawing, Look, new_figure, percent, style, tip
+from laid.results.plotting import (
+    METHOD_LOOKS,
+    PAGE,
+    Drawing,
+    Look,
+    image_axis,
+    new_figure,
+    percent,
+    style,
+    tip,
+)
 from laid.results.tables import METHOD_NAMES
 
 FORMAT = "laid-why/1"
@@ -82,14 +92,10 @@ def figure_why(records: Mapping[str, dict[str, Any]], students: Sequence[str], t
             models += [(student, m, METHOD_NAMES[m], METHOD_LOOKS[m]) for m in record["methods"]]
             for name, method, label, look in models:
                 rows += _curve(axes, records[name], name, method, condition, label, look, name == student)
-            axes.set_xscale("log")
-            sizes = record["sizes"]
-            axes.set_xticks(sizes, [str(s) if s != 100 else "" for s in sizes])
-            axes.minorticks_off()
+            image_axis(axes, record["sizes"])
+            axes.set_xlabel("n" if student == shown[-1] else "")
             if student == shown[0]:
                 axes.set_title(TITLES[condition].format(few=record["few"]), loc="left")
-            if student == shown[-1]:
-                axes.set_xlabel("n")
         line[0].set_ylabel(f"{student}\naccuracy (%)")
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=5)

@@ -18,6 +18,22 @@ from laid.results.tables import METHOD_NAMES
 POINTS = 80  # a curve is drawn as the means of at most this many equal stretches of steps
 # Keys of a log line that follow a plan or describe the model, rather than measure an error.
 SCHEDULES = ("lr", "lambda", "gain", "gap", "weight", "distance", "progress", "span", "exponent")
+# What the keys of a log line mean; a key that is not here is printed as it is.
+NAMES = {
+    "loss": "whole",
+    "loss_sft": "L_SFT",
+    "loss_kl": "L_KL",
+    "loss_laid": "L_LAid",
+    "lr": "learning rate",
+    "lambda_sft": "lambda_SFT",
+    "lambda_kl": "lambda_KL",
+    "lambda_laid": "lambda_LAid",
+    "distance_emphasis": "distance emphasis (0 to 1)",
+    "gain_mean": "gain, mean",
+    "gain_min": "gain, smallest",
+    "gain_max": "gain, largest",
+    "exponent_mean": "gain exponent, mean",
+}
 DASHES = ["-", (0, (4, 1.5)), (0, (1, 1)), (0, (6, 1, 1, 1)), (0, (3, 1, 1, 1, 1, 1))]
 
 
@@ -109,20 +125,25 @@ def training(logs: Sequence[Log]) -> Drawing | None:
         axes = panels[students.index(log.student)][shown.index(log.method)]
         for k, key in enumerate(keys):
             if key in log.values:
-                rows += _line(axes, log, key, SERIES[k % len(SERIES)], DASHES[k % len(DASHES)], key)
+                name = NAMES.get(key, key)
+                rows += _line(axes, log, key, SERIES[k % len(SERIES)], DASHES[k % len(DASHES)], name)
     for student, row in zip(students, panels, strict=True):
         row[0].set_ylabel(f"{student}\nloss")
         row[0].set_yscale("symlog", linthresh=0.01)
         row[0].yaxis.set_major_formatter("{x:g}")
     for method, axes in zip(shown, panels[0], strict=True):
         axes.set_title(METHOD_NAMES[method], loc="left")
-    for axes in panels[-1]:
-        axes.set_xlabel("Step")
-        axes.locator_params(axis="x", nbins=3)
+    for column in panels.T:
+        for axes in column:
+            axes.set_visible(bool(axes.lines))
+        lowest = [axes for axes in column if axes.lines][-1]
+        lowest.tick_params(labelbottom=True)
+        lowest.set_xlabel("Step")
+        lowest.locator_params(axis="x", nbins=3)
     _legend(figure, panels)
     caption = (
-        "Loss parts over training steps, as they enter the log; every seed is a line, averaged over stretches of steps."
-        " Linear below 0.01, logarithmic above."
+        "Loss parts over training steps, as they enter the log (the loss of that step's batch), before their lambdas, and"
+        " the whole; every seed is a line, averaged over stretches of steps. Linear below 0.01, logarithmic above."
     )
     return Drawing(
         "training",
@@ -149,13 +170,22 @@ def schedules(logs: Sequence[Log]) -> Drawing | None:
             if key in log.values and log.student == students[0] and log.method in METHOD_LOOKS:
                 look = METHOD_LOOKS[log.method]
                 rows += _line(axes, log, key, look.color, look.dash, METHOD_NAMES[log.method])
-        axes.set_title(key, loc="left")
+        axes.set_title(NAMES.get(key, key), loc="left")
+        if axes.lines:
+            values = np.concatenate([line.get_ydata() for line in axes.lines])
+            if (
+                np.ptp(values) <= 1e-9 * abs(values).max()
+            ):  # a constant: its ticks from zero, not from its rounding
+                axes.set_ylim(*sorted((0, 1.25 * values[0] or 1)))
         axes.set_xlabel("Step")
         axes.locator_params(axis="x", nbins=4)
     for axes in list(panels.flat)[len(keys) :]:
         axes.set_visible(False)
     _legend(figure, panels)
-    caption = f"What is planned or learned beside the weights, over training steps: {', '.join(keys)}; {students[0]}."
+    caption = (
+        f"What is planned or learned beside the weights, over training steps, of {students[0]}; lines on one another are"
+        " drawn once."
+    )
     return Drawing(
         "schedules",
         "Schedules and gains over training",
@@ -188,4 +218,6 @@ def _legend(figure: Any, panels: Any) -> None:
     for axes in panels.flat:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             found.setdefault(label, handle)
-    figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=min(5, len(found)))
+    order = [*METHOD_NAMES.values()]
+    names = sorted(found, key=lambda name: order.index(name) if name in order else -1)
+    figure.legend([found[n] for n in names], names, loc="outside lower center", ncols=min(5, len(found)))

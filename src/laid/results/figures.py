@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -17,6 +16,7 @@ from laid.results.plotting import (
     PAGE,
     Drawing,
     Look,
+    image_axis,
     new_figure,
     percent,
     style,
@@ -127,13 +127,7 @@ def _curves(
             text = f"{name}, {size} images: {percent(cell['accuracy'], cell['interval'])} %"
             (spot,) = axes.plot([size], [100 * cell["accuracy"]], "o", markersize=9, alpha=0, zorder=4)
             tip(spot, text)
-    axes.set_xscale("log")
-    ticks = axes.set_xticks(sizes, [str(size) for size in sizes])
-    for left, right in itertools.pairwise(range(len(sizes))):
-        if sizes[right] < 1.7 * sizes[left]:  # such neighbours' labels would touch
-            ticks[right].label1.set_horizontalalignment("left")
-    axes.minorticks_off()
-    axes.set_xlabel("Images in the haystack")
+    image_axis(axes, sizes)
     axes.set_ylabel("Accuracy (%)")
     axes.set_ylim(*_limits(axes))
     return rows
@@ -223,6 +217,7 @@ def needle_position(grid: Grid) -> Drawing | None:
     rows: list[list[str]] = []
     for (student, methods_shown), row in zip(models, panels, strict=True):
         for size, axes in zip(sizes, row, strict=True):
+            axes.axhline(50, color="#555555", linewidth=0.7, linestyle=(0, (4, 3)))
             for m, method in enumerate(methods_shown):
                 shift = 0.12 * (m - (len(methods_shown) - 1) / 2)
                 rows += _position_line(axes, student, method, size, counts[student, method, size], shift)
@@ -237,7 +232,7 @@ def needle_position(grid: Grid) -> Drawing | None:
     return Drawing(
         "needle_position",
         "Accuracy by needle position",
-        "Accuracy by the needle's place in the haystack (first to last fifth), with 95 % intervals. A level line knows"
+        "Accuracy by the needle's place in the haystack (first to last fifth), with 95 % intervals; dashed: chance. A level line knows"
         f' no place; a dip in the middle is "lost in the middle". {grid.questions_note()}',
         figure,
         [["student", "method", "images", "fifth", "answers", "accuracy", "low", "high"], *rows],

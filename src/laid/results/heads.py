@@ -22,6 +22,8 @@ from laid.results.plotting import (
     RED,
     SKY,
     Drawing,
+    image_axis,
+    log_axis,
     new_figure,
     style,
     tip,
@@ -30,9 +32,9 @@ from laid.results.tables import METHOD_NAMES
 
 FORMAT = "laid-analysis/1"
 SEEN = 2.0  # a needle head: its share of attention on the needle, over an even share, in geometric mean over sizes
-LEVEL = (
-    -0.25
-)  # a global head: slope of log share over log size; -0.25 is a loss of half over a 16-fold haystack
+# A global head: slope of log share over log size of at least this; -0.25 is a loss of half over a 16-fold haystack.
+LEVEL = -0.25
+STRONGEST = 3  # of each kind, that Figure 4 draws of a model; its CSV holds every head
 TEACHER = ("#666666", "*", (0, (1, 1)))
 HEAD_COLORS = (BLUE, RED, GREEN, ORANGE, PURPLE, SKY)
 MARKERS = "osD^vPXh"
@@ -87,6 +89,14 @@ def head_curves(record: Mapping[str, Any], method: str) -> list[dict[str, Any]]:
     return curves
 
 
+def strongest(curves: Sequence[dict[str, Any]], most: int = STRONGEST) -> list[dict[str, Any]]:
+    """The `most` global and the `most` local needle heads that see most of the needle, in the order of layers."""
+    kept = []
+    for kind in ("global", "local"):
+        kept += sorted((c for c in curves if c["kind"] == kind), key=lambda c: -c["lift"])[:most]
+    return sorted(kept, key=lambda c: (c["layer"], c["head"]))
+
+
 def build(records: Mapping[str, dict[str, Any]], teacher: str, students: Sequence[str]) -> list[Drawing]:
     """Figure 4, the spectra and the scores over distance; nothing where the teacher or all students are missing."""
     shown = [name for name in students if name in records]
@@ -98,7 +108,7 @@ def build(records: Mapping[str, dict[str, Any]], teacher: str, students: Sequenc
 
 def figure4(records: Mapping[str, dict[str, Any]], teacher: str, students: Sequence[str]) -> Drawing:
     """Needle heads over haystack size: the teacher's, and each student's before and after."""
-    figure = new_figure(PAGE, 2.9)
+    figure = new_figure(PAGE, 3.7)
     panels = figure.subplots(1, 1 + len(students), sharey=True, squeeze=False)[0]
     rows: list[list[str]] = []
     for name, axes in zip((teacher, *students), panels, strict=True):
@@ -106,10 +116,10 @@ def figure4(records: Mapping[str, dict[str, Any]], teacher: str, students: Seque
         methods = ["base"] if name == teacher else [m for m in ("base", "laid") if m in record["methods"]]
         colors: dict[tuple[int, int], str] = {}
         for method in methods:
-            for curve in head_curves(record, method):
-                rows.append(_curve_row(name, method, curve))
-                if curve["kind"] == "other":
-                    continue
+            curves = head_curves(record, method)
+            for curve in curves:
+                rows += _rows(name, method, curve)
+            for curve in strongest(curves):
                 key = (curve["layer"], curve["head"])
                 color = colors.setdefault(key, HEAD_COLORS[len(colors) % len(HEAD_COLORS)])
                 _head_line(axes, name, method, curve, color, MARKERS[list(colors).index(key) % len(MARKERS)])
@@ -122,28 +132,25 @@ def figure4(records: Mapping[str, dict[str, Any]], teacher: str, students: Seque
             linestyle=(0, (1, 1)),
         )
         axes.set_title(name, loc="left", fontweight="bold")
-        axes.set_xscale("log")
-        axes.set_xticks(even["sizes"], [str(s) if s != 100 else "" for s in even["sizes"]])
-        axes.minorticks_off()
-        axes.set_xlabel("Images in the haystack")
+        image_axis(axes, even["sizes"])
         if axes.get_legend_handles_labels()[0]:
-            axes.legend(loc="upper right", bbox_to_anchor=(1.02, 1.03), borderaxespad=0.2)
+            axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.24), borderaxespad=0, title="layer.head")
     panels[0].set_ylabel("Attention on the needle (%)")
-    panels[0].set_ylim(0, 155)  # room for the legends
-    panels[0].set_yticks(range(0, 101, 20))
+    panels[0].set_ylim(0, 102)
     return Drawing(
         "figure4",
         "Figure 4. Heads that find the needle",
         "Normalised key activation per head: the softmax share of attention that falls on the needle image's keys, seen from"
         " the row (last token of the anchor's name, of the target's name, or of the prompt) where the head sees most of it."
-        f" Drawn are needle heads, those with at least {SEEN:g} times an even share (dotted) in geometric mean over sizes."
+        f" Drawn are needle heads, those with at least {SEEN:g} times an even share (dotted) in geometric mean over sizes,"
+        f" at most the {STRONGEST} strongest of each kind."
         f" By the slope of log share over log size a head is global (solid line in the teacher: at least {LEVEL:g}, so that a"
         " 16-fold haystack costs less than half) or local (dashed: falling). Students: hollow before, filled after LAid."
         f" The first {_count(records[teacher])} questions of every test file.",
         figure,
         [
             ["student", "method", "layer", "head", "row", "kind", "slope", "lift", "images", "share", "even"],
-            *_long(rows),
+            *rows,
         ],
     )
 
@@ -164,19 +171,12 @@ def _head_line(axes: Any, name: str, method: str, curve: dict[str, Any], color: 
         )
 
 
-def _curve_row(name: str, method: str, curve: dict[str, Any]) -> list[Any]:
-    return [name, method, curve]
-
-
-def _long(rows: list[list[Any]]) -> list[list[str]]:
-    out = []
-    for name, method, curve in rows:
-        for size, share, even in zip(curve["sizes"], curve["share"], curve["even"], strict=True):
-            out.append(
-                [name, method, str(curve["layer"]), str(curve["head"]), curve["row"], curve["kind"]]
-                + [f"{curve['slope']:.4f}", f"{curve['lift']:.4f}", str(size), f"{share:.6f}", f"{even:.6f}"]
-            )
-    return out
+def _rows(name: str, method: str, curve: dict[str, Any]) -> list[list[str]]:
+    return [
+        [name, method, str(curve["layer"]), str(curve["head"]), curve["row"], curve["kind"]]
+        + [f"{curve['slope']:.4f}", f"{curve['lift']:.4f}", str(size), f"{share:.6f}", f"{even:.6f}"]
+        for size, share, even in zip(curve["sizes"], curve["share"], curve["even"], strict=True)
+    ]
 
 
 def spectra(records: Mapping[str, dict[str, Any]], teacher: str, students: Sequence[str]) -> Drawing:
@@ -187,7 +187,7 @@ def spectra(records: Mapping[str, dict[str, Any]], teacher: str, students: Seque
     reference = records[teacher]["methods"]["base"]["spectrum"]
     for student, axes in zip(students, panels, strict=False):
         lines = [(teacher, "base", reference, *TEACHER)]
-        for method, entry in records[student]["methods"].items():
+        for method, entry in _methods(records[student]):
             look = METHOD_LOOKS[method]
             lines.append((student, method, entry["spectrum"], look.color, look.marker, look.dash))
         for name, method, part, color, marker, dash in lines:
@@ -214,7 +214,7 @@ def spectra(records: Mapping[str, dict[str, Any]], teacher: str, students: Seque
                     for w, e in zip(part["wavelengths"], energy, strict=True)
                 ]
         axes.axvline(reference["cut"], color="#555555", linewidth=0.7, linestyle=(0, (4, 3)))
-        axes.set_xscale("log")
+        log_axis(axes, part["wavelengths"])
         axes.set_ylim(0, 102)
         axes.set_xlabel("RoPE wavelength (positions)")
         axes.set_title(student, loc="left", fontweight="bold")
@@ -248,7 +248,7 @@ def _share_dots(
     places, labels = [], []
     at = 0.0
     for name in (teacher, *students):
-        for method, entry in records[name]["methods"].items():
+        for method, entry in _methods(records[name]):
             part = entry["spectrum"]
             value, (low, high) = 100 * part["share"], (100 * v for v in part["interval"])
             look = METHOD_LOOKS[method]
@@ -291,7 +291,7 @@ def distances(
             if head >= record["heads"]:
                 axes.set_visible(False)
                 continue
-            for method, entry in record["methods"].items():
+            for method, entry in _methods(record):
                 part = entry["spectrum"]
                 c = np.array(part["real"][-1][head]) + 1j * np.array(part["imaginary"][-1][head])
                 delta, curve = _binned(c, 2 * np.pi / np.array(part["wavelengths"]), 3.5 * part["cut"])
@@ -303,12 +303,15 @@ def distances(
                     [name, method, str(record["layers"] - 1), str(head), f"{d:.2f}", f"{v:.6f}"]
                     for d, v in zip(delta, curve, strict=True)
                 ]
-            axes.set_xscale("log")
             axes.axvline(part["cut"], color="#555555", linewidth=0.7, linestyle=(0, (4, 3)))
             axes.set_title(f"{name}, head {head}", loc="left")
         line[0].set_ylabel("Mean score")
-    for axes in panels[-1]:
-        axes.set_xlabel("Position difference")
+    span = 3.5 * max(records[name]["methods"]["base"]["spectrum"]["cut"] for name in names)
+    for column in panels.T:
+        lowest = [axes for axes in column if axes.get_visible()][-1]  # models have different numbers of heads
+        log_axis(lowest, [1, span])
+        lowest.tick_params(labelbottom=True)
+        lowest.set_xlabel("Position difference")
     found: dict[str, Any] = {}
     for axes in panels.flat:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
@@ -334,6 +337,11 @@ def _binned(c: np.ndarray, theta: np.ndarray, span: float, bins: int = 24) -> tu
     return np.array([delta[place == b].mean() for b in kept]), np.array(
         [curve[place == b].mean() for b in kept]
     )
+
+
+def _methods(record: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """A record's methods in the order of the tables."""
+    return sorted(record["methods"].items(), key=lambda item: list(METHOD_NAMES).index(item[0]))
 
 
 def _count(record: Mapping[str, Any]) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib.ticker import MaxNLocator
 
 from laid.errors import LaidError
 from laid.io import read_json
@@ -50,9 +51,9 @@ def build(learned: dict[str, dict[str, np.ndarray]], method_name: str = "LAid") 
 
 
 def _gains(arrays: dict[str, np.ndarray]) -> np.ndarray | None:
-    """Gain factors (layers x heads, columns), from gain.log_gain (layers, heads, columns)."""
+    """Gain factors (layers, heads, columns), from gain.log_gain of the same shape."""
     logs = arrays.get("gain.log_gain")
-    return None if logs is None or logs.ndim != 3 else np.exp(logs).reshape(-1, logs.shape[-1])
+    return None if logs is None or logs.ndim != 3 else np.exp(logs)
 
 
 def _mixture(arrays: dict[str, np.ndarray]) -> np.ndarray | None:
@@ -74,23 +75,28 @@ def _draw(panels: Sequence[tuple[str, str, np.ndarray]], method_name: str) -> Dr
         axes = grid[students.index(student)][int(kind == "mixture")]
         axes.set_visible(True)
         axes.grid(visible=False)
-        image = axes.imshow(values, cmap=MAP, aspect="auto", interpolation="nearest")
+        heads = values.shape[-2]
+        flat = values.reshape(-1, values.shape[-1])
+        image = axes.imshow(flat, cmap=MAP, aspect="auto", interpolation="nearest")
         figure.colorbar(image, ax=axes)
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         if kind == "gain":
-            axes.set(
-                title=f"{student}: gain",
-                xlabel=_COLUMNS.get(values.shape[1], "RoPE frequency, high to low"),
-                ylabel="Layer and head",
-            )
+            title, below = "gain", _COLUMNS.get(flat.shape[1], "RoPE frequency, high to low")
+            axes.set_ylabel("Layer.head")
+            shown = range(0, len(flat), -(-len(flat) // 12))
+            axes.set_yticks(shown, [f"{row // heads}.{row % heads}" for row in shown])
+            for layer in range(heads, len(flat), heads):
+                axes.axhline(layer - 0.5, color="white", linewidth=0.8)
         else:
-            axes.set(title=f"{student}: w of equation 7", xlabel="Teacher head", ylabel="Student head")
-        for side in "xy":
-            axes.locator_params(axis=side, integer=True, nbins=6)
-        rows += [[student, kind, str(r), str(c), f"{v:.6g}"] for (r, c), v in np.ndenumerate(values)]
+            title, below = "w of equation 7", "Teacher head"
+            axes.set_ylabel("Student head")
+            axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axes.set_title(f"{student}: {title}", loc="left")
+        axes.set_xlabel(below)
+        rows += [[student, kind, str(r), str(c), f"{v:.6g}"] for (r, c), v in np.ndenumerate(flat)]
     caption = (
-        f"{method_name}, first seed. Left: the learned gain of each query head (counted through the layers) on each RoPE"
-        " frequency, 1 where nothing was learned. Right: how much of each teacher head stands in the target of each"
-        " student head."
+        f"{method_name}, first seed. Left: the learned gain of each query head on each RoPE frequency, 1 where nothing was"
+        " learned. Right: how much of each teacher head stands in the target of each student head."
     )
     return Drawing(
         "learned",

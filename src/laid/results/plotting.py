@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -111,6 +113,24 @@ def new_figure(width: float, height: float) -> Figure:
 def tip(artist: Any, text: str) -> None:
     """Give a drawn point a hover text; `with_tips` turns it into an SVG title."""
     artist.set_gid("tip:" + text)
+
+
+def image_axis(axes: Any, sizes: Sequence[int]) -> None:
+    """A logarithmic axis of haystack sizes, each size a tick with its label."""
+    axes.set_xscale("log")
+    ticks = axes.set_xticks(sizes, [str(size) for size in sizes])
+    for left, right in itertools.pairwise(range(len(sizes))):
+        if sizes[right] < 1.7 * sizes[left]:  # such neighbours' labels would touch
+            ticks[right].label1.set_horizontalalignment("left")
+    axes.minorticks_off()
+    axes.set_xlabel("Images in the haystack")
+
+
+def log_axis(axes: Any, values: Sequence[float]) -> None:
+    """A logarithmic axis with a plain label at every power of ten: raised exponents would be smaller than 8 points."""
+    axes.set_xscale("log")
+    tens = range(math.ceil(math.log10(min(values))), math.floor(math.log10(max(values))) + 1)
+    axes.set_xticks([10**k for k in tens], [f"{10**k:,}" for k in tens])
 
 
 def save(drawing: Drawing, out: str | Path) -> list[Path]:
