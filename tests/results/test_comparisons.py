@@ -12,8 +12,11 @@ from laid.results import comparisons, render, stats, tables
 SIZES = [1, 5, 20, 50, 150]
 
 
-def grid_of(method_rights, seeds=1, n=200):
-    """A grid of one teacher and two students; method_rights(method, size, rng, seeds) gives the share that is right."""
+def grid_of(method_rights, seeds=1, n=200, alike=False):
+    """A grid of one teacher and two students; method_rights(method, size) gives the share that is right.
+
+    alike: all seeds of a model answer alike.
+    """
     settings = synthetic.config(
         methods=["base", "sft", "kd", "laid"], ablations=["base", "laid_wo_kl", "laid"]
     )
@@ -25,7 +28,9 @@ def grid_of(method_rights, seeds=1, n=200):
             for k, size in enumerate(SIZES):
                 count = 1 if method == "base" else seeds
                 # Models share what is hard about a question, as real ones do.
-                luck = 0.8 * np.random.default_rng([k]).random(n) + 0.2 * rng.random((count, n))
+                luck = 0.8 * np.random.default_rng([k]).random(n) + 0.2 * rng.random(
+                    (1 if alike else count, n)
+                ).repeat(count if alike else 1, axis=0)
                 right = (luck < method_rights(method, size)).astype(int)
                 cells[student, method, size] = synthetic.cell(student, method, size, right)
     return tables.Grid(cells, settings, "cells")
@@ -96,7 +101,7 @@ def test_table1_stars_are_against_the_own_base(fading):
 
 
 def test_with_seeds_the_tests_are_bootstraps_and_the_note_says_so():
-    grid = grid_of(lambda method, size: 0.9 if method == "laid" else 0.6, seeds=3, n=60)
+    grid = grid_of(lambda method, size: 0.9 if method == "laid" else 0.6, seeds=3, n=60, alike=True)
     table = comparisons.tests_table(grid.answers)
     assert {row["test"] for row in rows_of(table)} == {"bootstrap"}
     assert any(
@@ -104,6 +109,8 @@ def test_with_seeds_the_tests_are_bootstraps_and_the_note_says_so():
         for note in table.notes
     )
     assert all(e.stars == "*" for row in table.rows for e in row[2:])
+    # No family is so large that the number of resamples rules a star out.
+    assert len(table.rows) * len(table.rows[0]) * 2 / (grid.answers.resamples + 1) < comparisons.LEVEL
 
 
 def test_window_tables_hold_windows_ratios_and_tokens(fading):
@@ -118,6 +125,9 @@ def test_window_tables_hold_windows_ratios_and_tokens(fading):
         if math.isfinite(own.high) and own.low:
             # synthetic cells: tokens = 40 + 350 a image, so linear in images
             assert float(row["tokens_low"]) == pytest.approx(40 + 350 * own.low, rel=1e-4)
+        for end in ("low", "high"):
+            images, there = float(row[f"ci_{end}"]), float(row[f"tokens_ci_{end}"])
+            assert there == pytest.approx(40 + 350 * images if 0 < images < math.inf else images, rel=1e-4)
     assert [r[1].text for r in windows.rows if r[0].text == "7B"] == [
         "base", "SFT (LoRA)", "KD (ours)", "LAid", "LAid w/o KL",
     ]  # fmt: skip
@@ -150,6 +160,12 @@ def test_published_windows_and_what_they_say_of_3_2_times():
     table = comparisons.published_windows(resamples=50)
     assert [row[0].text for row in table.rows] == ["32B"] + ["7B"] * 5 + ["3B"] * 5
     assert table.rows[-1][3].text == "36.1 (3.12x)"
+    row = next(
+        r for r in rows_of(table) if (r["model"], r["method"], r["threshold"]) == ("3B", "base", "0.6")
+    )
+    # Table 2: 3,630.64 tokens at 10 images, 7,401.08 at 20.
+    assert float(row["tokens_low"]) == pytest.approx(3630.64 + (base - 10) / 10 * 3770.44, rel=1e-5)
+    assert float(row["ci_low"]) < base < float(row["ci_high"])
 
 
 @pytest.mark.parametrize(
@@ -157,6 +173,7 @@ def test_published_windows_and_what_they_say_of_3_2_times():
     [
         (stats.Bounds(12, 19.04), SIZES, "[12, 19.0]"),
         (stats.Bounds(0, math.inf), SIZES, "[< 1, >= 150]"),
+        (stats.Bounds(150, math.inf), SIZES, "[>= 150]"),
         (stats.Bounds(0, math.inf), None, "[?, ?]"),
     ],
 )

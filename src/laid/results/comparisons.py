@@ -27,12 +27,16 @@ Key = tuple[str, str]  # (student, method)
 class Answers:
     """Right and wrong answers of every model of a grid, with one joint bootstrap of all of them."""
 
-    def __init__(self, grid: Grid, resamples: int = stats.RESAMPLES):
+    def __init__(self, grid: Grid, resamples: int | None = None):
         self.grid, self.sizes = grid, grid.sizes
         self.right: dict[Key, list[np.ndarray]] = {
             key: [right_answers(grid.cell(*key, size)) for size in grid.sizes] for key in grid.models
         }
-        self.resamples = resamples
+        self.one_seed = all(len(right) == 1 for rights in self.right.values() for right in rights)
+        # The smallest p-value of n resamples is 2 / (n + 1): with too few, no test of a large family could hold.
+        family = len(grid.models) * (len(grid.sizes) + 2)
+        enough = stats.RESAMPLES if self.one_seed else max(stats.RESAMPLES, round(3 * family / LEVEL))
+        self.resamples = resamples or enough
 
     @cached_property
     def draws(self) -> dict[Key, np.ndarray]:
@@ -123,14 +127,11 @@ def tests_table(answers: Answers) -> Table:
 
 def star_note(answers: Answers, family: int, against: str) -> str:
     """What a star means, and what it does not mean where one seed was trained."""
-    one_seed = all(len(right) == 1 for rights in answers.right.values() for right in rights)
-    test = (
-        "McNemar's exact test on the same questions"
-        if one_seed
-        else "paired bootstrap over questions and seeds"
-    )
+    test = "McNemar's exact test on the same questions"
+    if not answers.one_seed:
+        test = f"paired bootstrap over questions and seeds ({test} where neither was trained)"
     text = f"* differs from {against}: {test}, Holm's correction over {family} comparisons, 5 %."
-    return text + (" One training seed: the tests say nothing of other seeds." if one_seed else "")
+    return text + (" One training seed: the tests say nothing of other seeds." if answers.one_seed else "")
 
 
 def window_tables(answers: Answers) -> list[Table]:
@@ -139,7 +140,7 @@ def window_tables(answers: Answers) -> list[Table]:
     tokens = [grid.cell(grid.teacher, "base", size)["tokens_mean"] for size in grid.sizes]
     csv = [
         ["student", "method", "threshold", "images_low", "images_high", "ci_low", "ci_high", "tokens_low", "tokens_high"]
-        + ["ratio_low", "ratio_high", "ratio_ci_low", "ratio_ci_high"]
+        + ["tokens_ci_low", "tokens_ci_high", "ratio_low", "ratio_high", "ratio_ci_low", "ratio_ci_high"]
     ]  # fmt: skip
     bodies: list[list[list[Entry]]] = [[], [], []]
     breaks: set[int] = set()
@@ -155,12 +156,12 @@ def window_tables(answers: Answers) -> list[Table]:
             base = drawn[(student, "base"), threshold]
             ratio = window / grid.window(student, "base", threshold)
             ratio_interval = stats.bounds_interval(stats.ratios(draws, base))
-            in_tokens = stats.Bounds(*(_tokens_at(v, grid.sizes, tokens) for v in (window.low, window.high)))
+            in_tokens, tokens_interval = (_in_tokens(b, grid.sizes, tokens) for b in (window, interval))
             lines[0].append(Entry(window.text(), interval_text(interval, grid.sizes)))
             own = method == "base"
             lines[1].append(Entry("1x") if own else Entry(ratio.text("x"), interval_text(ratio_interval)))
-            lines[2].append(Entry(in_tokens.text()))
-            bounds = (window, interval, in_tokens, ratio, ratio_interval)
+            lines[2].append(Entry(in_tokens.text(), interval_text(tokens_interval, tokens)))
+            bounds = (window, interval, in_tokens, tokens_interval, ratio, ratio_interval)
             csv.append(
                 [student, method, f"{threshold:g}", *(_bound(v) for b in bounds for v in (b.low, b.high))]
             )
@@ -183,13 +184,15 @@ def window_tables(answers: Answers) -> list[Table]:
     tables = []
     for name, title, body in zip(names, titles, bodies, strict=True):
         data = csv if name == "windows" else _plain_rows(header, body)
-        extra = (
-            []
-            if name != "window_ratios"
-            else ["unknown: both windows lie beyond the sizes that were measured."]
-        )
-        with_legend = "" if name == "window_tokens" else legend
-        tables.append(Table(name, title, header, body, data, [*notes, *extra], breaks, legend=with_legend))
+        extra = {
+            "window_ratios": [
+                "unknown: both windows lie beyond the sizes that were measured. ?: so does this end."
+            ],
+            "window_tokens": [
+                "Tokens of a prompt as the teacher reads it, linear between the sizes measured."
+            ],
+        }.get(name, [])
+        tables.append(Table(name, title, header, body, data, [*notes, *extra], breaks, legend=legend))
     return tables
 
 
@@ -198,8 +201,9 @@ def published_windows(resamples: int = 2000) -> Table:
     curves = published.curves("table1")
     rng = np.random.default_rng([0, 32])
     rows, breaks = [], set()
-    csv = [["model", "method", "threshold", "images_low", "images_high", "ratio_low", "ratio_high"]
-           + ["ratio_ci_low", "ratio_ci_high"]]  # fmt: skip
+    tokens = published.tokens()
+    csv = [["model", "method", "threshold", "images_low", "images_high", "ci_low", "ci_high", "tokens_low", "tokens_high"]
+           + ["tokens_ci_low", "tokens_ci_high", "ratio_low", "ratio_high", "ratio_ci_low", "ratio_ci_high"]]  # fmt: skip
     drawn: dict[Key, np.ndarray] = {}
     for row, ((model, method), curve) in enumerate(curves.items()):
         if method == "base":
@@ -217,22 +221,26 @@ def published_windows(resamples: int = 2000) -> Table:
                 stats.effective_windows(sizes, drawn[key], threshold)
                 for key in ((model, method), (model, "base"))
             )
-            interval = stats.bounds_interval(stats.ratios(own_draws, base_draws))
-            own = method == "base"
-            line.append(Entry(window.text() if own else f"{window.text()} ({ratio.text('x')})",
-                              "" if own else interval_text(interval)))  # fmt: skip
-            bounds = [
-                f"{threshold:g}",
-                *(_bound(v) for b in (window, ratio, interval) for v in (b.low, b.high)),
-            ]
-            csv.append([model, method, *bounds])
+            interval = stats.bounds_interval(own_draws)
+            ratio_interval = stats.bounds_interval(stats.ratios(own_draws, base_draws))
+            text, detail = window.text(), interval_text(interval, sizes)
+            if method != "base":
+                text, detail = f"{text} ({ratio.text('x')})", f"{detail} ({interval_text(ratio_interval)})"
+            line.append(Entry(text, detail))
+            at = [tokens[size] for size in sizes]
+            in_tokens = [_in_tokens(b, sizes, at) for b in (window, interval)]
+            bounds = (window, interval, *in_tokens, ratio, ratio_interval)
+            csv.append(
+                [model, method, f"{threshold:g}", *(_bound(v) for b in bounds for v in (b.low, b.high))]
+            )
         rows.append(line)
-    notes = [
-        "Source: the paper's printed Table 1; in parentheses the ratio to base.",
-        reading_of_32(),
-    ]
+    source = (
+        "Source: the paper's printed Table 1; in parentheses the ratio to base. The CSV file beside holds the windows in"
+        " tokens too, by the paper's Table 2. ?: this end lies beyond the printed sizes."
+    )
+    notes = [source, reading_of_32()]
     legend = (
-        f"In brackets the 95 % interval of the ratio if each figure came from {PAPER_QUESTIONS} questions, as the paper"
+        f"In brackets the 95 % intervals if each figure came from {PAPER_QUESTIONS} questions, as the paper"
         " states: binomial draws, models drawn apart, for pairing was not published."
     )
     header = ["Model", "Method", *(f"at {threshold:g}" for threshold in THRESHOLDS)]
@@ -275,18 +283,23 @@ def reading_of_32(claimed: float = 3.2) -> str:
     )
 
 
-def interval_text(interval: stats.Bounds, sizes: Sequence[int] | None = None) -> str:
+def interval_text(interval: stats.Bounds, sizes: Sequence[float] | None = None) -> str:
     """As [12.1, 19.0]; an end outside the measured sizes as "< 1" or ">= 150", of a ratio as "?"."""
-    low = stats.number(interval.low) if interval.low > 0 else (f"< {sizes[0]}" if sizes else "?")
-    high = (
-        stats.number(interval.high) if math.isfinite(interval.high) else (f">= {sizes[-1]}" if sizes else "?")
-    )
+    below, above = (f"< {stats.number(sizes[0])}", f">= {stats.number(sizes[-1])}") if sizes else ("?", "?")
+    low = stats.number(interval.low) if interval.low > 0 else below
+    high = stats.number(interval.high) if math.isfinite(interval.high) else above
+    if sizes and interval.low == sizes[-1]:
+        return f"[{above}]"
     return f"[{low}, {high}]"
 
 
-def _tokens_at(images: float, sizes: Sequence[int], tokens: Sequence[float]) -> float:
-    """Mean prompt tokens at a size between measured ones, linear in images; 0 and infinity stay."""
-    return images if images == 0 or math.isinf(images) else float(np.interp(images, sizes, tokens))
+def _in_tokens(images: stats.Bounds, sizes: Sequence[int], tokens: Sequence[float]) -> stats.Bounds:
+    """Bounds in images as mean prompt tokens, linear in images between measured sizes; 0 and infinity stay."""
+    low, high = (
+        v if v == 0 or math.isinf(v) else float(np.interp(v, sizes, tokens))
+        for v in (images.low, images.high)
+    )
+    return stats.Bounds(low, high)
 
 
 def _method_name(method: str) -> str:

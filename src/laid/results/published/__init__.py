@@ -26,6 +26,11 @@ def curves(name: str) -> dict[tuple[str, str], dict[int, float]]:
     }
 
 
+def tokens() -> dict[int, float]:
+    """Average prompt tokens by haystack size, as Table 2 prints them."""
+    return {int(row["images"]): float(row["avg_tokens"]) for row in rows("table2")}
+
+
 def gains(name: str) -> dict[tuple[str, str], tuple[float, float]]:
     """Printed (short, long) gains in percent by (model, our method name), base rows left out."""
     return {
