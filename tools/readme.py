@@ -33,22 +33,33 @@ def table(file: Path) -> str:
     return re.sub(r"^#{1,2} ", "### ", file.read_text(encoding="utf-8").strip(), flags=re.MULTILINE)
 
 
+def made(results: Path) -> str:
+    """One sentence: the command, the code and the machine behind the cells. Raises LaidError without cells."""
+    codes, machines, seeds = set(), set(), 1
+    for path in sorted(results.glob("cells/*/*/cost.json")):
+        hardware = read_json(path)["hardware"]
+        graphics = ", ".join(hardware["gpus"]) or "no GPU"
+        memory = hardware["memory_bytes"] / 2**30
+        machines.add(f"{hardware['cores']} cores of {hardware['cpu']}, {memory:.0f} GiB, {graphics}")
+        for cell in path.parent.glob("[0-9]*.json"):
+            content = read_json(cell)
+            code, seeds = content["provenance"]["code"], max(seeds, len(content["seeds"]))
+            state = " with uncommitted changes" if code["dirty"] else ""
+            codes.add(f"`{(code['commit'] or 'unknown')[:12]}`{state}")
+    if not codes:
+        raise LaidError(f"{results}: no cells; run `make demo` first")
+    command = "make demo" if seeds == 1 else f"snakemake --cores all --config seeds={seeds}"
+    return (
+        f"Made by `{command}` at commit {' and '.join(sorted(codes))}, on {' and '.join(sorted(machines))}; this section"
+        " is written by `make readme`."
+    )
+
+
 def main(results: Path) -> int:
     try:
-        cell = next(iter(sorted(results.glob("cells/*/*/1.json"))), None)
-        if cell is None:
-            raise LaidError(f"{results}: no cells; run `make demo` first")
-        code = read_json(cell)["provenance"]["code"]
-        cost = read_json(cell.parent / "cost.json")
-        state = " with uncommitted changes" if code["dirty"] else ""
-        hardware = cost["hardware"]
-        head = (
-            f"Made by `make demo` at commit `{(code['commit'] or 'unknown')[:12]}`{state}, on {hardware['cores']} cores of"
-            f" {hardware['cpu']}, {hardware['memory_bytes'] / 2**30:.0f} GiB, no GPU; this section is written by `make readme`."
-        )
         tables = [table(results / "tables" / f"{name}.md") for name in ("table1", "table2", "table3")]
         text = (ROOT / "README.md").read_text(encoding="utf-8")
-        text = fill(text, "results", "\n\n".join([head, *tables]))
+        text = fill(text, "results", "\n\n".join([made(results), *tables]))
         # The verdicts; the statements and figures behind each stand in claims.md and in the report.
         verdicts = table(results / "claims" / "claims.md").split("\n### ", 1)[0].split("\n", 1)[1].strip()
         text = fill(text, "claims", verdicts)

@@ -216,11 +216,25 @@ def report(
         lines += _why(records, teacher, [name for name in students if name in records], short_max)
     if far:
         lines += _ends(far, teacher, students)
-    lines += [
-        "Written by `laid beyond` from measurements; `snakemake --cores all beyond` makes it again.",
-        "",
-    ]
+    lines += [_source(records, far), ""]
     return "\n".join(lines)
+
+
+def _source(records: Mapping[str, dict[str, Any]], far: Cells) -> str:
+    """The last line: scale, seeds, code and command behind the numbers."""
+    made = [entry.get("provenance", {}) for entry in (*records.values(), *far.values())]
+    commits = sorted({str((p.get("code") or {}).get("commit") or "unknown")[:12] for p in made})
+    scales = sorted({cell["scale"] for cell in far.values()})
+    seeds = max((len(cell["seeds"]) for cell in far.values()), default=1)
+    parts = [f"scale {', '.join(scales)}"] if scales else []
+    if records:
+        parts.append("distance and dilution: the first training seed of each method")
+    if far:
+        parts.append(f"longer haystacks: {seeds} training seed{'s' if seeds > 1 else ''}")
+    return (
+        f"Written by `laid beyond` from measurements: {'; '.join(parts)}; code of commit {', '.join(commits)};"
+        " `snakemake --cores all beyond` makes it again."
+    )
 
 
 def _why(
