@@ -1,6 +1,7 @@
 """`laid distill` on a tiny family: a loadable student, a card that says what it is, and mistakes told in one line."""
 
 import re
+import shutil
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 from laid.cli import main
 from laid.data.questions import haystack_file, read_questions, write_questions
 from laid.distill import standalone
+from laid.errors import LaidError
 from laid.io import read_json, sha256_file
 from laid.models.loading import load_model
 
@@ -69,12 +71,51 @@ def test_held_out_images_seen_in_training_are_told(haystacks):
     [
         (["--method", "yarn"], "--method yarn: not a trained method; trained methods: sft"),
         (["--method", "nonsense"], "not a trained method"),
+        (["--seed", "-1"], "argument --seed: '-1' is not a whole number from 0 on"),
+        (["--coco", "."], "no such image: --coco . is not where the paths in"),
     ],
 )
 def test_mistakes_are_told_in_one_line(words, tmp_path, capsys, more, said):
-    assert main([*words, "--out", str(tmp_path / "x"), *more]) == 2
+    assert code_of([*words, "--out", str(tmp_path / "x"), *more]) == 2
     error = capsys.readouterr().err.strip()
     assert said in error and "\n" not in error.splitlines()[-1] and not (tmp_path / "x").exists()
+
+
+def code_of(words):
+    """The exit status, whether the verb or the parser of flags sets it."""
+    try:
+        return main(words)
+    except SystemExit as stop:
+        return stop.code
+
+
+def test_images_are_found_from_the_question_file_up(haystacks, coco_root, tmp_path):
+    home = tmp_path / "a/b"
+    home.mkdir(parents=True)
+    shutil.copy(haystacks / "train.json", home)
+    data = home / "train.json"
+    assert standalone.image_root(data, coco_root) == coco_root
+    with pytest.raises(LaidError, match="lies neither at .*/a/b nor above: name the folder with --coco"):
+        standalone.image_root(data)
+    (tmp_path / "coco").symlink_to(coco_root)
+    assert standalone.image_root(data) == tmp_path / "coco"
+    image = read_questions(data)[0].needles[0]
+    (home / image).parent.mkdir()
+    shutil.copy(coco_root / image, home / image)
+    assert standalone.image_root(data) == home  # the nearest counts
+
+
+def test_teacher_student_and_data_are_all_it_needs(
+    words, family, haystacks, coco_root, tmp_path, monkeypatch, capsys
+):
+    """As the help has it: the images are looked for, and the result lies here, under the student's and method's name."""
+    shutil.copy(haystacks / "train.json", tmp_path)
+    (tmp_path / "coco").symlink_to(coco_root)
+    monkeypatch.chdir(tmp_path)
+    given = words[: words.index("--data")] + ["--data", "train.json", "--device", "cpu", "--method", "sft"]
+    assert main(given) == 0
+    assert (tmp_path / "small-sft/model/README.md").is_file()
+    assert "small-sft/model: the student" in capsys.readouterr().out
 
 
 def test_a_folder_with_other_things_is_not_replaced(words, tmp_path, capsys):

@@ -7,25 +7,26 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from laid.commands.shared import config_argument, device_arguments
+    from laid.commands.shared import config_argument, device_arguments, seed
 
     config_argument(parser)
     parser.add_argument("--teacher", required=True, help="checkpoint: a folder or a hub id")
     parser.add_argument("--student", required=True, help="checkpoint: a folder or a hub id")
     parser.add_argument("--data", type=Path, required=True, help="training questions, Visual Haystacks JSON")
     parser.add_argument(
-        "--coco", type=Path, required=True, help="root that the questions' image paths start from"
+        "--coco",
+        type=Path,
+        help="root that the questions' image paths start from (default: looked for at and above the question file)",
     )
     parser.add_argument(
         "--out",
         type=Path,
-        required=True,
-        help="folder for model/ (with README.md), log.jsonl and distill.json",
+        help="folder for model/ (with README.md), log.jsonl and distill.json (default: <student>-<method>, here)",
     )
     parser.add_argument(
         "--method", default="laid", help="a trained method of the configuration (default laid)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of data order, gaps and adapters")
+    parser.add_argument("--seed", type=seed, default=0, help="seed of data order, gaps and adapters")
     parser.add_argument(
         "--eval", type=Path, help="held-out questions, answered before and after for the model card"
     )
@@ -35,13 +36,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from laid import config
     from laid.commands.shared import deterministic, pick_device
-    from laid.distill.standalone import distill, summary
+    from laid.distill.standalone import distill, image_root, name_of, summary
 
     settings = config.load(args.config)
+    out = args.out or Path(f"{name_of(args.student)}-{args.method}")
     deterministic(args.threads)
     record = distill(
-        settings, args.teacher, args.student, args.data, args.coco, args.out, args.method, args.seed, args.eval,
-        pick_device(args.device),
+        settings, args.teacher, args.student, args.data, image_root(args.data, args.coco), out, args.method, args.seed,
+        args.eval, pick_device(args.device),
     )  # fmt: skip
-    print(f"{summary(record)}\n{args.out / 'model'}: the student, with its card in README.md")
+    print(f"{summary(record)}\n{out / 'model'}: the student, with its card in README.md")
     return 0

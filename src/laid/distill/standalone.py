@@ -15,7 +15,7 @@ from laid.distill.teacher_cache import build_cache
 from laid.distill.trainer import Trainer
 from laid.errors import LaidError
 from laid.evaluation.evaluate import Evaluator, source_of
-from laid.io import dumps, sha256_file, sha256_json, write_json, write_text
+from laid.io import dumps, safe_join, sha256_file, sha256_json, write_json, write_text
 from laid.methods.registry import UNTRAINED, load_with_method
 from laid.models.loading import empty_model, parameter_label, parameters
 from laid.results.stats import wilson
@@ -61,7 +61,7 @@ def distill(
     settings = config["methods"][method]
     questions = read_questions(data)
     asked = read_questions(held_out) if held_out else []
-    name = Path(student).name if Path(student).is_dir() else str(student).rsplit("/", 1)[-1]
+    name = name_of(student)
     record: dict[str, Any] = {
         "name": name,
         "method": method,
@@ -107,6 +107,32 @@ def distill(
     if cache is not None:
         shutil.rmtree(cache)
     return record
+
+
+def name_of(student: str | Path) -> str:
+    """The last part of a folder's or a hub checkpoint's name."""
+    return Path(student).resolve().name if Path(student).is_dir() else str(student).rsplit("/", 1)[-1]
+
+
+def image_root(data: str | Path, given: str | Path | None = None) -> Path:
+    """The folder that the image paths in `data` start from: `given`, else the first above `data` that holds an image.
+
+    Looked at are the question file's folder and those above it, and `coco` in each of them. Raises LaidError, naming
+    the image and where it was looked for.
+    """
+    image = read_questions(data)[0].needles[0]
+    above = Path(data).resolve().parents
+    roots = [Path(given)] if given else [root for folder in above for root in (folder, folder / "coco")]
+    for root in roots:
+        if safe_join(root, image).is_file():
+            return root
+    if given:
+        raise LaidError(
+            f"{roots[0] / image}: no such image: --coco {given} is not where the paths in {data} start from"
+        )
+    raise LaidError(
+        f"{data}: its first image, {image}, lies neither at {above[0]} nor above: name the folder with --coco"
+    )
 
 
 def _cache(config, settings, teacher, coco_root, data, out: Path, device: str) -> Path:
