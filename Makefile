@@ -28,7 +28,7 @@ demo: $(VENV)/.demo
 
 report: $(VENV)/.demo
 	@snakemake --cores $(CORES) all page
-	@snakemake --report results/snakemake-report.html
+	@snakemake all page --report results/snakemake-report.html
 	@echo "results/snakemake-report.html: the run as Snakemake tells it; results/<scale>/report.html: the results page"
 
 # Tables, claims and the figure of README.md, from results/small.

@@ -5,24 +5,32 @@ localrules:
     tables,
 
 
+TABLES = [
+    "table1",
+    "table2",
+    "table3",
+    "tests",
+    "windows",
+    "window_ratios",
+    "window_tokens",
+    "windows_published",
+]
+
+
 rule tables:
     input:
         [f"{ROOT}/cells/{cell}" for cell in CELLS],
     output:
-        expand(
-            f"{ROOT}/tables/{{name}}.{{suffix}}",
-            name=[
-                "table1",
-                "table2",
-                "table3",
-                "tests",
-                "windows",
-                "window_ratios",
-                "window_tokens",
-                "windows_published",
-            ],
-            suffix=["csv", "md"],
-        ),
+        [
+            report(
+                f"{ROOT}/tables/{name}.csv",
+                caption="../report/tables.rst",
+                category="Tables",
+                labels={"table": name},
+            )
+            for name in TABLES
+        ],
+        expand(f"{ROOT}/tables/{{name}}.md", name=TABLES),
         f"{ROOT}/tables/metrics.json",
         f"{ROOT}/tables/curves.csv",
     log:
