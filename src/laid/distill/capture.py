@@ -11,13 +11,15 @@ from torch import nn
 
 from laid.errors import LaidError
 from laid.methods.decoder import layer_indices, refuse_compiled, rotate, text_model
+from laid.models.families import family_of
 
 
 @dataclass
 class LayerQK:
     """What one layer's attention compares, still attached to the autograd graph.
 
-    q: (batch, heads, tokens, head_dim) before rotation, as q_proj (with its adapter and gain) gives it.
+    q: (batch, heads, tokens, head_dim) before rotation, as q_proj (with its adapter and gain, and normalised where
+        the family does so) gives it.
     k: (batch, kv_heads, tokens, head_dim) before rotation.
     cos, sin: (batch, tokens, head_dim) of this layer's rotary embedding.
     """
@@ -62,17 +64,19 @@ class QKCapture:
         """Set the hooks. Raises LaidError when they are set already."""
         if self._handles:
             raise LaidError("this capture is attached already: detach() it first, or make a second QKCapture")
+        family = family_of(self._text.config)
         self._handles = [
             self._text.register_forward_pre_hook(self._begin),
             self._text.register_forward_hook(self._end),
         ]
         for layer in self.layers:
             attention = self._text.layers[layer].self_attn
+            queries, keys = family.queries(attention), family.keys(attention)
             self._projections[layer] = (attention.q_proj, attention.k_proj)
             self._handles += [
                 attention.register_forward_pre_hook(self._positions_hook(layer), with_kwargs=True),
-                attention.q_proj.register_forward_hook(self._projection_hook(layer, "q", attention.head_dim)),
-                attention.k_proj.register_forward_hook(self._projection_hook(layer, "k", attention.head_dim)),
+                queries.register_forward_hook(self._projection_hook(layer, "q", attention.head_dim)),
+                keys.register_forward_hook(self._projection_hook(layer, "k", attention.head_dim)),
             ]
         return self
 
@@ -130,7 +134,7 @@ class QKCapture:
     def _projection_hook(self, layer: int, name: str, head_dim: int):
         def hook(_module, _args, output):
             if self._open:
-                batch, tokens, _ = output.shape
+                batch, tokens = output.shape[:2]
                 self._caught[layer][name] = output.view(batch, tokens, -1, head_dim).transpose(1, 2)
 
         return hook

@@ -78,6 +78,11 @@ class Losses:
                 gain["reference"],
                 gain["exponent"],
             )
+            if self.gain.geometry.query_norm and gain["length_aware"] and gain["export"] == "fold":
+                raise LaidError(
+                    "gain.export: a length-aware gain cannot fold into this student, whose heads share one norm of their"
+                    ' queries: set it to "attention", or length_aware to false'
+                )
             self.gain.to(device).attach(model)
         if self.objective.needs("laid") or self.objective.needs("rows"):
             self._pair_layers()

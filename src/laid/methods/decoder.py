@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Self
 
 import torch
 from torch import nn
 
 from laid.errors import LaidError
+from laid.models.families import family_of
 
 
 def text_model(model: nn.Module) -> nn.Module:
-    """The decoder (`Qwen2_5_VLTextModel` or alike) inside `model`.
+    """The decoder (Qwen2_5_VLTextModel, Qwen3VLTextModel ...) inside `model`.
 
     Found by what it is made of, `layers` with `self_attn.q_proj` and one `rotary_emb`, so that it is the same
     object whether `model` is bare, wrapped by peft, accelerate or DistributedDataParallel, or the decoder itself.
@@ -30,7 +31,7 @@ def text_model(model: nn.Module) -> nn.Module:
     if len(found) != 1:
         raise LaidError(
             f"{type(model).__name__}: {len(found)} language models found inside, expected 1"
-            " (layers with self_attn.q_proj and one rotary_emb); pass a Qwen2.5-VL model or its language_model"
+            " (layers with self_attn.q_proj and one rotary_emb); pass a vision-language model or its language_model"
         )
     return found[0]
 
@@ -63,13 +64,18 @@ def layer_indices(layers: int | Iterable[int] | None, count: int) -> tuple[int, 
 
 @dataclass(frozen=True)
 class Geometry:
-    """Sizes of a decoder's attention. `sections` counts frequencies for (time, height, width)."""
+    """Sizes of a decoder's attention. `sections` counts frequencies for (time, height, width).
+
+    query_norm: queries are normalised after q_proj, with one weight for all heads. axes: the axis of each frequency.
+    """
 
     layers: int
     heads: int
     kv_heads: int
     head_dim: int
     sections: tuple[int, ...]
+    query_norm: bool
+    axes: tuple[int, ...] = field(repr=False)
 
     @property
     def frequencies(self) -> int:
@@ -77,20 +83,20 @@ class Geometry:
 
     def axis_of_frequency(self) -> torch.Tensor:
         """(head_dim / 2,) of 0 time, 1 height, 2 width: the M-RoPE axis that turns each frequency."""
-        parts = [torch.full((n,), i % 3, dtype=torch.long) for i, n in enumerate(self.sections)]
-        return torch.cat(parts)
+        return torch.tensor(self.axes, dtype=torch.long)
 
 
 def geometry(model_or_config) -> Geometry:
-    """Read the sizes from a model, a `Qwen2_5_VLConfig` or its text config.
+    """Read the sizes from a model, its config or its text config.
 
-    Raises LaidError when the M-RoPE sections do not add up to head_dim / 2.
+    Raises LaidError for a family that is not known, or when the M-RoPE sections do not add up to head_dim / 2.
     """
     config = text_model(model_or_config).config if isinstance(model_or_config, nn.Module) else model_or_config
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     rope = getattr(config, "rope_parameters", None) or {}
-    sections = tuple(rope.get("mrope_section") or (16, 24, 24))
+    family = family_of(config)
+    sections = tuple(rope.get("mrope_section") or family.sections)
     if sum(sections) != head_dim // 2:
         raise LaidError(
             f"mrope_section {list(sections)} adds up to {sum(sections)}, but head_dim {head_dim} has"
@@ -102,6 +108,8 @@ def geometry(model_or_config) -> Geometry:
         kv_heads=config.num_key_value_heads,
         head_dim=head_dim,
         sections=sections,
+        query_norm=family.query_norm,
+        axes=tuple(family.axis_of_frequency(sections).tolist()),
     )
 
 

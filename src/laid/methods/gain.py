@@ -4,6 +4,8 @@ The paper's abstract names "learnable RoPE response gain modulation" without a f
 rotation pair of a query is multiplied by exp(g) with g = 0 at the start, which sharpens or dulls the score's
 dependence on that frequency. Scaling a pair commutes with turning it, so the gain may act on q_proj's output, before
 rotation, and folds into q_proj's rows: an exported student is a plain checkpoint and costs nothing more.
+Where a family normalises queries after q_proj (Qwen3-VL), the gain acts on, and folds into, that norm's weight, which all
+heads of a layer share; so do their gains then.
 
 The length-aware form also multiplies a query by (tokens / reference) ** b, b learnable per head: as keys are added,
 softmax spreads thinner, and a sharper query makes up for it. `tokens` counts the keys this query may attend to (its
@@ -19,6 +21,7 @@ from torch import nn
 
 from laid.errors import LaidError
 from laid.methods.decoder import geometry, layer_indices, refuse_compiled, text_model
+from laid.models.families import family_of
 
 GRANULARITIES = ("frequency", "section", "head")
 
@@ -29,11 +32,12 @@ class RopeGain(nn.Module):
     Give its parameters to the optimiser beside the model's. Under DistributedDataParallel wrap it too, or reduce its
     gradients: the model's own wrapper does not know them.
 
-    model: a Qwen2.5-VL model or its config, for the sizes. layers: numbers, negative from the end; None is all.
+    model: a model or its config, for the sizes. layers: numbers, negative from the end; None is all.
     granularity: one gain per "frequency" (head_dim / 2 of them), per M-RoPE "section" (time, height, width), or per
         "head".
     length_aware: learn b. reference: tokens at which the length factor is 1. exponent: where b starts.
-    Parameters: log_gain (layers, heads, frequencies | 3 | 1), starting at 0; exponent (layers, heads) if length_aware.
+    Parameters: log_gain (layers, heads, frequencies | 3 | 1), starting at 0, with 1 for heads where the family normalises
+        queries; exponent (layers, heads) if length_aware.
     Raises LaidError on unknown layers or granularity, or a reference that is not positive.
     """
 
@@ -60,7 +64,8 @@ class RopeGain(nn.Module):
         ]
         self.register_buffer("column", column, persistent=False)
         rows, heads = len(self.layers), self.geometry.heads
-        self.log_gain = nn.Parameter(torch.zeros(rows, heads, int(column.max()) + 1))
+        own = 1 if self.geometry.query_norm else heads
+        self.log_gain = nn.Parameter(torch.zeros(rows, own, int(column.max()) + 1))
         if length_aware:
             self.exponent = nn.Parameter(torch.full((rows, heads), float(exponent)))
         self._handles: list = []
@@ -68,11 +73,11 @@ class RopeGain(nn.Module):
 
     def gains(self) -> torch.Tensor:
         """(layers, heads, frequencies): the factor of each rotation pair, without the length factor."""
-        return self.log_gain[..., self.column].exp()
+        return self.log_gain[..., self.column].exp().expand(-1, self.geometry.heads, -1)
 
     def by_section(self) -> torch.Tensor:
         """(layers, heads, 3): geometric mean of the gains over time, height and width frequencies, for reading."""
-        logs = self.log_gain.detach()[..., self.column]
+        logs = self.log_gain.detach()[..., self.column].expand(-1, self.geometry.heads, -1)
         axis = self.geometry.axis_of_frequency().to(logs.device)
         return torch.stack([logs[..., axis == a].mean(-1) for a in range(3)], dim=-1).exp()
 
@@ -85,7 +90,7 @@ class RopeGain(nn.Module):
         return (exponent * logs[None, ..., None]).exp()
 
     def attach(self, model: nn.Module) -> RopeGain:
-        """Act on `model` from its next forward on, ahead of every other hook on q_proj. Adapters must be in place.
+        """Act on `model` from its next forward on, ahead of every other hook there. Adapters must be in place.
 
         Raises LaidError when attached already or when the model's sizes are not those this gain was made for.
         """
@@ -94,6 +99,7 @@ class RopeGain(nn.Module):
         refuse_compiled(model, "gain")
         self._require_same_sizes(model)
         text = text_model(model)
+        family = family_of(text.config)
         hooked = [text.layers[layer].self_attn.q_proj for layer in self.layers]
         self._handles.append(text.register_forward_pre_hook(self._same_projections_hook(hooked)))
         if self.length_aware:
@@ -104,7 +110,8 @@ class RopeGain(nn.Module):
                 self._handles.append(
                     attention.register_forward_pre_hook(self._counts_hook(row), with_kwargs=True)
                 )
-            self._handles.append(attention.q_proj.register_forward_hook(self._scale_hook(row), prepend=True))
+            queries = family.queries(attention)
+            self._handles.append(queries.register_forward_hook(self._scale_hook(row), prepend=True))
         return self
 
     def detach(self) -> None:
@@ -115,11 +122,12 @@ class RopeGain(nn.Module):
 
     @torch.no_grad()
     def fold_(self, model: nn.Module, tokens: float | None = None) -> None:
-        """Multiply q_proj's weight rows and bias by the gains, in place: the model then needs no hook.
+        """Multiply q_proj's weight rows and bias (or q_norm's weight) by the gains, in place: no hook is needed then.
 
         tokens: for a length-aware gain, the one visible-key count whose factor is folded in for every query
         (`laid.methods.length_gain.export_` keeps all lengths instead). The fold is exact for queries at that count.
-        Raises LaidError while attached, with unmerged adapters, without `tokens` where it is needed.
+        Raises LaidError while attached, with unmerged adapters, without `tokens` where it is needed, and where heads
+        that share a q_norm would need different factors.
         """
         if self._handles:
             raise LaidError("the gain is still attached: detach() before folding, or it would act twice")
@@ -135,6 +143,9 @@ class RopeGain(nn.Module):
             factor = self.length_factor(torch.tensor(float(tokens), device=scale.device))
             scale = scale * factor.repeat_interleave(self.geometry.head_dim, dim=-1)
         for row, layer in enumerate(self.layers):
+            if self.geometry.query_norm:
+                self._fold_norm(text_model(model).layers[layer].self_attn.q_norm, scale[row], layer)
+                continue
             projection = text_model(model).layers[layer].self_attn.q_proj
             if not isinstance(projection, nn.Linear):
                 raise LaidError(
@@ -146,6 +157,17 @@ class RopeGain(nn.Module):
                 if tensor is not None:
                     factor = scale[row].to(tensor.device, wide).view(-1, *[1] * (tensor.dim() - 1))
                     tensor.copy_(tensor.to(wide) * factor)
+
+    def _fold_norm(self, norm: nn.Module, scale: torch.Tensor, layer: int) -> None:
+        """scale (heads * head_dim,) into q_norm's weight (head_dim,)."""
+        by_head = scale.view(self.geometry.heads, -1)
+        if not torch.equal(by_head, by_head[:1].expand_as(by_head)):
+            raise LaidError(
+                f"layer {layer}: heads have different length factors, but share one q_norm into which they cannot fold:"
+                ' export the gain with "attention" (methods.<name>.gain.export)'
+            )
+        wide = torch.promote_types(norm.weight.dtype, torch.float32)
+        norm.weight.copy_(norm.weight.to(wide) * by_head[0].to(norm.weight.device, wide))
 
     def _per_output(self, gains: torch.Tensor) -> torch.Tensor:
         """(..., heads, frequencies) -> (..., heads * head_dim): dims f and f + head_dim / 2 form pair f."""
@@ -164,15 +186,25 @@ class RopeGain(nn.Module):
 
     def _scale_hook(self, row: int):
         def hook(_module, _args, output):
-            gain = self._per_output(self.log_gain[row][:, self.column].exp())
+            gain = self.log_gain[row][:, self.column].exp()
+            if output.dim() == 4:  # q_norm's output: heads are apart
+                gain = torch.cat((gain, gain), dim=-1)
+                if self.length_aware:
+                    gain = gain * self._length_factors(row)[..., None]
+                return output * gain.to(output.dtype)
+            gain = self._per_output(gain)
             if not self.length_aware:
                 return output * gain.to(output.dtype)
-            logs = (self._counts[row].float().clamp_min(1.0) / self.reference).log()
-            factor = (logs[..., None] * self.exponent[row]).exp()  # (batch or 1, tokens, heads)
+            factor = self._length_factors(row)
             factor = factor.repeat_interleave(self.geometry.head_dim, dim=-1)
             return output * (gain * factor).to(output.dtype)
 
         return hook
+
+    def _length_factors(self, row: int) -> torch.Tensor:
+        """(batch or 1, tokens, heads) of one layer, for the keys its queries may attend to now."""
+        logs = (self._counts[row].float().clamp_min(1.0) / self.reference).log()
+        return (logs[..., None] * self.exponent[row]).exp()
 
     def _counts_hook(self, row: int):
         # The counts travel as an argument of the layer, so that a checkpointed layer sees its own again in backward.

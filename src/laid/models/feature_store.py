@@ -28,7 +28,7 @@ from laid.models.processing import Processor
 class FeatureStore:
     """The features of one vision tower in `folder`, which may hold those of others beside them.
 
-    model: a Qwen2.5-VL model, wrapped or not. Raises LaidError where it has no vision tower.
+    model: wrapped or not. Raises LaidError where it has no vision tower.
     """
 
     def __init__(self, folder: str | Path, model: torch.nn.Module, processor: Processor):
@@ -84,7 +84,7 @@ def tower_key(model: torch.nn.Module, processor: Processor) -> str:
     """Hex SHA-256 of everything that features depend on but the image itself."""
     tower = next((module for name, module in model.named_modules() if name.split(".")[-1] == "visual"), None)
     if tower is None:
-        raise LaidError(f"{type(model).__name__}: no vision tower inside; pass a Qwen2.5-VL model")
+        raise LaidError(f"{type(model).__name__}: no vision tower inside; pass a vision-language model")
     digest = hashlib.sha256()
     for name, tensor in sorted(tower.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())

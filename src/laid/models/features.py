@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from laid.methods.decoder import text_model
+from laid.models.families import family_of
 from laid.models.feature_store import FeatureStore
 from laid.models.processing import Processor, image_size
 from laid.progress import Progress
@@ -17,9 +19,10 @@ LEAST = 8  # images in a pass of the vision tower whose features are stored
 class ImageFeatures:
     """The language model's inputs for images, by path; each image goes through the vision tower once.
 
-    model: a Qwen2.5-VL model. file: path in a question -> file on disk. limit_bytes: what is kept in memory;
+    model: of any family in laid.models.families. file: path in a question -> file on disk. limit_bytes: what is kept in memory;
     the longest unused are dropped and computed again when asked for. store: a folder that keeps them on disk for
-    other runs (laid.models.feature_store). Features are (tokens, hidden), in the model's dtype, on its device.
+    other runs (laid.models.feature_store). Features are (tokens, hidden), or wider where the family
+    has several kinds (Family.image_features), in the model's dtype, on its device.
     """
 
     def __init__(
@@ -32,6 +35,7 @@ class ImageFeatures:
         store: str | Path | None = None,
     ):
         self.model, self.processor, self.file = model, processor, file
+        self.family = family_of(text_model(model).config)
         self.batch, self.limit_bytes = batch, limit_bytes
         self.kept: dict[str, torch.Tensor] = {}
         self.bytes = 0
@@ -87,8 +91,8 @@ class ImageFeatures:
         least = LEAST if self.store is not None else 0
         filled = [*paths, *[paths[0]] * (least - len(paths))]
         pixels, grid = self.processor.pixels([self.file(path) for path in filled])
-        output = self.model.model.get_image_features(pixels.to(device), grid.to(device))
-        for path, feature in zip(paths, output.pooler_output):
+        features = self.family.image_features(self.model, pixels.to(device), grid.to(device))
+        for path, feature in zip(paths, features):
             self._keep(path, feature.clone())  # not a view: dropping it is to free its memory
         self.computed += len(paths)
         if self.store is not None:

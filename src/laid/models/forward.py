@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from transformers import DynamicCache
 
 from laid.methods.decoder import text_model
+from laid.models.families import family_of
 from laid.models.prompts import EncodedPrompt
 
 
@@ -18,7 +20,7 @@ class Batch:
     """Right-padded prompts.
 
     ids: (B, T); positions: (3, B, T); lengths: (B,); features: visual tokens of all samples in order (N,
-    hidden), which go where `image_mask` (B, T) is true. Under causal attention nothing sees the padding at
+    hidden, or k times that: Family.image_features), which go where `image_mask` (B, T) is true. Under causal attention nothing sees the padding at
     the right, so no attention mask is needed and attention stays in its fast causal form.
     """
 
@@ -61,17 +63,34 @@ def embed(model, batch: Batch) -> torch.Tensor:
     embeds = text_model(model).embed_tokens(batch.ids)
     if batch.features is None:
         return embeds
-    return embeds.masked_scatter(batch.image_mask[..., None], batch.features.to(embeds.dtype))
+    first = batch.features[:, : embeds.shape[-1]]
+    return embeds.masked_scatter(batch.image_mask[..., None], first.to(embeds.dtype))
+
+
+def deep_inputs(text, batch: Batch, start: int = 0, stop: int | None = None) -> dict[str, Any]:
+    """Arguments of the decoder `text` for tokens start to stop: visual features that are not for the embeddings."""
+    hidden = text.config.hidden_size
+    if batch.features is None or batch.features.shape[-1] == hidden:
+        return {}
+    mask = batch.image_mask[:, start:stop]
+    row = batch.image_mask.flatten().cumsum(0).view_as(batch.image_mask)[:, start:stop][mask] - 1
+    deep = batch.features[row, hidden:].split(hidden, dim=-1)
+    return family_of(text.config).deep_inputs(deep, mask)
 
 
 def hidden_states(model, batch: Batch) -> torch.Tensor:
     """(B, T, hidden) of the last layer, after the final norm."""
-    mask = {"full_attention": None, "sliding_attention": None}
-    # None asks sdpa and flash attention for their causal form; eager attention would see the future.
-    if text_model(model).config._attn_implementation.endswith("eager"):  # also our variants of it
+    text = text_model(model)
+    mask = family_of(text.config).no_mask
+    # No mask asks sdpa and flash attention for their causal form; eager attention would see the future.
+    if text.config._attn_implementation.endswith("eager"):  # also our variants of it
         mask = None
-    return text_model(model)(
-        inputs_embeds=embed(model, batch), position_ids=batch.positions, attention_mask=mask, use_cache=False
+    return text(
+        inputs_embeds=embed(model, batch),
+        position_ids=batch.positions,
+        attention_mask=mask,
+        use_cache=False,
+        **deep_inputs(text, batch),
     ).last_hidden_state
 
 
@@ -101,6 +120,7 @@ def last_logits(model, batch: Batch, chunk: int = 0, cache=None) -> torch.Tensor
             position_ids=batch.positions[:, :, start:stop],
             past_key_values=cache,
             use_cache=True,
+            **deep_inputs(text, batch, start, stop),
         ).last_hidden_state
         here = (batch.lengths > start) & (batch.lengths <= stop)
         last[here] = hidden[rows[here], batch.lengths[here] - 1 - start]

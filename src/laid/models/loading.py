@@ -7,10 +7,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
 from laid.errors import LaidError
+from laid.models.families import FAMILIES, unsupported
 
 hf_logging.disable_progress_bar()
 
@@ -42,6 +43,18 @@ def source_errors(source: str) -> Iterator[None]:
         raise LaidError(f"{source}: cannot be loaded: {reason[:300] or type(error).__name__}") from error
 
 
+def require_family(source: str) -> None:
+    """Raise LaidError, one line naming `source`, where its configuration is no known family's (laid.models.families)."""
+    with source_errors(source):
+        written, _ = PreTrainedConfig.get_config_dict(source)
+    if written.get("model_type") not in FAMILIES:
+        raise LaidError(f"{source}: {unsupported(written.get('model_type'))}")
+    with source_errors(source):
+        text = AutoConfig.from_pretrained(source, trust_remote_code=False).get_text_config()
+    if "sliding_attention" in (getattr(text, "layer_types", None) or ()):
+        raise LaidError(f"{source}: has sliding-window layers (use_sliding_window), which are not supported")
+
+
 def load_model(
     source: str | Path,
     dtype: torch.dtype | str = torch.float32,
@@ -55,6 +68,7 @@ def load_model(
     another model's.
     """
     source = resolve(source)
+    require_family(source)
     with source_errors(source):
         model, report = AutoModelForImageTextToText.from_pretrained(
             source,
@@ -74,6 +88,7 @@ def load_model(
 def empty_model(source: str | Path) -> PreTrainedModel:
     """The model that `source` describes, without weights (on the meta device): to count or compare shapes."""
     source = resolve(source)
+    require_family(source)
     with source_errors(source), torch.device("meta"):
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         return AutoModelForImageTextToText.from_config(config, trust_remote_code=False)

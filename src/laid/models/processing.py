@@ -18,7 +18,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from laid.errors import LaidError
 from laid.io import read_json
-from laid.models.loading import resolve, source_errors
+from laid.models.loading import require_family, resolve, source_errors
 from laid.models.prompts import PromptEncoder
 
 # Everything but weights and their configuration that published Qwen vision-language checkpoints consist of.
@@ -48,6 +48,7 @@ class Processor:
     ) -> Processor:
         """From a hub id or a local folder. min_pixels, max_pixels: override what the checkpoint says."""
         source = resolve(source)
+        require_family(source)
         with source_errors(source):
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
             images = Qwen2VLImageProcessorPil.from_pretrained(source)
