@@ -17,7 +17,8 @@ from laid.errors import LaidError
 from laid.evaluation.evaluate import Evaluator, source_of
 from laid.io import dumps, safe_join, sha256_file, sha256_json, write_json, write_text
 from laid.methods.registry import UNTRAINED, load_with_method
-from laid.models.loading import empty_model, parameter_label, parameters
+from laid.models.loading import empty_model, parameter_label, parameters, require_weights, resolve
+from laid.models.processing import Processor
 from laid.results.stats import wilson
 
 LICENCE = (
@@ -68,9 +69,12 @@ def distill(
         "seed": seed,
         "overlap": _overlap(questions, asked),
     }
-    record["parameters"] = {
-        role: parameters(empty_model(source)) for role, source in (("teacher", teacher), ("student", student))
-    }
+    record["parameters"] = {}
+    for role, source in (("teacher", teacher), ("student", student)):  # both, before the teacher's long pass
+        model = empty_model(source)
+        require_weights(resolve(source))
+        Processor.load(source).require_fits(model.config)
+        record["parameters"][role] = parameters(model)
     answers: dict[str, Any] = {}
     if asked:
         answers["teacher"] = _answers(config, "base", teacher, None, coco_root, asked, device)

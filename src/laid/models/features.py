@@ -19,6 +19,8 @@ LEAST = 8  # images in a pass of the vision tower whose features are stored
 class ImageFeatures:
     """The language model's inputs for images, by path; each image goes through the vision tower once.
 
+    Raises LaidError where model and processor are of two checkpoints.
+
     model: of any family in laid.models.families. file: path in a question -> file on disk. limit_bytes: what is kept in memory;
     the longest unused are dropped and computed again when asked for. store: a folder that keeps them on disk for
     other runs (laid.models.feature_store). Features are (tokens, hidden), or wider where the family
@@ -36,6 +38,7 @@ class ImageFeatures:
     ):
         self.model, self.processor, self.file = model, processor, file
         self.family = family_of(text_model(model).config)
+        processor.require_fits(model.config)
         self.batch, self.limit_bytes = batch, limit_bytes
         self.kept: dict[str, torch.Tensor] = {}
         self.bytes = 0

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
 from laid.errors import LaidError
+from laid.io import read_json
 from laid.models.families import FAMILIES, unsupported
 
 hf_logging.disable_progress_bar()
@@ -33,26 +37,81 @@ def resolve(source: str | Path) -> str:
 
 @contextmanager
 def source_errors(source: str) -> Iterator[None]:
-    """Turn what the loading libraries raise for a bad checkpoint into one line that names it."""
+    """Turn what the loading libraries raise for a bad checkpoint into one line that names it; their tables and retries
+    are not shown."""
+    loggers = [logging.getLogger(name) for name in ("transformers", "huggingface_hub")]
+    levels = [logger.level for logger in loggers]
     try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
         yield
     except LaidError:
         raise
     except Exception as error:  # the libraries raise OSError, ValueError, SafetensorError, KeyError, ...
+        if Path(source).is_dir():
+            for file in sorted(Path(source).glob("*.json")):
+                read_json(file)  # the file that is broken, by its name
         reason = " ".join(str(error).split())
+        if "couldn't connect to" in reason:
+            reason = "the hub cannot be reached and the files are not in the cache: check the network, or give a local folder"
         raise LaidError(f"{source}: cannot be loaded: {reason[:300] or type(error).__name__}") from error
+    finally:
+        for logger, level in zip(loggers, levels):
+            logger.setLevel(level)
 
 
 def require_family(source: str) -> None:
     """Raise LaidError, one line naming `source`, where its configuration is no known family's (laid.models.families)."""
     with source_errors(source):
         written, _ = PreTrainedConfig.get_config_dict(source)
+    if not isinstance(written, dict):
+        raise LaidError(f"{source}: config.json holds no names with values: get it again")
     if written.get("model_type") not in FAMILIES:
         raise LaidError(f"{source}: {unsupported(written.get('model_type'))}")
     with source_errors(source):
         text = AutoConfig.from_pretrained(source, trust_remote_code=False).get_text_config()
     if "sliding_attention" in (getattr(text, "layer_types", None) or ()):
         raise LaidError(f"{source}: has sliding-window layers (use_sliding_window), which are not supported")
+
+
+def require_weights(source: str) -> None:
+    """Raise LaidError, one line, where a local folder's safetensors files are missing or not whole; a hub id is not asked.
+
+    Reads headers only.
+    """
+    folder = Path(source)
+    if not folder.is_dir():
+        return
+    files, index = ["model.safetensors"], folder / "model.safetensors.index.json"
+    if not (folder / files[0]).is_file():
+        if not index.is_file():
+            pickled = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
+            raise LaidError(
+                f"{folder}: no model.safetensors"
+                + (f", only {pickled[0]}, and pickled files are never opened" if pickled else "")
+                + ": get the weights as safetensors"
+            )
+        content = read_json(index)
+        shards = content.get("weight_map") if isinstance(content, dict) else None
+        if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+            raise LaidError(f"{index}: holds no weight_map of names to files: get it again")
+        files = sorted(set(shards.values()))
+    absent = [name for name in files if not (folder / name).is_file()]
+    if absent:
+        raise LaidError(
+            f"{folder}: {len(absent)} of {len(files)} weight files are missing, first {absent[0]}: get it again"
+        )
+    for file in (folder / name for name in files):
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            with file.open("rb") as stream:
+                pointer = stream.read(40).startswith(b"version https://git-lfs")
+            what = (
+                "a Git LFS pointer, not the weights" if pointer else f"not a whole safetensors file ({error})"
+            )
+            raise LaidError(f"{file}: {what}, {file.stat().st_size:,} bytes: get it again") from None
 
 
 def load_model(
@@ -69,6 +128,7 @@ def load_model(
     """
     source = resolve(source)
     require_family(source)
+    require_weights(source)
     with source_errors(source):
         model, report = AutoModelForImageTextToText.from_pretrained(
             source,
@@ -77,11 +137,24 @@ def load_model(
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, with the sizes
+        )
+    for name, theirs, ours in sorted(report["mismatched_keys"]):
+        raise LaidError(
+            f"{source}: {name} is {list(theirs)} in the file, {list(ours)} by config.json: they are of two models"
         )
     tied = model.config.tie_word_embeddings
     absent = [name for name in report["missing_keys"] if not (tied and name == "lm_head.weight")]
     if absent:
         raise LaidError(f"{source}: {len(absent)} weights are missing, first {min(absent)}: get it again")
+    surplus = [
+        n for n in report["unexpected_keys"] if re.search(r"\.(layers|blocks)\.\d+\..*(weight|bias)$", n)
+    ]
+    if surplus:
+        raise LaidError(
+            f"{source}: {len(surplus)} weights are of layers that config.json does not have, first {min(surplus)}:"
+            " they are of two models"
+        )
     return model.to(device).eval()
 
 

@@ -49,6 +49,11 @@ class Processor:
         """From a hub id or a local folder. min_pixels, max_pixels: override what the checkpoint says."""
         source = resolve(source)
         require_family(source)
+        for names in (("tokenizer.json", "vocab.json"), ("preprocessor_config.json",)):
+            if Path(source).is_dir() and not any((Path(source) / name).is_file() for name in names):
+                raise LaidError(
+                    f"{source}: no {names[0]} in this folder: put the checkpoint's own tokenizer and preprocessor files there"
+                )
         with source_errors(source):
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
             images = Qwen2VLImageProcessorPil.from_pretrained(source)
@@ -62,9 +67,12 @@ class Processor:
         images.size = size
         as_they_are = min_pixels is None and max_pixels is None
         try:
-            return cls(tokenizer, images, source if as_they_are else None)
-        except LaidError as error:  # transformers makes an empty tokenizer of a folder without one
-            raise LaidError(f"{source}: {error}") from None
+            processor = cls(tokenizer, images, source if as_they_are else None)
+            with source_errors(source):
+                processor.encoder.ends("")  # an unusable template is found here, not at the first question
+        except LaidError as error:
+            raise LaidError(f"{source}: {str(error).removeprefix(f'{source}: ')}") from None
+        return processor
 
     def save(self, folder: str | Path) -> None:
         """Write tokenizer and preprocessor files as `load` and transformers read them.
@@ -83,6 +91,32 @@ class Processor:
                 file = cached_file(self.source, name, _raise_exceptions_for_missing_entries=False)
             if file is not None:
                 shutil.copyfile(file, Path(folder) / name)
+
+    def require_fits(self, model_config) -> None:
+        """Raise LaidError where these files are not those of a model with this config: patches, tokens.
+
+        What the weights read as pixels and ids must be what these files make.
+        """
+        vision, images = model_config.vision_config, self.image_processor
+        where = getattr(model_config, "_name_or_path", "") or "the model"
+        for ours, theirs in (
+            ("patch_size", "patch_size"), ("temporal_patch_size", "temporal_patch_size"), ("merge_size", "spatial_merge_size"),
+        ):  # fmt: skip
+            a, b = getattr(images, ours), getattr(vision, theirs)
+            if a != b:
+                raise LaidError(
+                    f"{where}: preprocessor_config.json has {ours} {a}, config.json {theirs} {b}: they are of two models"
+                )
+        tokens, rows = len(self.tokenizer), model_config.get_text_config().vocab_size
+        if tokens > rows:
+            raise LaidError(
+                f"{where}: the tokenizer has {tokens} tokens, the model's vocabulary {rows} rows: they are of two models"
+            )
+        if model_config.image_token_id != self.encoder.pad_id:
+            raise LaidError(
+                f"{where}: config.json says image_token_id {model_config.image_token_id}, the tokenizer has {self.encoder.image_pad}"
+                f" at {self.encoder.pad_id}: they are of two models"
+            )
 
     def grid(self, width: int, height: int, file: str | Path = "an image") -> tuple[int, int]:
         """Merged grid (height, width) in visual tokens of an image of that many pixels, without decoding it.
