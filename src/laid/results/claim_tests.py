@@ -357,7 +357,7 @@ def low_frequencies(source: Source, method: str, others: Sequence[str], root: Pa
                 found.append(Statement(what, float(value), float(low), float(high), 0.0, below=True))
         told = (f"{m} {100 * part['share']:.1f}" for m, part in spectra.items())
         remarks.append(
-            f"{student}, low-frequency energy in %: {', '.join(told)}; teacher {100 * teacher['share']:.1f}"
+            f"{student}, low-frequency energy in %, first seed: {', '.join(told)}; teacher {100 * teacher['share']:.1f}"
         )
     return conclude(source, found, remarks)
 

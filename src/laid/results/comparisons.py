@@ -225,7 +225,10 @@ def published_windows(resamples: int = 2000) -> Table:
             ratio_interval = stats.bounds_interval(stats.ratios(own_draws, base_draws))
             text, detail = window.text(), interval_text(interval, sizes)
             if method != "base":
-                text, detail = f"{text} ({ratio.text('x')})", f"{detail} ({interval_text(ratio_interval)})"
+                text, detail = (
+                    f"{text} ({ratio.text('x')})",
+                    f"{detail}, ratio {interval_text(ratio_interval)}",
+                )
             line.append(Entry(text, detail))
             at = [tokens[size] for size in sizes]
             in_tokens = [_in_tokens(b, sizes, at) for b in (window, interval)]

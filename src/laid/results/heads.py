@@ -35,6 +35,7 @@ SEEN = 2.0  # a needle head: its share of attention on the needle, over an even 
 # A global head: slope of log share over log size of at least this; -0.25 is a loss of half over a 16-fold haystack.
 LEVEL = -0.25
 STRONGEST = 3  # of each kind, that Figure 4 draws of a model; its CSV holds every head
+SEED = "Trained models: the first seed of each."
 TEACHER = ("#666666", "*", (0, (1, 1)))
 HEAD_COLORS = (BLUE, RED, GREEN, ORANGE, PURPLE, SKY)
 MARKERS = "osD^vPXh"
@@ -146,7 +147,7 @@ def figure4(records: Mapping[str, dict[str, Any]], teacher: str, students: Seque
         f" at most the {STRONGEST} strongest of each kind."
         f" By the slope of log share over log size a head is global (solid line in the teacher: at least {LEVEL:g}, so that a"
         " 16-fold haystack costs less than half) or local (dashed: falling). Students: hollow before, filled after LAid."
-        f" The first {_count(records[teacher])} questions of every test file.",
+        f" The first {_count(records[teacher])} questions of every test file. {SEED}",
         figure,
         [
             ["student", "method", "layer", "head", "row", "kind", "slope", "lift", "images", "share", "even"],
@@ -229,7 +230,7 @@ def spectra(records: Mapping[str, dict[str, Any]], teacher: str, students: Seque
         " difference, one term per RoPE frequency (eq. 5, 6); shown is the energy of its terms, cumulated from short to long"
         f" wavelengths, mean over heads. Dashed: {reference['cut']:.0f} positions, the span of the longest training haystack."
         " Right: the share of energy at longer wavelengths (low frequencies), with 95 % intervals over questions."
-        f" {reference['size']} images, {_count(records[teacher])} questions.",
+        f" {reference['size']} images, {_count(records[teacher])} questions. {SEED}",
         figure,
         [["student", "method", "wavelength", "energy", "low_share", "low", "high"], *rows],
     )
@@ -322,7 +323,7 @@ def distances(
         "Attention over position difference",
         "Score of a question token and an image token over their position difference, averaged over content, for heads of the"
         " last layer (the series of RoPE terms that the spectrum shows), in bins of equal width on the logarithmic axis."
-        " Dashed: the span of the longest training haystack.",
+        f" Dashed: the span of the longest training haystack. {SEED}",
         figure,
         [["student", "method", "layer", "head", "difference", "score"], *rows],
     )
