@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from laid.distill.losses import PARTS, objective_of
+from laid.distill.teacher_cache import Kept
 from laid.io import dumps
 from laid.methods.decoder import geometry, text_model
 from laid.models.loading import parameters
@@ -145,8 +146,12 @@ class Estimator:
         )
         self._images(need, member, "train", asked["questions"] * _mean(sizes), BATCH)
         shape = geometry(member.config)
-        width = (shape.heads + shape.kv_heads) * shape.head_dim * len(set(layers))
-        need.disk = need.tokens * width * _size(settings["dtype"]) + asked["questions"] * 2 * member.words * 4
+        kept = Kept(
+            tuple(set(layers)), shape.heads, shape.kv_heads, shape.head_dim, member.words, settings["dtype"]
+        )
+        # Queries of all tokens: more than is kept where teacher_cache.queries is question.
+        width = kept.token_bytes(shape.heads + shape.kv_heads)
+        need.disk = need.tokens * width + asked["questions"] * 2 * member.words * 4
         return need
 
     def train(self, student: str, method: str) -> Need:
