@@ -167,7 +167,7 @@ class Job:
         self.batches = [self._batch(shape["student"], count) for count in counts]
         self.losses = Losses(self.model, self.settings, self._teacher())
         parameters = [p for p in self.model.parameters() if p.requires_grad]
-        parameters += [p for module in self.losses.modules().values() for p in module.parameters()]
+        parameters += [p for module in self.losses.learned().values() for p in module.parameters()]
         self.parameters = parameters
         self.optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=True)
 

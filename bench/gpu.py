@@ -32,6 +32,7 @@ from transformers import DynamicCache, PreTrainedConfig
 from laid.config import fill
 from laid.distill.losses import Losses
 from laid.distill.online import teacher_outputs
+from laid.distill.parallel import Alone
 from laid.distill.student import make_trainable
 from laid.methods.decoder import geometry
 from laid.models.forward import last_logits
@@ -226,9 +227,12 @@ class Training:
         self.config = model.config
         self.model = make_trainable(model, method["lora"], bench.training).train()
         self.losses = Losses(self.model, method, CachedTeacher(bench.configs["32B"]))
-        learned = [p for module in self.losses.modules().values() for p in module.parameters()]
+        learned = [p for module in self.losses.learned().values() for p in module.parameters()]
         self.trained = [*(p for p in self.model.parameters() if p.requires_grad), *learned]
-        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-5, fused=True)
+        alone = Alone(bench.device, getattr(torch, bench.dtype))
+        _, self.optimizer = alone.prepare(
+            self.losses, lambda: torch.optim.AdamW(self.trained, lr=1e-5, fused=True)
+        )
 
     def _step(self) -> None:
         nn.utils.clip_grad_norm_(self.trained, 1.0)

@@ -44,6 +44,7 @@ SLICES: dict[str, list[str]] = {
     "train": [
         "training",
         "-training.checkpoint_minutes",
+        "-training.parallel",
         "methods.{method}",
         "-methods.{method}.questions",
         "evaluation.order_seed",

@@ -343,6 +343,46 @@ def test_gradient_checkpointing_changes_nothing(micro, start, tmp_path, method):
         assert all(a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-5) for key in a)
 
 
+def test_a_small_step_is_not_lost_in_bfloat16(micro, start, tmp_path):
+    """A step of 1e-6 rounds to none in most bfloat16 weights; trained weights are therefore kept in float32."""
+    trainer = start(changed(micro, {"dtype": "bfloat16"}, "kd", lr=1e-6), "kd", tmp_path / "seed0")
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer._step(list(range(8)), 0)
+    for name, p in trainer.model.named_parameters():
+        if "visual" in name:
+            assert p.dtype == torch.bfloat16 and torch.equal(p, before[name])
+        else:
+            assert p.dtype == torch.float32
+            moved = (p != before[name]).float().mean()
+            assert moved > 0.9 or "embed" in name, name
+            if p.dim() == 2:
+                assert (p.bfloat16() != before[name].bfloat16()).float().mean() < 0.1, name
+
+
+def test_a_vision_tower_trains_through_the_step(micro, start, family, tmp_path):
+    """The gradients of its weights: those of transformers' own forward, pixels to logits, on whole prompts."""
+    trainer = start(changed(micro, {"train_vision": True}), "kd", tmp_path / "seed0")
+    indices = [4, 9, 16]
+    trainer._loss_step(indices, 0)["sft"].backward()
+    found = {n: p.grad for n, p in trainer.model.named_parameters() if "visual" in n}
+    plain, losses = load_model(family["small"]), []
+    for k in indices:
+        sample = trainer.samples[k]
+        pixels, grid = trainer.processor.pixels([trainer.features.file(p) for p in sample.paths])
+        ids = torch.from_numpy(sample.prompt.ids)[None]
+        logits = plain(
+            input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=pixels, image_grid_thw=grid,
+            mm_token_type_ids=torch.from_numpy(sample.prompt.image_mask)[None].int(),
+        ).logits[0, -2:]  # fmt: skip
+        losses.append(torch.nn.functional.cross_entropy(logits, torch.from_numpy(sample.labels)))
+    torch.stack(losses).mean().backward()
+    assert len(found) > 10
+    for name, p in plain.named_parameters():
+        if "visual" in name:
+            assert found[name].abs().max() > 0, name
+            torch.testing.assert_close(found[name], p.grad, rtol=1e-3, atol=1e-5)
+
+
 def test_the_first_losses_by_hand(micro, start, tmp_path):
     """L_SFT as the mean cross-entropy of answer and end of turn, from the student's own logits at those two tokens."""
     trainer = start(micro, "kd", tmp_path / "seed0")
@@ -422,7 +462,7 @@ def test_wrong_inputs_are_one_line(micro, start, cache, haystacks, tmp_path, fam
     write_questions(tmp_path / "less.json", read_questions(haystacks / "train.json")[:16])
     refused("was made from other questions", start, micro, "kd", out, questions=tmp_path / "less.json")
     refused("no such checkpoint folder", start, micro, "sft", out, student=tmp_path / "none")
-    refused("train_vision: true needs", start, changed(micro, {"train_vision": True}), "sft", out)
+    refused("an adapter holds no vision tower", start, changed(micro, {"train_vision": True}), "sft", out)
     assert not out.exists()
 
 

@@ -1,5 +1,6 @@
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -7,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageTextToText, Qwen2_5_VLForConditionalGeneration
 
 from laid.errors import LaidError
-from laid.models.loading import load_model, parameter_label, parameters, resolve
+from laid.models.loading import load_model, parameter_label, parameters, resolve, spread
 
 
 @pytest.fixture
@@ -129,3 +130,44 @@ def test_published_configs(shared, size):
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config)
     assert parameters(model) == PUBLISHED[size]
+
+
+def test_a_model_too_large_for_one_gpu_is_laid_over_all(family, monkeypatch):
+    size = 4 * parameters(load_model(family["small"]))
+
+    def found(gpus, memory, device="cuda"):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+        monkeypatch.setattr(
+            torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=memory)
+        )
+        return spread(str(family["small"]), torch.float32, device)
+
+    assert found(2, 1.9 * size) == "auto" and found(2, 2.1 * size) is None
+    assert (
+        found(1, size / 2) is None
+        and found(2, size / 2, "cpu") is None
+        and found(2, size / 2, "cuda:1") is None
+    )
+
+
+def test_what_device_map_hooks_in_changes_no_logits(family):
+    """The hooks that move tensors between GPUs, here between the CPU and the CPU."""
+    from accelerate import dispatch_model
+
+    from laid.distill.online import teacher_outputs
+    from laid.models.forward import collate, last_logits
+    from laid.models.prompts import EncodedPrompt, mrope_positions
+
+    ids = torch.arange(5, 25).numpy()
+    prompt = EncodedPrompt(ids, mrope_positions(20, [], 0), ids[:0], ids < 0)
+    batch, model = collate([prompt], []), load_model(family["small"])
+    with torch.no_grad():
+        plain = last_logits(model, batch), last_logits(model, batch, 7), teacher_outputs(model, batch, (1,))
+        places = {"model.visual": "cpu", "model.language_model.embed_tokens": "cpu", "lm_head": "cpu"}
+        places |= {
+            f"model.language_model.{part}": "cpu" for part in ("layers.0", "layers.1", "norm", "rotary_emb")
+        }
+        dispatch_model(model, places, main_device="cpu", force_hooks=True)
+        hooked = last_logits(model, batch), last_logits(model, batch, 7), teacher_outputs(model, batch, (1,))
+    assert torch.equal(plain[0], hooked[0]) and torch.equal(plain[1], hooked[1])
+    assert torch.equal(plain[2][0], hooked[2][0]) and torch.equal(plain[2][1][1].q, hooked[2][1][1].q)

@@ -115,7 +115,7 @@ def test_training_step(student, teacher, name, checkpointing):
     assert above - given == pytest.approx(peak_bytes(step), rel=0.15)
     # What stands there all the time is known to the byte: float32, AdamW's two moments.
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    learned = sum(p.numel() for m in losses.modules().values() for p in m.parameters())
+    learned = sum(p.numel() for m in losses.learned().values() for p in m.parameters())
     buffers = sum(b.nbytes for b in model.buffers())
     assert fixed == {
         "weights": 4 * parameters(model) + buffers,

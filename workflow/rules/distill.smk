@@ -33,4 +33,5 @@ rule train:
     shell:
         "laid train --config $CONFIG --method {wildcards.trained} --seed {wildcards.seed}"
         " --student-name {wildcards.student} --student {params.student} {params.cache}"
-        " --coco {params.coco} --questions {input.questions} --out {output} --threads {resources.cpus_per_task} 2>&1 | tee {log}"
+        " --coco {params.coco} --questions {input.questions} --out {output} --processes {resources.gpu}"
+        " --threads {resources.cpus_per_task} 2>&1 | tee {log}"

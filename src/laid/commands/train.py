@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
+import time
+from contextlib import nullcontext
 from pathlib import Path
+
+from laid.errors import LaidError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from laid.commands.shared import config_argument, device_arguments, features_argument, seed
+    from laid.commands.shared import config_argument, count, device_arguments, features_argument, seed
 
     config_argument(parser)
     parser.add_argument(
@@ -23,23 +29,48 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--questions", type=Path, required=True, help="training questions, VHs JSON")
     parser.add_argument("--out", type=Path, required=True, help="folder for model/, log.jsonl and run.json")
     features_argument(parser)
+    parser.add_argument(
+        "--processes",
+        type=lambda text: count(text, least=0),
+        default=1,
+        metavar="N",
+        help="processes to start on this machine, one per GPU, laid out as training.parallel says; 0 is 1. Not under"
+        " torchrun or `accelerate launch`, which start their own",
+    )
     device_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     from laid import config
+
+    settings = config.load(args.config)
+    if args.processes > 1 and "WORLD_SIZE" not in os.environ:
+        from laid.distill.launch import launch
+
+        return launch([sys.executable, "-m", "laid", *sys.argv[1:]], args.processes)
+
+    import torch
+
     from laid.commands.shared import deterministic, pick_device
+    from laid.distill.parallel import join
     from laid.distill.trainer import Trainer
     from laid.io import alone
 
-    settings = config.load(args.config)
-    deterministic(args.threads)
-    with alone(args.out):
-        trainer = Trainer(
-            settings, args.method, args.seed, args.student_name, args.student, args.teacher_cache, args.coco,
-            args.questions, args.out, pick_device(args.device), args.features,
-        )  # fmt: skip
-        record = trainer.train()
+    training = settings["training"]
+    deterministic(max(1, args.threads // max(1, args.processes)))
+    parallel = join(training["parallel"], pick_device(args.device), getattr(torch, training["dtype"]))
+    try:
+        with alone(args.out) if parallel.main else nullcontext():
+            record = Trainer(
+                settings, args.method, args.seed, args.student_name, args.student, args.teacher_cache, args.coco,
+                args.questions, args.out, features_folder=args.features, parallel=parallel,
+            ).train()  # fmt: skip
+    except LaidError:
+        if not parallel.main:
+            time.sleep(2)  # what stops all processes is the main one's to say
+        raise
+    if not parallel.main:
+        return 0
     print(
         f"{args.student_name} {args.method} seed {args.seed}: {record['steps']} steps,"
         f" loss {record['final']['loss']:.4f}"

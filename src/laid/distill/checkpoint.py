@@ -12,15 +12,21 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from laid.distill.parallel import Alone
 from laid.errors import LaidError
 from laid.io import atomic_path, read_json, write_json
 
 
 class Checkpoint:
-    """One run's checkpoint folder. `key` names its configuration and inputs: another run's is not taken up."""
+    """One run's checkpoint folder. `key` names its configuration and inputs: another run's is not taken up.
 
-    def __init__(self, folder: Path, key: str, minutes: float):
+    It holds whole tensors, so that another number of processes may go on from it. Every process of the run calls `save`
+    and `load`; the main one writes, all read (the folder must be on a file system that all see).
+    """
+
+    def __init__(self, folder: Path, key: str, minutes: float, parallel: Alone | None = None):
         self.folder, self.key, self.minutes = folder, key, minutes
+        self.parallel = parallel or Alone()
         self.last = time.monotonic()
 
     def due(self) -> bool:
@@ -34,14 +40,17 @@ class Checkpoint:
         optimizer: torch.optim.Optimizer,
         log: list[dict],
     ) -> None:
-        """Keep the state after `step` steps; the one before it is replaced."""
+        """Keep the state after `step` steps; the one before it is replaced. tensors: whole."""
         state = optimizer.state_dict()
         flat = {
-            f"optimizer/{i}/{k}": v
+            f"optimizer/{i}/{k}": self.parallel.whole(v)
             for i, entry in state["state"].items()
             for k, v in entry.items()
             if torch.is_tensor(v)
         }
+        self.last = time.monotonic()
+        if not self.parallel.main:
+            return
         with atomic_path(self.folder) as folder:
             folder.mkdir()
             everything = {**{f"weights/{k}": v for k, v in tensors.items()}, **flat}
@@ -50,7 +59,6 @@ class Checkpoint:
                 folder / "state.safetensors",
             )
             write_json(folder / "state.json", {"key": self.key, "step": step, "log": log}, indent=None)
-        self.last = time.monotonic()
 
     def load(
         self, optimizer: torch.optim.Optimizer
@@ -66,11 +74,14 @@ class Checkpoint:
         except (OSError, SafetensorError) as error:
             raise LaidError(f"{self.folder}: broken checkpoint ({error}); remove it to start again") from None
         state = optimizer.state_dict()
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
         for name, tensor in tensors.items():
             kind, _, rest = name.partition("/")
             if kind == "optimizer":
                 number, _, key = rest.partition("/")
-                state["state"].setdefault(int(number), {})[key] = tensor
+                state["state"].setdefault(int(number), {})[key] = self.parallel.part(
+                    tensor, parameters[int(number)]
+                )
         optimizer.load_state_dict(state)
         weights = {
             name.removeprefix("weights/"): t for name, t in tensors.items() if name.startswith("weights/")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -14,11 +15,12 @@ from laid.distill.attention_rows import RowMatching, attention_rows, question_ro
 from laid.distill.capture import LayerQK, QKCapture
 from laid.distill.kl import forward_kl, generalised_jsd
 from laid.distill.objective import Objective
+from laid.distill.parallel import Alone
 from laid.distill.schedule import DistanceSchedule, LambdaSchedule, distance_to_answer
 from laid.errors import LaidError
 from laid.methods.decoder import geometry, layer_indices, rotate, text_model
 from laid.methods.gain import RopeGain
-from laid.models.forward import Batch, hidden_states, logits_at
+from laid.models.forward import Batch, hidden_states, logits_at, with_features
 
 PARTS = ("laid", "kl", "sft", "rows")
 
@@ -51,16 +53,27 @@ def objective_of(settings: Mapping[str, Any]) -> Objective:
     )
 
 
-class Losses:
+class Losses(nn.Module):
     """A student under one trained method: its gain, what is learned of the teacher's heads, and the losses.
 
     model: the student, adapters in place; gain hooks are attached to it. settings: the method's section of
-    the configuration. teacher: needed where a teacher's part has weight. Raises LaidError where layers or
-    heads do not fit.
+    the configuration. teacher: needed where a teacher's part has weight. parallel: the other processes, if any.
+    autocast: the number format of the student's pass, None for that of its weights; losses are computed in float32
+    either way. Raises LaidError where layers or heads do not fit.
+
+    A module, so that whatever shards a model sees the whole pass as one forward of one root.
     """
 
-    def __init__(self, model: nn.Module, settings: Mapping[str, Any], teacher: Teacher | None = None):
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: Mapping[str, Any],
+        teacher: Teacher | None = None,
+        parallel: Alone | None = None,
+    ):
+        super().__init__()
         self.model, self.settings, self.teacher = model, settings, teacher
+        self.parallel, self.autocast = parallel or Alone(), None
         self.objective = objective_of(settings)
         self.distance = DistanceSchedule(**settings["distance"])
         self.pairs: list[tuple[int, int]] = []
@@ -115,7 +128,7 @@ class Losses:
                 self.rows[key] = RowMatching(g.heads, t.heads)
         self.to_fit = a["init"] == "fit" and self.objective.needs("laid")
 
-    def modules(self) -> dict[str, nn.Module]:
+    def learned(self) -> dict[str, nn.Module]:
         """What is learned beside the student: {"alignments", "rows"} and "gain" where there is one."""
         found: dict[str, nn.Module] = {"alignments": self.alignments, "rows": self.rows}
         return found | ({"gain": self.gain} if self.gain is not None else {})
@@ -124,7 +137,7 @@ class Losses:
         """L_total of equation 8."""
         return self.objective.total(parts, progress)
 
-    def __call__(
+    def forward(
         self,
         inputs: Batch,
         labels: Tensor | None,
@@ -138,16 +151,7 @@ class Losses:
         token ids; None where "sft" has no weight. indices: what the teacher knows the samples by. progress:
         in [0, 1]. plain: (3, B, T) positions before gaps were opened (None: inputs.positions).
         """
-        layers = sorted({s for s, _ in self.pairs})
-        if layers:
-            with QKCapture(self.model, layers) as capture:
-                hidden = hidden_states(self.model, inputs)
-                caught = capture.take()
-        else:
-            hidden, caught = hidden_states(self.model, inputs), {}
-        rows = torch.arange(len(indices), device=hidden.device).repeat_interleave(2)
-        columns = torch.stack([inputs.lengths - 2, inputs.lengths - 1], 1).flatten()
-        logits = logits_at(self.model, hidden, rows, columns).view(len(indices), 2, -1)
+        logits, caught = self._pass(inputs)
         parts: dict[str, Tensor] = {}
         if self.objective.needs("sft"):
             if labels is None:
@@ -157,7 +161,26 @@ class Losses:
             parts["kl"] = self._divergence(logits, self.teacher.logits(indices).to(logits.device))
         if self.pairs:
             parts |= self._teacher_parts(inputs, caught, indices, progress, plain)
+        if self.parallel.sharded and not parts.keys() & {"sft", "kl"}:
+            # Sharded weights are gathered for backward where a layer's output has a gradient: let every layer's have one.
+            parts = {name: part + 0.0 * logits.float().sum() for name, part in parts.items()}
         return parts
+
+    def _pass(self, inputs: Batch) -> tuple[Tensor, dict[int, LayerQK]]:
+        """(B, 2, vocabulary) logits at the answer and after it; queries and keys of the aligned layers."""
+        layers = sorted({s for s, _ in self.pairs})
+        caught: dict[int, LayerQK] = {}
+        with torch.autocast(inputs.ids.device.type, self.autocast) if self.autocast else nullcontext():
+            inputs = with_features(self.model, inputs)
+            if layers:
+                with QKCapture(self.model, layers) as capture:
+                    hidden = hidden_states(self.model, inputs)
+                    caught = capture.take()
+            else:
+                hidden = hidden_states(self.model, inputs)
+            rows = torch.arange(len(inputs.ids), device=hidden.device).repeat_interleave(2)
+            columns = torch.stack([inputs.lengths - 2, inputs.lengths - 1], 1).flatten()
+            return logits_at(self.model, hidden, rows, columns).view(len(inputs.ids), 2, -1), caught
 
     def _divergence(self, student: Tensor, teacher: Tensor) -> Tensor:
         m = self.settings
@@ -197,7 +220,8 @@ class Losses:
                 else:
                     compared = (own.q, own.k, q_t, k_t)
                 if self.to_fit:
-                    self.alignments[key].fit_(*(x.detach() for x in compared), mask)
+                    with self.parallel.set_by_main(self.alignments[key].parameters()):
+                        self.alignments[key].fit_(*(x.detach() for x in compared), mask)
                 loss = self.alignments[key](*compared, mask, weights, a["norm"], a["normalize"])
                 parts["laid"] = parts.get("laid", 0.0) + loss
             if self.objective.needs("rows"):

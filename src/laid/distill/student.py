@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from laid.distill.parallel import vision_tower
 from laid.errors import LaidError
 from laid.methods.decoder import text_model
 
@@ -16,10 +17,19 @@ def make_trainable(
 ) -> nn.Module:
     """Freeze all but an adapter (lora: the method's section of that name) or the language model; returns the model.
 
-    settings: the section `training`. Raises LaidError for train_vision.
+    settings: the section `training`; its train_vision trains the vision tower too. What is trained is kept in float32
+    whatever the rest is in: a step of 1e-5 is lost in a bfloat16 weight. Raises LaidError for an adapter with
+    train_vision.
     """
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
+    model.requires_grad_(False)
+    parts = [text_model(model)]
+    if settings["train_vision"]:
+        if lora is not None:
+            raise LaidError(
+                "training.train_vision is true, but the method trains an adapter, and an adapter holds no vision tower:"
+                " set the method's lora to null, or train_vision to false"
+            )
+        parts.append(vision_tower(model))
     if lora is not None:
         from peft import LoraConfig, get_peft_model
 
@@ -34,12 +44,12 @@ def make_trainable(
             ),
         )
     else:
-        for part in (text_model(model), model.get_output_embeddings()):
+        for part in (*parts, model.get_output_embeddings()):
             part.requires_grad_(True)
-    if settings["train_vision"]:
-        raise LaidError(
-            "training.train_vision: true needs features computed anew in every step; set it to false"
-        )
     if settings["gradient_checkpointing"]:
-        text_model(model).gradient_checkpointing_enable({"use_reentrant": False})
+        for part in parts:
+            part.gradient_checkpointing_enable({"use_reentrant": False})
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
     return model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 import time
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ from laid.data.questions import read_questions
 from laid.distill.checkpoint import Checkpoint
 from laid.distill.gaps import open_gaps
 from laid.distill.losses import PARTS, Losses, objective_of
+from laid.distill.parallel import Alone
 from laid.distill.samples import Sample, batches_of, build_samples
 from laid.distill.schedule import learning_rate_factor, reach
 from laid.distill.student import make_trainable
@@ -40,8 +42,8 @@ class Trainer:
 
     config: the validated configuration. student: checkpoint folder or hub id. cache: the teacher's folder,
     needed as soon as a teacher's loss has weight. out: where model/, log.jsonl and run.json appear, all at
-    once, at the end. Raises LaidError for a method that is not trained, a missing cache, or layers that do
-    not fit.
+    once, at the end. parallel: this process among those of the run (laid.distill.parallel), instead of device.
+    Raises LaidError for a method that is not trained, a missing cache, or layers that do not fit.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class Trainer:
         out: str | Path,
         device: str = "cpu",
         features_folder: str | Path | None = None,
+        parallel: Alone | None = None,
     ):
         self.start = time.perf_counter()
         if "lambda_sft" not in config["methods"].get(method, {}):
@@ -64,25 +67,27 @@ class Trainer:
             raise LaidError(f"{method!r} is not a trained method; trained methods: {', '.join(trained)}")
         self.config, self.method, self.seed, self.name = config, method, seed, name
         self.method_settings, self.settings = config["methods"][method], config["training"]
-        self.out, self.device = Path(out), device
+        self.out = Path(out)
+        self.parallel = parallel or Alone(device, getattr(torch, self.settings["dtype"]))
+        self.device = self.parallel.device
         self.inputs: dict[str, Any] = {"questions": questions, "student": student}
         torch.manual_seed(seed)
-        self._setup_student(student)
+        self.model = self._load_student(self.parallel.load_device)
+        self.processor = Processor.load(student)
         self._setup_teacher(cache, questions)
-        self.losses = Losses(self.model, self.method_settings, self.cache)
+        self.losses = Losses(self.model, self.method_settings, self.cache, self.parallel)
+        self.forward, self.optimizer = self.parallel.prepare(self.losses, self._make_optimizer)
         self._setup_data(coco_root, questions, features_folder)
-        self._setup_optimizer()
         self.log: list[dict[str, Any]] = []
         self.interrupted = False
 
     # ---------------------------------------------------------------- set-up
 
-    def _setup_student(self, student: str | Path) -> None:
-        s = self.settings
+    def _load_student(self, device: str) -> nn.Module:
+        """The student as it starts: its adapter in place, what is trained marked and in float32."""
         attention = self.config["evaluation"]["attention"]
-        self.model = load_model(student, getattr(torch, s["dtype"]), attention, self.device)
-        self.processor = Processor.load(student)
-        self.model = make_trainable(self.model, self.method_settings["lora"], s)
+        model = load_model(self.inputs["student"], self.parallel.dtype, attention, device)
+        return make_trainable(model, self.method_settings["lora"], self.settings)
 
     def _setup_teacher(self, cache: str | Path | None, questions: str | Path) -> None:
         m, self.cache = self.method_settings, None
@@ -114,15 +119,18 @@ class Trainer:
         self, coco_root: str | Path, questions: str | Path, features_folder: str | Path | None
     ) -> None:
         evaluation = self.config["evaluation"]
+        self.images_in_step = self.settings["train_vision"] or self.parallel.images_in_step
         self.features = ImageFeatures(
             self.model,
             self.processor,
             lambda path: safe_join(coco_root, path),
             limit_bytes=int(evaluation["feature_cache_gb"] * 2**30),
-            store=features_folder,
+            store=None if self.images_in_step else features_folder,
         )
+        # Of several processes none needs the images of all samples.
+        ahead = self.parallel.world == 1 and not self.images_in_step
         self.samples = build_samples(
-            read_questions(questions), self.features, evaluation["order_seed"], self.labelled
+            read_questions(questions), self.features, evaluation["order_seed"], self.labelled, ahead
         )
         if self.cache is not None:
             mine, theirs = [len(s.prompt.ids) for s in self.samples], self.cache.index["lengths"]
@@ -145,7 +153,8 @@ class Trainer:
         epochs = self.method_settings["epochs"] or s["epochs"]
         self.per_epoch, self.steps = per_epoch, max(1, round(epochs * per_epoch))
 
-    def _setup_optimizer(self) -> None:
+    def _make_optimizer(self) -> torch.optim.Optimizer:
+        """AdamW over what this process holds of the student, and over what is learned beside it."""
         s, m, gain = self.settings, self.method_settings, self.losses.gain
         groups = [
             ("lr", [p for p in self.model.parameters() if p.requires_grad], m["lr"] or s["lr"]),
@@ -158,19 +167,21 @@ class Trainer:
         ]
         groups = [(name, parameters, rate) for name, parameters, rate in groups if parameters]
         self.trained = [p for _, parameters, _ in groups for p in parameters]
-        self.optimizer = torch.optim.AdamW(
+        self.peaks = [rate for _, _, rate in groups]
+        return torch.optim.AdamW(
             [{"params": parameters, "lr": rate} for _, parameters, rate in groups],
             betas=(0.9, 0.999), weight_decay=s["weight_decay"], fused=True,
         )  # fmt: skip
-        self.peaks = [rate for _, _, rate in groups]
 
     # ---------------------------------------------------------------- one step
 
     def _batch(self, indices: list[int], step: int) -> tuple[Batch, Tensor | None, Tensor]:
         """Inputs, gaps opened as far as `step` allows; labels (B, 2) if there are any; positions without gaps."""
         samples = [self.samples[k] for k in indices]
-        features = [f for s in samples for f in self.features.get(s.paths)]
+        features = [] if self.images_in_step else [f for s in samples for f in self.features.get(s.paths)]
         inputs = collate([s.prompt for s in samples], features)
+        if self.images_in_step:
+            inputs.images = self._images([path for s in samples for path in s.paths])
         plain = inputs.positions
         if self.method_settings["gaps"]["reach"]:
             inputs.positions = plain.clone()
@@ -180,6 +191,12 @@ class Trainer:
                 inputs.positions[:, row, :length] = self._stretched(sample, step, rng)
         labels = torch.from_numpy(np.stack([s.labels for s in samples])) if self.labelled else None
         return inputs.to(self.device), labels.to(self.device) if labels is not None else None, plain
+
+    def _images(self, paths: list[str]) -> tuple[Tensor, Tensor, Tensor]:
+        """(pixels, grid_thw, order) of laid.models.forward.Batch.images: what features are made from in the step."""
+        each = {path: k for k, path in enumerate(dict.fromkeys(paths))}
+        pixels, grid = self.processor.pixels([self.features.file(path) for path in each])
+        return pixels, grid, torch.tensor([each[path] for path in paths])
 
     def _stretched(self, sample: Sample, step: int, rng: np.random.Generator) -> Tensor:
         gaps = self.method_settings["gaps"]
@@ -193,26 +210,18 @@ class Trainer:
     def _loss_step(self, indices: list[int], step: int) -> dict[str, Tensor]:
         """The parts of eq. 8 for one batch, those with weight: {"sft", "kl", "laid", "rows"}."""
         inputs, labels, plain = self._batch(indices, step)
-        return self.losses(inputs, labels, indices, step / self.steps, plain)
+        return self.forward(inputs, labels, indices, step / self.steps, plain)
 
     # ---------------------------------------------------------------- training
 
     def train(self) -> dict[str, Any]:
         """Run (or go on with) the training, write the run folder and return its record."""
         s = self.settings
-        key = sha256_json(
-            {
-                "settings": slice_for(
-                    "train", dict(self.config), method=self.method, student=self.name, seed=self.seed
-                ),
-                "inputs": {
-                    k: provenance.fingerprint(Path(v)) for k, v in self.inputs.items() if Path(v).exists()
-                },
-                "seed": self.seed,
-            }
-        )
         checkpoint = Checkpoint(
-            self.out.parent / f".{self.out.name}.checkpoint", key, s["checkpoint_minutes"]
+            self.out.parent / f".{self.out.name}.checkpoint",
+            self.parallel.agree(self._key),
+            s["checkpoint_minutes"],
+            self.parallel,
         )
         done = self._resume(checkpoint)
         before = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "interrupted", True))
@@ -233,9 +242,10 @@ class Trainer:
                         self.log.append(line)
                         bar.update(0, **{k: v for k, v in line.items() if k.startswith("loss")})
                     bar.update(1)
-                    if self.interrupted or (checkpoint.due() and step + 1 < self.steps):
-                        self._save_checkpoint(checkpoint, step + 1)
-                    if self.interrupted:
+                    interrupted, due = map(bool, self.parallel.sum([self.interrupted, checkpoint.due()]))
+                    if interrupted or (due and step + 1 < self.steps):
+                        checkpoint.save(step + 1, self._trained_tensors(), self.optimizer, self.log)
+                    if interrupted:
                         print(
                             f"{label}: stopped after step {step + 1}; the same command goes on from there",
                             flush=True,
@@ -244,8 +254,23 @@ class Trainer:
         finally:
             signal.signal(signal.SIGTERM, before)
         record = self._save()
-        checkpoint.remove()
+        if self.parallel.main:
+            checkpoint.remove()
         return record
+
+    def _key(self) -> str:
+        """What makes this run this run: settings, inputs and seed, and not by how many processes it is done."""
+        return sha256_json(
+            {
+                "settings": slice_for(
+                    "train", dict(self.config), method=self.method, student=self.name, seed=self.seed
+                ),
+                "inputs": {
+                    k: provenance.fingerprint(Path(v)) for k, v in self.inputs.items() if Path(v).exists()
+                },
+                "seed": self.seed,
+            }
+        )
 
     def _step(self, indices: list[int], step: int) -> dict[str, Any]:
         """One optimiser step over `indices`, in pieces of per_device_batch; returns a line for the log."""
@@ -254,32 +279,28 @@ class Trainer:
         factor = learning_rate_factor(step, self.steps, s["warmup"], s["schedule"])
         for group, peak in zip(self.optimizer.param_groups, self.peaks):
             group["lr"] = peak * factor
-        # Dropout follows from the step alone, so that resuming is exact.
-        torch.manual_seed(self.seed * 1_000_003 + step)
-        pieces = [
-            indices[k : k + s["per_device_batch"]] for k in range(0, len(indices), s["per_device_batch"])
-        ]
         sums: dict[str, float] = {}
-        for piece in pieces:
+        for piece in self.parallel.pieces(indices, s["per_device_batch"]):
+            # Dropout follows from step and samples alone, so that resuming is exact, in however many processes.
+            torch.manual_seed(self.seed * 1_000_003 + step + (indices.index(piece[0]) << 32))
             parts = self._loss_step(piece, step)
             total = self.losses.total(parts, progress)
-            if not bool(torch.isfinite(total)):
-                raise LaidError(
-                    f"{self.name} {self.method}: the loss is {float(total)} at step {step + 1}"
-                    f" of {self.steps}; lower the learning rate ({self.peaks[0]:g})"
-                )
             share = len(piece) / len(indices)
-            (total * share).backward()
+            self.parallel.backward(total * share)
             for part, value in (*parts.items(), ("", total)):
                 key = f"loss_{part}" if part else "loss"
                 sums[key] = sums.get(key, 0.0) + share * float(value.detach())
-        norm = nn.utils.clip_grad_norm_(self.trained, s["max_grad_norm"])
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        sums = dict(zip(sums, self.parallel.sum(sums.values()), strict=True))
+        if not math.isfinite(sums["loss"]):
+            raise LaidError(
+                f"{self.name} {self.method}: the loss is {sums['loss']} at step {step + 1}"
+                f" of {self.steps}; lower the learning rate ({self.peaks[0]:g})"
+            )
+        norm = self.parallel.step(self.optimizer, self.trained, s["max_grad_norm"])
         line = {
             "step": step + 1,
             **{k: round(v, 6) for k, v in sums.items()},
-            "grad_norm": round(float(norm), 6),
+            "grad_norm": round(norm, 6),
         }
         line |= {"lr": self.peaks[0] * factor, "distance_emphasis": self.losses.distance.emphasis(progress)}
         for part in ("laid", "kl", "sft", "rows"):
@@ -299,17 +320,23 @@ class Trainer:
     # ---------------------------------------------------------------- saving
 
     def _modules(self) -> dict[str, nn.Module]:
-        return {"model": self.model, **self.losses.modules()}
+        return {"model": self.model, **self.losses.learned()}
 
-    def _save_checkpoint(self, checkpoint: Checkpoint, step: int) -> None:
-        trained = {id(p) for p in self.trained}
-        tensors = {
-            f"{name}/{key}": parameter.detach()
+    def _trained_tensors(self) -> dict[str, Tensor]:
+        """All that is trained, whole, by name; every process calls it."""
+        return {
+            f"{name}/{key}": self.parallel.whole(parameter)
             for name, module in self._modules().items()
             for key, parameter in module.named_parameters()
-            if id(parameter) in trained
+            if parameter.requires_grad
         }
-        checkpoint.save(step, tensors, self.optimizer, self.log)
+
+    def _put(self, tensors: Mapping[str, Tensor]) -> None:
+        """Set what is trained to these values; each process takes its part."""
+        for name, module in self._modules().items():
+            for key, parameter in module.named_parameters():
+                if f"{name}/{key}" in tensors:
+                    self.parallel.set_(parameter, tensors[f"{name}/{key}"])
 
     def _resume(self, checkpoint: Checkpoint) -> int:
         """Steps already done: 0, or the checkpoint's; weights, optimiser and log are then restored."""
@@ -317,11 +344,7 @@ class Trainer:
         if found is None:
             return 0
         step, tensors, self.log = found
-        with torch.no_grad():
-            for name, module in self._modules().items():
-                for key, parameter in module.named_parameters():
-                    if f"{name}/{key}" in tensors:
-                        parameter.copy_(tensors[f"{name}/{key}"])
+        self._put(tensors)
         self.losses.to_fit = False
         print(
             f"{self.name} {self.method} seed {self.seed}: goes on after step {step} of {self.steps}",
@@ -330,7 +353,12 @@ class Trainer:
         return step
 
     def _save(self) -> dict[str, Any]:
-        """Export the student and write the run folder."""
+        """Export the student and write the run folder; of several processes, the main one."""
+        if self.parallel.sharded:
+            tensors = self._trained_tensors()
+            if self.parallel.main:  # the student as it was loaded, with the weights that were trained
+                self.model = self._load_student("cpu")
+                self._put(tensors)
         self.model.eval()
         record = {
             "student": self.name,
@@ -345,9 +373,11 @@ class Trainer:
         }  # fmt: skip
         weights = {
             f"{LEARNED[name]}.{key}": parameter.detach().cpu().tolist()
-            for name, module in self.losses.modules().items()
+            for name, module in self.losses.learned().items()
             for key, parameter in module.named_parameters()
         }
+        if not self.parallel.main:
+            return record
         with atomic_path(self.out) as folder:
             folder.mkdir()
             self._export(folder / "model")
@@ -355,7 +385,8 @@ class Trainer:
             (folder / "log.jsonl").write_text("".join(lines), encoding="utf-8")
             write_json(folder / "learned.json", weights, indent=None)
             write_json(folder / "run.json", record)
-        write_json(self.out.parent / f"{self.out.name}.cost.json", provenance.cost(self.start))
+        cost = provenance.cost(self.start) | {"processes": self.parallel.world}
+        write_json(self.out.parent / f"{self.out.name}.cost.json", cost)
         return record
 
     def _export(self, folder: Path) -> None:
@@ -383,5 +414,5 @@ class Trainer:
                 gain.fold_(model, about["fold_tokens"] or max(len(s.prompt.ids) for s in self.samples))
             else:
                 length_gain.export_(model, gain)
-        model.save_pretrained(str(folder))
+        model.to(self.parallel.dtype).save_pretrained(str(folder))
         self.processor.save(folder)

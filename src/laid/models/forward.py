@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,8 @@ class Batch:
     ids: (B, T); positions: (3, B, T); lengths: (B,); features: visual tokens of all samples in order (N,
     hidden, or k times that: Family.image_features), which go where `image_mask` (B, T) is true. Under causal attention nothing sees the padding at
     the right, so no attention mask is needed and attention stays in its fast causal form.
+    images: instead of features, what `with_features` makes them from: (pixels, grid_thw) of the images, each once,
+    and (images of all samples in order,) which of them it is.
     """
 
     ids: torch.Tensor
@@ -29,11 +31,14 @@ class Batch:
     lengths: torch.Tensor
     image_mask: torch.Tensor
     features: torch.Tensor | None
+    images: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch on `device`."""
         move = [t.to(device) for t in (self.ids, self.positions, self.lengths, self.image_mask)]
-        return Batch(*move, self.features.to(device) if self.features is not None else None)
+        features = self.features.to(device) if self.features is not None else None
+        images = tuple(t.to(device) for t in self.images) if self.images is not None else None
+        return Batch(*move, features, images)
 
     @property
     def token_mask(self) -> torch.Tensor:
@@ -58,13 +63,23 @@ def collate(prompts: Sequence[EncodedPrompt], features: Sequence[torch.Tensor], 
     return Batch(torch.from_numpy(ids), torch.from_numpy(positions), lengths, torch.from_numpy(mask), joined)
 
 
+def with_features(model, batch: Batch) -> Batch:
+    """`batch` with the features of its images, computed here and now, with gradients where the tower is trained."""
+    if batch.images is None:
+        return batch
+    pixels, grid, order = batch.images
+    found = family_of(text_model(model).config).image_features(model, pixels, grid)
+    return replace(batch, features=torch.cat([found[k] for k in order.tolist()]), images=None)
+
+
 def embed(model, batch: Batch) -> torch.Tensor:
     """(B, T, hidden): token embeddings with the visual features in their places."""
     embeds = text_model(model).embed_tokens(batch.ids)
     if batch.features is None:
         return embeds
     first = batch.features[:, : embeds.shape[-1]]
-    return embeds.masked_scatter(batch.image_mask[..., None], first.to(embeds.dtype))
+    mask = batch.image_mask[..., None].to(embeds.device)
+    return embeds.masked_scatter(mask, first.to(embeds.device, embeds.dtype))
 
 
 def deep_inputs(text, batch: Batch, start: int = 0, stop: int | None = None) -> dict[str, Any]:
@@ -96,7 +111,7 @@ def hidden_states(model, batch: Batch) -> torch.Tensor:
 
 def logits_at(model, hidden: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     """(N, vocabulary) logits at N places (rows, columns) of hidden (B, T, hidden), and nowhere else."""
-    return model.get_output_embeddings()(hidden[rows, columns])
+    return model.get_output_embeddings()(hidden[rows.to(hidden.device), columns.to(hidden.device)])
 
 
 def last_logits(model, batch: Batch, chunk: int = 0, cache=None) -> torch.Tensor:
@@ -121,7 +136,7 @@ def last_logits(model, batch: Batch, chunk: int = 0, cache=None) -> torch.Tensor
             past_key_values=cache,
             use_cache=True,
             **deep_inputs(text, batch, start, stop),
-        ).last_hidden_state
+        ).last_hidden_state.to(embeds.device)
         here = (batch.lengths > start) & (batch.lengths <= stop)
         last[here] = hidden[rows[here], batch.lengths[here] - 1 - start]
     return model.get_output_embeddings()(last)

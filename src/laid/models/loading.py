@@ -18,6 +18,7 @@ from laid.io import read_json
 from laid.models.families import FAMILIES, unsupported
 
 hf_logging.disable_progress_bar()
+SPREAD = 0.5  # of a GPU's memory: what is left is for activations and the key-value cache of long prompts
 
 
 def resolve(source: str | Path) -> str:
@@ -123,12 +124,14 @@ def load_model(
     """A vision-language model, in evaluation mode; only safetensors weights are read and no remote code is
     run.
 
+    device: "cuda" without a number lays a model that is large for one GPU over all that are visible (see `spread`).
     Raises LaidError, one line naming `source`, for files that are missing, cut short, not safetensors, or
-    another model's.
+    another model's, and for a model too large for the GPUs.
     """
     source = resolve(source)
     require_family(source)
     require_weights(source)
+    over = spread(source, dtype, device)
     with source_errors(source):
         model, report = AutoModelForImageTextToText.from_pretrained(
             source,
@@ -137,6 +140,7 @@ def load_model(
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
+            device_map=over,
             ignore_mismatched_sizes=True,  # refused below, with the sizes
         )
     for name, theirs, ours in sorted(report["mismatched_keys"]):
@@ -155,7 +159,26 @@ def load_model(
             f"{source}: {len(surplus)} weights are of layers that config.json does not have, first {min(surplus)}:"
             " they are of two models"
         )
-    return model.to(device).eval()
+    if over is None:
+        return model.to(device).eval()
+    outside = [name for name, place in model.hf_device_map.items() if place in ("cpu", "disk")]
+    if outside:
+        raise LaidError(
+            f"{source}: does not fit the {torch.cuda.device_count()} GPUs at hand ({len(outside)} parts are left over,"
+            f" first {outside[0]}): ask for more GPUs"
+        )
+    return model.eval()
+
+
+def spread(source: str, dtype: torch.dtype | str, device: str | torch.device) -> str | None:
+    """transformers' device_map: None for one device, "auto" for layers laid over all visible GPUs, one after another.
+
+    That is done where device is "cuda", there are several, and the weights alone are more than SPREAD of one GPU's memory.
+    """
+    if str(device) != "cuda" or torch.cuda.device_count() < 2:
+        return None
+    size = parameters(empty_model(source)) * getattr(dtype, "itemsize", 4)
+    return "auto" if size > SPREAD * torch.cuda.get_device_properties(0).total_memory else None
 
 
 def empty_model(source: str | Path) -> PreTrainedModel:

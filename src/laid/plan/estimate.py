@@ -182,7 +182,7 @@ class Estimator:
         kept = (
             3 * need.trained if settings["checkpoint_minutes"] else 0
         )  # weights and the optimiser's two moments
-        need.disk = (written + kept) * _size(settings["dtype"])
+        need.disk = written * _size(settings["dtype"]) + kept * 4
         return need
 
     def evaluate(self, student: str, method: str, sizes: Iterable[int]) -> Need:
@@ -266,7 +266,11 @@ class Estimator:
         layer = parameters(text.layers[0])
         seen = parameters(tower(member.model))
         rest = member.parameters - seen - layer * len(text.layers)
-        whole = seen * need.memory["weights"] / need.parameters
+        if size < 4:
+            need.memory["weights"] -= (
+                need.trained * size
+            )  # the copies a pass computes with are made layer by layer
+        whole = seen * size
         need.memory["weights"] = int(whole + (need.memory["weights"] - whole) / need.devices)
         need.memory["weights"] += (rest + 2 * layer) * size
         need.memory["gradients"] = need.memory["gradients"] // need.devices

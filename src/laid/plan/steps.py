@@ -151,24 +151,40 @@ def _training_step(student, teacher, method, training, tokens, visual, attention
     served = MetaTeacher(teacher, dtype)
     losses = Losses(model, method, served)
     losses.to_fit = False  # once, in the first step
-    learned = [p for module in losses.modules().values() for p in module.to("meta").parameters()]
+    learned = [p for module in losses.learned().values() for p in module.to("meta").parameters()]
     trained = [p for p in model.parameters() if p.requires_grad]
+    # What is trained is float32; a pass in another format computes with a copy (laid.distill.parallel).
+    masters = [torch.empty_like(p) for p in trained] if dtype != torch.float32 else []
+    for p in trained:
+        p.data = p.data.to(dtype)
     inputs = meta_batch(student, batch, tokens, visual, dtype)
     labels = torch.ones(batch, 2, dtype=torch.long, device="meta")
     with rehearse() as rehearsal:
         served.rehearsal = rehearsal
         hold_weights(rehearsal, model)
+        for master in masters:
+            rehearsal.add(master, "weights")
         for tensor in (inputs.ids, inputs.positions, inputs.image_mask, inputs.features):
             if tensor is not None:
                 rehearsal.add(tensor, "activations")
-        states = [torch.empty_like(p) for p in (*trained, *learned) for _ in range(2)]
+        states = [torch.empty_like(p, dtype=torch.float32) for p in (*trained, *learned) for _ in range(2)]
         for state in states:
             rehearsal.add(state, "optimizer")
+        gradients: dict[torch.Tensor, torch.Tensor] = {}
+
+        def keep(p: torch.Tensor) -> None:
+            if p not in gradients:
+                gradients[p] = torch.empty_like(p, dtype=torch.float32) if masters else p.grad
+                rehearsal.add(gradients[p], "gradients")
+            if masters:
+                p.grad = None
+
         for p in trained:
             if batch < training["batch_size"]:
-                p.grad = torch.empty_like(p)
-                rehearsal.add(p.grad, "gradients")
-            p.register_post_accumulate_grad_hook(lambda p: rehearsal.add(p.grad, "gradients"))
+                gradients[p] = torch.empty_like(p, dtype=torch.float32)
+                rehearsal.add(gradients[p], "gradients")
+                p.grad = None if masters else gradients[p]
+            p.register_post_accumulate_grad_hook(keep)
         parts = losses(inputs, labels, range(batch), 0.5)
         losses.total(parts, 0.5).backward()
         del parts
