@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from laid.errors import LaidError
-from laid.methods.decoder import text_model
+from laid.methods.decoder import text_model, vision_tower
 
 if TYPE_CHECKING:
     from laid.distill.losses import Losses
@@ -240,11 +240,6 @@ class Sharded(Replicated):
         return distribute_tensor(
             whole.to(self.device), parameter.device_mesh, parameter.placements, src_data_rank=None
         )
-
-
-def vision_tower(model: nn.Module) -> nn.Module:
-    """The vision tower inside `model`, whatever wraps it."""
-    return next(module for name, module in model.named_modules() if name.split(".")[-1] == "visual")
 
 
 def _square(gradients: Sequence[Tensor]) -> float:

@@ -7,9 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from laid.distill.parallel import vision_tower
 from laid.errors import LaidError
-from laid.methods.decoder import text_model
+from laid.methods.decoder import text_model, vision_tower
 
 
 def make_trainable(

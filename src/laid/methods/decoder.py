@@ -36,6 +36,14 @@ def text_model(model: nn.Module) -> nn.Module:
     return found[0]
 
 
+def vision_tower(model: nn.Module) -> nn.Module:
+    """The vision tower inside `model`, whatever wraps it. Raises LaidError when there is none."""
+    found = next((module for name, module in model.named_modules() if name.split(".")[-1] == "visual"), None)
+    if found is None:
+        raise LaidError(f"{type(model).__name__}: no vision tower inside; pass a vision-language model")
+    return found
+
+
 def refuse_compiled(model: nn.Module, what: str) -> None:
     """Raise LaidError where `model` is compiled already: a graph traced without hooks would leave them out unsaid."""
     for module in model.modules():

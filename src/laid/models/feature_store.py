@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from laid import provenance
 from laid.errors import LaidError
 from laid.io import atomic_path, sha256_file, sha256_json
+from laid.methods.decoder import vision_tower
 from laid.models.processing import Processor
 
 
@@ -82,9 +83,7 @@ class FeatureStore:
 
 def tower_key(model: torch.nn.Module, processor: Processor) -> str:
     """Hex SHA-256 of everything that features depend on but the image itself."""
-    tower = next((module for name, module in model.named_modules() if name.split(".")[-1] == "visual"), None)
-    if tower is None:
-        raise LaidError(f"{type(model).__name__}: no vision tower inside; pass a vision-language model")
+    tower = vision_tower(model)
     digest = hashlib.sha256()
     for name, tensor in sorted(tower.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
