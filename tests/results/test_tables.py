@@ -3,6 +3,7 @@ import io
 
 import pytest
 import synthetic
+from rich.console import Console
 
 from laid.errors import LaidError
 from laid.io import write_json
@@ -209,3 +210,25 @@ def test_the_verb_prints_and_writes(tmp_path, capsys):
     (tmp_path / "cells" / "s" / "laid" / "50.json").unlink()
     assert main(["tables", *arguments, "--out", str(tmp_path / "tables")]) == 2
     assert "s/laid/50.json: no such cell; make it with: snakemake" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("width", [80, 60, 200])
+def test_a_narrow_terminal_gets_parts_with_every_number_whole(built, width):
+    table = built["table1"]
+    out = io.StringIO()
+    Console(file=out, width=width, force_terminal=True, color_system=None).print(
+        render.rich_table(table, width)
+    )
+    lines = out.getvalue().splitlines()
+    assert max(map(len, lines)) <= width and "\u2026" not in out.getvalue()
+    shown = [line for line in lines if line.startswith("\u2502")]
+    parts = len(render.column_parts(table, width))
+    assert len(shown) == parts * len(table.rows) and (parts == 1) == (width == 200)
+    for r, row in enumerate(table.rows):
+        told = [
+            cell.strip()
+            for part in range(parts)
+            for cell in shown[part * len(table.rows) + r].split("\u2502")[1:-1]
+        ]
+        names = [entry.text for entry in row[:2]]
+        assert [text for text in told if text not in names] == [entry.text + entry.stars for entry in row[2:]]

@@ -214,13 +214,18 @@ def needle_position(grid: Grid) -> Drawing | None:
         return None
     figure = new_figure(PAGE, 1.5 * len(models) + 0.8)
     panels = figure.subplots(len(models), len(sizes), sharex=True, sharey=True, squeeze=False)
-    rows: list[list[str]] = []
+    rows = [
+        row
+        for student, method in grid.models
+        for size in sizes
+        for row in _position_rows(student, method, size, by_position(grid.cell(student, method, size)))
+    ]
     for (student, methods_shown), row in zip(models, panels, strict=True):
         for size, axes in zip(sizes, row, strict=True):
             axes.axhline(50, color="#555555", linewidth=0.7, linestyle=(0, (4, 3)))
             for m, method in enumerate(methods_shown):
                 shift = 0.12 * (m - (len(methods_shown) - 1) / 2)
-                rows += _position_line(axes, student, method, size, counts[student, method, size], shift)
+                _position_line(axes, method, size, counts[student, method, size], shift)
         row[0].set_ylabel(f"{name_of(grid, student)}\naccuracy (%)")
     for size, axes in zip(sizes, panels[0], strict=True):
         axes.set_title(f"{size} images", loc="left", fontweight="bold")
@@ -233,23 +238,30 @@ def needle_position(grid: Grid) -> Drawing | None:
         "needle_position",
         "Accuracy by needle position",
         "Accuracy by the needle's place in the haystack (first to last fifth), with 95 % intervals; dashed: chance. A level line knows"
-        f' no place; a dip in the middle is "lost in the middle". {grid.questions_note()}',
+        f' no place; a dip in the middle is "lost in the middle". Every model stands in the CSV file. {grid.questions_note()}',
         figure,
         [["student", "method", "images", "fifth", "answers", "accuracy", "low", "high"], *rows],
     )
 
 
-def _position_line(
-    axes: Any, student: str, method: str, size: int, bins: Sequence[np.ndarray], shift: float
-) -> list[list[str]]:
-    look, rows, points = METHOD_LOOKS[method], [], []
+def _position_rows(student: str, method: str, size: int, bins: Sequence[np.ndarray]) -> list[list[str]]:
+    """CSV rows of one model at one size: accuracy and interval of every fifth that was asked."""
+    rows = []
+    for place, right in enumerate(bins):
+        if right.size:
+            (low, high), _ = interval_of(right)
+            values = [f"{v:.6f}" for v in (right.mean(), low, high)]
+            rows.append([student, method, str(size), str(place + 1), str(right.size), *values])
+    return rows
+
+
+def _position_line(axes: Any, method: str, size: int, bins: Sequence[np.ndarray], shift: float) -> None:
+    look, points = METHOD_LOOKS[method], []
     for place, right in enumerate(bins):
         if not right.size:
             continue
         (low, high), _ = interval_of(right)
         share = float(right.mean())
-        values = [f"{v:.6f}" for v in (share, low, high)]
-        rows.append([student, method, str(size), str(place + 1), str(right.size), *values])
         points.append((place + shift, 100 * share, 100 * (share - low), 100 * (high - share)))
         (spot,) = axes.plot([place + shift], [100 * share], "o", markersize=9, alpha=0, zorder=4)
         what = f"{METHOD_NAMES[method]}, {size} images, fifth {place + 1}"
@@ -259,7 +271,6 @@ def _position_line(
         xs, ys, [below, above], color=look.color, marker=look.marker, linestyle=look.dash, linewidth=1,
         elinewidth=0.6, label=METHOD_NAMES[method],
     )  # fmt: skip
-    return rows
 
 
 def by_position(cell: dict[str, Any], bins: int = BINS) -> list[np.ndarray]:

@@ -89,20 +89,15 @@ def plain(table: Table) -> str:
     return "\n".join(lines) + "\n"
 
 
-def rich_table(table: Table) -> Any:
-    """The same as a rich renderable; rich is imported only here."""
+def rich_table(table: Table, width: int) -> Any:
+    """The same as a rich renderable `width` characters wide; rich is imported only here.
+
+    A table that is wider stands below itself in parts, each with the names, so that no number is cut.
+    """
     from rich.console import Group
-    from rich.table import Table as RichTable
     from rich.text import Text
 
-    out = RichTable(title=table.title, title_justify="left", title_style="bold", header_style="bold")
-    for i, name in enumerate(table.header):
-        out.add_column(name, justify="left" if i < table.names else "right", no_wrap=i >= table.names)
-    styles = {BEST: "bold green", SECOND: "underline"}
-    for i, row in enumerate(table.rows):
-        out.add_row(*(Text(e.text + e.stars, style=styles.get(e.mark, "")) for e in row))
-        if i + 1 in table.breaks:
-            out.add_section()
+    parts = [_rich_part(table, columns, i == 0) for i, columns in enumerate(column_parts(table, width))]
     notes = [Text(note, style="dim") for note in table.notes]
     if any(e.mark for row in table.rows for e in row):
         notes.append(
@@ -110,4 +105,39 @@ def rich_table(table: Table) -> Any:
                 ("bold green", "bold green"), " best, ", ("underlined", "underline"), " second best"
             )
         )
-    return Group(out, *notes, Text(""))
+    return Group(*parts, *notes, Text(""))
+
+
+def column_parts(table: Table, width: int) -> list[list[int]]:
+    """Columns of the parts that a frame of `width` characters holds; every part begins with the names."""
+    # A frame adds three characters a column, and one.
+    widths = [
+        3 + max(len(row[i].text + row[i].stars) for row in [[Entry(h) for h in table.header], *table.rows])
+        for i in range(len(table.header))
+    ]
+    names = list(range(table.names))
+    parts: list[list[int]] = [[]]
+    for i in range(table.names, len(widths)):
+        if parts[-1] and 1 + sum(widths[j] for j in [*names, *parts[-1], i]) > width:
+            parts.append([])
+        parts[-1].append(i)
+    return [names + part for part in parts]
+
+
+def _rich_part(table: Table, columns: list[int], titled: bool) -> Any:
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    title = table.title if titled else None
+    out = RichTable(title=title, title_justify="left", title_style="bold", header_style="bold")
+    for i in columns:
+        # Where even one column does not fit beside the names, they give way.
+        out.add_column(
+            table.header[i], justify="left" if i < table.names else "right", no_wrap=i >= table.names
+        )
+    styles = {BEST: "bold green", SECOND: "underline"}
+    for i, row in enumerate(table.rows):
+        out.add_row(*(Text(row[c].text + row[c].stars, style=styles.get(row[c].mark, "")) for c in columns))
+        if i + 1 in table.breaks:
+            out.add_section()
+    return out

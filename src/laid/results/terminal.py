@@ -17,7 +17,7 @@ def show(tables: Sequence[Table], footnote: str | None = None) -> None:
 
         console = Console()
         for table in tables:
-            console.print(rich_table(table))
+            console.print(rich_table(table, console.width))
         if footnote:
             console.print(footnote, highlight=False, markup=False)
         return
