@@ -18,7 +18,7 @@ def refusal(estimator: Estimator, job: Job) -> str:
     sizes = f" at {_sizes(job)} images" if job.sizes else ""
     found = ways_out(estimator, job)
     advice = f"would fit: {'; or '.join(found)}" if found else "no single change makes it fit"
-    where = f"on one {job.gpu.name}" if job.gpu else f"(resources.{job.rule}.mem_mb)"
+    where = f"on a {job.gpu.name}" if job.gpu else f"(resources.{job.rule}.mem_mb)"
     return (
         f"{job.rule} {job.label}{sizes}: needs {job.need.bytes / GIB:.1f} GiB, has {job.has / GIB:.1f} GiB {where};"
         f" {advice}"
@@ -31,9 +31,8 @@ def ways_out(estimator: Estimator, job: Job) -> list[str]:
     for text, change in _candidates(estimator, job):
         if len(found) == ENOUGH:
             return found
-        need = need_of(
-            estimator.under(merge(estimator.config, change)), job.rule, job.student, job.method, job.sizes
-        )
+        other = estimator.under(merge(estimator.config, change))
+        need = need_of(other, job.gpu or GPUS["A800-80GB"], job.rule, job.student, job.method, job.sizes)
         if need.bytes + job.need.memory["process"] <= job.has:
             found.append(text)
     if job.gpu is None:
@@ -51,11 +50,13 @@ def _candidates(estimator: Estimator, job: Job) -> Iterator[tuple[str, dict[str,
                 yield f"evaluation.feature_cache_gb: {gb}", {"evaluation": {"feature_cache_gb": gb}}
                 break
     if job.rule in ("evaluate", "teacher_cache"):
+        if job.gpu and job.reserved < 2:
+            yield f"resources.{job.rule}.gpu: 2", {"resources": {job.rule: {"gpu": 2}}}
         for tokens in (8192, 4096):
             if tokens < e["batch_tokens"] and job.need.longest < e["batch_tokens"]:
                 yield f"evaluation.batch_tokens: {tokens}", {"evaluation": {"batch_tokens": tokens}}
     if job.rule == "evaluate":
-        for tokens in (8192, 4096, 2048, 1024):
+        for tokens in (8192, 4096, 2048):
             if tokens < (e["chunk_tokens"] or job.need.longest):
                 yield f"evaluation.chunk_tokens: {tokens}", {"evaluation": {"chunk_tokens": tokens}}
     if job.rule == "train":

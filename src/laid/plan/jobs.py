@@ -7,10 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from laid.distill.losses import objective_of
+from laid.methods.decoder import geometry
 from laid.plan.estimate import Estimator, Need
 from laid.plan.gpus import GIB, Gpu
 from laid.results.tables import needed
 
+SPREAD = (
+    0.5  # of a GPU's memory: models with more weights are laid over all GPUs of their job, layer after layer
+)
 PROCESS = int(0.45 * GIB)  # Python and its libraries, where a job's memory is the machine's
 
 
@@ -27,7 +31,7 @@ class Job:
     need: Need
     gpu: Gpu | None
     has: int  # bytes on one device
-    reserved: int  # devices that the configuration reserves for it
+    reserved: int  # devices that the configuration asks for
 
     @property
     def fits(self) -> bool:
@@ -69,25 +73,34 @@ def jobs_of(estimator: Estimator, gpu: Gpu) -> Iterator[Job]:
             yield _job(estimator, gpu, "evaluate", student, method, part, 1)
 
 
-def need_of(estimator: Estimator, rule: str, student: str, method: str, sizes: tuple[int, ...]) -> Need:
+def need_of(
+    estimator: Estimator, gpu: Gpu, rule: str, student: str, method: str, sizes: tuple[int, ...]
+) -> Need:
     """What a job of that rule needs, under the estimator's configuration."""
-    if rule == "teacher_cache":
-        return estimator.teacher_cache(method)
     if rule == "train":
         return estimator.train(student, method)
-    if rule == "evaluate":
+    if rule == "pretrain":
+        return estimator.pretrain(student)
+    if rule == "teacher_cache":
+        need = estimator.teacher_cache(method)
+    else:
         need = estimator.evaluate(student, method, sizes)
         # A cell of a trained method answers with one model per seed, one after the other.
         runs = estimator.config["seeds"] if "lambda_sft" in estimator.config["methods"][method] else 1
         need.flops, need.tokens, need.disk = need.flops * runs, need.tokens * runs, need.disk * runs
-        return need
-    return estimator.pretrain(student)
+    gpus = estimator.config["resources"][rule]["gpu"]
+    if gpus > 1 and need.memory["weights"] > SPREAD * gpu.gib * GIB:
+        # Layers, and their keys and values, lie on one GPU or another and work in turn; a layer may be one too many.
+        depth = geometry(estimator.members[student].config).layers
+        for part in ("weights", "cache"):
+            need.memory[part] = int(need.memory[part] * (1 / gpus + 1 / depth))
+    return need
 
 
 def _job(
     estimator: Estimator, gpu: Gpu, rule: str, student: str, method: str, sizes: tuple[int, ...], count: int
 ) -> Job:
-    need = need_of(estimator, rule, student, method, sizes)
+    need = need_of(estimator, gpu, rule, student, method, sizes)
     asked = estimator.config["resources"][rule]
     on_gpu = asked["gpu"] > 0
     if not on_gpu:

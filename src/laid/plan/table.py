@@ -73,7 +73,7 @@ def job_table(jobs: Sequence[Job], gpu: Gpu, utilisation: float, estimator: Esti
     notes = [
         "Per job; memory by part in GiB, at the worst moment of one device.",
         f"Of a {gpu.name}'s {gpu.gib:g} GiB {USABLE:.0%} may be used.",
-        f"Hours on {gpu.name} at {utilisation:.0%} of its peak; GPU-hours of all jobs of the row, reserved GPUs counted.",
+        f"Hours on {gpu.name} at {utilisation:.0%} of its peak; GPU-hours of all jobs of the row, GPUs that wait for one another counted.",
         "FLOP: matrix products and attention, causal attention at half.",
         f"Tokens: {estimator.lengths.visual:g} visual ones an image; longest prompt: three standard deviations above.",
         f"Shapes: {sources}.",
