@@ -179,9 +179,8 @@ class Estimator:
         if need.devices > 1 and settings.get("parallel", "ddp") != "ddp":
             self._shard(need, member)
         written = need.trained if m["lora"] else member.parameters
-        kept = (
-            3 * need.trained if settings["checkpoint_minutes"] else 0
-        )  # weights and the optimiser's two moments
+        # Weights and the optimiser's two moments.
+        kept = 3 * need.trained if settings["checkpoint_minutes"] else 0
         need.disk = written * _size(settings["dtype"]) + kept * 4
         return need
 
@@ -267,9 +266,8 @@ class Estimator:
         seen = parameters(tower(member.model))
         rest = member.parameters - seen - layer * len(text.layers)
         if size < 4:
-            need.memory["weights"] -= (
-                need.trained * size
-            )  # the copies a pass computes with are made layer by layer
+            # The copies that a pass computes with are made layer by layer.
+            need.memory["weights"] -= need.trained * size
         whole = seen * size
         need.memory["weights"] = int(whole + (need.memory["weights"] - whole) / need.devices)
         need.memory["weights"] += (rest + 2 * layer) * size

@@ -8,13 +8,11 @@ from typing import Any
 
 from laid.distill.losses import objective_of
 from laid.methods.decoder import geometry
+from laid.models.loading import SPREAD
 from laid.plan.estimate import Estimator, Need
 from laid.plan.gpus import GIB, Gpu
 from laid.results.tables import needed
 
-SPREAD = (
-    0.5  # of a GPU's memory: models with more weights are laid over all GPUs of their job, layer after layer
-)
 PROCESS = int(0.45 * GIB)  # Python and its libraries, where a job's memory is the machine's
 
 
