@@ -96,12 +96,26 @@ def test_words_follow_from_the_numbers():
     text = beyond.report({"s": record(5, RATES)}, {}, "t", ["s"], 20)
     assert "s: in base distance costs more, 35.0 [" in text
     assert (
-        "LAid: takes back 45.0 [" in text
-        and "of 45.0 points lost to distance; no clear change in dilution (0.0 [" in text
+        "LAid: wins back 45.0 [" in text
+        and "of the 45.0 points lost to distance; no clear change under dilution (0.0 [0.0, 0.0])." in text
     )
     other = {"base": {**RATES["base"], "stretched": RATES["base"]["packed"]}, "laid": RATES["base"]}
     text = beyond.report({"s": record(5, other)}, {}, "t", ["s"], 20)
-    assert "neither cause costs clearly more" in text and "adds 35.0 [" in text
+    assert "neither cause costs clearly more" in text
+    assert "LAid: loses 35.0 [" in text and "points more to distance; no clear change under dilution" in text
+
+
+def test_a_model_that_is_worse_everywhere_wins_nothing_back():
+    """Little is lost from few to many images where little was known at few: no cure, and the price is told."""
+    flat = {condition: {5: 0.6, 50: 0.6, 100: 0.5} for condition in beyond.CONDITIONS}
+    text = beyond.report({"s": record(5, {"base": RATES["base"], "laid": flat})}, {}, "t", ["s"], 20)
+    assert "LAid: no clear change under distance (0.0 [" in text and "wins back" not in text
+    assert (
+        "loses 35.0 [" in text
+        and "points more to dilution; it costs 40.0 [" in text
+        and "points at 5 images." in text
+    )
+    assert "| s | LAid | 60.0 [" in text and "| s | base | 100.0 [100.0, 100.0] | 55.0 [" in text
 
 
 def test_verbs_from_models_to_words(family, haystacks, coco_root, micro_file, tmp_path, capsys):

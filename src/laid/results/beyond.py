@@ -52,26 +52,29 @@ def right(record: Mapping[str, Any], method: str, condition: str, size: int) -> 
     return np.array(record["methods"][method][condition][str(size)]["right"], dtype=float)
 
 
-def losses(
-    record: Mapping[str, Any], method: str, condition: str, long: Sequence[int]
+def level(
+    record: Mapping[str, Any], method: str, condition: str, sizes: Sequence[int]
 ) -> tuple[float, np.ndarray]:
-    """(points lost, bootstrap draws of it): accuracy at few images minus the mean over the `long` sizes.
+    """(accuracy in %, bootstrap draws of it), mean over `sizes`.
 
     Questions are drawn per file, the same for every method and condition with the same file, so that draws are paired.
     """
-    few = record["few"]
-    here = [
-        right(record, method, "ordinary", few),
-        *(right(record, method, condition, size) for size in long),
-    ]
-    files = [few, *([few] * len(long) if condition == "stretched" else long)]
-    drawn = []
-    for size, answers in zip(files, here, strict=True):
-        n = len(answers)
-        weights = np.random.default_rng([0, size, n]).multinomial(n, np.full(n, 1 / n), size=RESAMPLES) / n
+    values, drawn = [], []
+    for size in sizes:
+        answers = right(record, method, condition, size)
+        n, file = len(answers), record["few"] if condition == "stretched" else size
+        weights = np.random.default_rng([0, file, n]).multinomial(n, np.full(n, 1 / n), size=RESAMPLES) / n
+        values.append(answers.mean())
         drawn.append(weights @ answers)
-    value = here[0].mean() - np.mean([answers.mean() for answers in here[1:]])
-    return 100 * float(value), 100 * (drawn[0] - np.mean(drawn[1:], axis=0))
+    return 100 * float(np.mean(values)), 100 * np.mean(drawn, axis=0)
+
+
+def losses(
+    record: Mapping[str, Any], method: str, condition: str, long: Sequence[int]
+) -> tuple[float, np.ndarray]:
+    """(points lost, bootstrap draws of it): accuracy at few images minus the mean over the `long` sizes."""
+    before, after = level(record, method, "ordinary", [record["few"]]), level(record, method, condition, long)
+    return before[0] - after[0], before[1] - after[1]
 
 
 def long_sizes(record: Mapping[str, Any], short_max: int) -> list[int]:
@@ -247,19 +250,21 @@ def _why(
         "Adding images does two things at once: the needle lies farther away in positions, and its key competes with more"
         f" keys. Both are taken apart at evaluation. *Distance*: {few} images with random gaps between them, so that they span"
         f" the positions of n images. *Dilution*: n images at the positions of {few}, several sharing theirs, so that nothing"
-        f" is farther away than with {few}. The loss is the accuracy at {few} ordinary images minus the mean over n ="
-        f" {listed}, in points, with its 95 % bootstrap interval over {n} questions a size (paired between methods)."
+        f" is farther away than with {few}. Accuracy in %, mean over n = {listed}, with its 95 % bootstrap interval over {n}"
+        f" questions a size. Half of the answers are yes: 50 is chance, and nobody can lose more."
     )
     lines = [
         about,
         "",
-        "| Model | Method | Both | Distance alone | Dilution alone |",
-        "|---|---|--:|--:|--:|",
+        f"| Model | Method | {few} images | n images | Distance alone | Dilution alone |",
+        "|---|---|--:|--:|--:|--:|",
     ]
     for student in [*([teacher] if teacher in records else []), *shown]:
         record = records[student]
         for method in record["methods"]:
-            entries = [_interval(*losses(record, method, condition, long)) for condition in CONDITIONS]
+            levels = [level(record, method, "ordinary", [few])]
+            levels += [level(record, method, condition, long) for condition in CONDITIONS]
+            entries = [_interval(*found) for found in levels]
             lines.append(f"| {student} | {METHOD_NAMES[method]} | {' | '.join(entries)} |")
     lines.append("")
     for student in shown:
@@ -273,7 +278,7 @@ def _interval(value: float, draws: np.ndarray) -> str:
 
 
 def _verdict(student: str, record: Mapping[str, Any], long: Sequence[int]) -> str:
-    """One paragraph: the larger cause in base, and for each method whether it takes away from either loss."""
+    """One paragraph: the larger cause in base, and for each method what accuracy it wins back under either."""
     base = {condition: losses(record, "base", condition, long) for condition in ("stretched", "packed")}
     names = {"stretched": "distance", "packed": "dilution"}
     gap, draws = (base["stretched"][i] - base["packed"][i] for i in (0, 1))
@@ -287,17 +292,27 @@ def _verdict(student: str, record: Mapping[str, Any], long: Sequence[int]) -> st
             continue
         parts = []
         for condition, name in names.items():
-            value, drawn = losses(record, method, condition, long)
-            saved, spread = base[condition][0] - value, base[condition][1] - drawn
+            own, before = (level(record, m, condition, long) for m in (method, "base"))
+            won, spread = own[0] - before[0], own[1] - before[1]
             if not _clear(spread):
-                parts.append(f"no clear change in {name} ({_interval(saved, spread)})")
-            elif saved > 0:
-                whole = f" of {base[condition][0]:.1f}"
-                parts.append(f"takes back {_interval(saved, spread)}{whole} points lost to {name}")
+                parts.append(f"no clear change under {name} ({_interval(won, spread)})")
+            elif won > 0:
+                whole = f" of the {base[condition][0]:.1f}"
+                parts.append(f"wins back {_interval(won, spread)}{whole} points lost to {name}")
             else:
-                parts.append(f"adds {_interval(-saved, -spread)} points to what {name} costs")
-        text += f" {METHOD_NAMES[method]}: {'; '.join(parts)}."
+                parts.append(f"loses {_interval(-won, -spread)} points more to {name}")
+        text += f" {METHOD_NAMES[method]}: {'; '.join(parts)}{_price(record, method)}."
     return text
+
+
+def _price(record: Mapping[str, Any], method: str) -> str:
+    """What a method costs or gains at few ordinary images, where that is clear."""
+    own, before = (level(record, m, "ordinary", [record["few"]]) for m in (method, "base"))
+    change, spread = own[0] - before[0], own[1] - before[1]
+    if not _clear(spread):
+        return ""
+    verb, sign = ("gains", 1) if change > 0 else ("costs", -1)
+    return f"; it {verb} {_interval(sign * change, sign * spread)} points at {record['few']} images"
 
 
 def _clear(draws: np.ndarray) -> bool:
