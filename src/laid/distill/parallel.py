@@ -3,7 +3,6 @@
 Alone       one process; every method does just what its name says.
 Replicated  every process holds the whole student ("ddp").
 Sharded     weights, gradients and optimiser state lie in pieces over the processes ("fsdp2": torch's fully_shard).
-ZeRO3       the same by DeepSpeed (laid.distill.zero).
 
 A step has the same samples in the same forward passes whatever the number of processes: the batch is cut into pieces
 of training.per_device_batch, and process r of n takes the pieces r, r + n, r + 2n ... Every piece's loss counts by its
@@ -40,7 +39,7 @@ def join(strategy: str, device: str = "cpu", dtype: torch.dtype = torch.float32)
     """This process's place in the run: alone, unless a launcher says otherwise.
 
     strategy: training.parallel. device: cpu or cuda; process r takes the r-th GPU of its machine. Raises LaidError
-    where there are more processes than GPUs, or DeepSpeed is asked for and not installed.
+    where there are more processes than GPUs.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
@@ -54,10 +53,7 @@ def join(strategy: str, device: str = "cpu", dtype: torch.dtype = torch.float32)
             )
         device = f"cuda:{local}"
         torch.cuda.set_device(device)
-    if strategy == "deepspeed":
-        from laid.distill.zero import ZeRO3 as kind
-    else:
-        kind = {"ddp": Replicated, "fsdp2": Sharded}[strategy]
+    kind = {"ddp": Replicated, "fsdp2": Sharded}[strategy]
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
         dist.init_process_group(backend, timeout=PATIENCE)
@@ -70,10 +66,10 @@ class Alone:
     rank, world, main: this process's number, how many there are, whether it is the one that writes. device: where it
     computes. load_device: where its student is loaded to. dtype: of the student's passes; trained weights are kept in
     float32 all the same, because a step of 1e-5 is lost in a bfloat16 weight.
-    images_in_step: features cannot be computed outside a step. sharded: no process holds the whole student.
+    sharded: no process holds the whole student.
     """
 
-    images_in_step = sharded = False
+    sharded = False
 
     def __init__(self, device: str = "cpu", dtype: torch.dtype = torch.float32):
         self.device, self.load_device, self.dtype = device, device, dtype

@@ -119,7 +119,7 @@ class Trainer:
         self, coco_root: str | Path, questions: str | Path, features_folder: str | Path | None
     ) -> None:
         evaluation = self.config["evaluation"]
-        self.images_in_step = self.settings["train_vision"] or self.parallel.images_in_step
+        self.images_in_step = self.settings["train_vision"]
         self.features = ImageFeatures(
             self.model,
             self.processor,
