@@ -59,7 +59,9 @@ def test_several_seeds_get_a_bootstrap_wider_than_questions_alone():
     rng = np.random.default_rng(0)
     right = np.stack([rng.random(300) < p for p in (0.5, 0.7, 0.9)]).astype(int)
     cell = synthetic.cell("7B", "sft", 5, right)
-    assert cell["interval_method"] == "cluster bootstrap 95%" and cell["seeds"] == [0, 1, 2]
+    assert cell["interval_method"] == "bootstrap over questions, Student's t over seeds, 95%" and cell[
+        "seeds"
+    ] == [0, 1, 2]
     low, high = cell["interval"]
     # The seeds are .2 apart; the questions alone would give a width of about 0.06.
     assert low < cell["accuracy"] < high and high - low > 0.2
@@ -186,3 +188,12 @@ def test_any_answers_make_a_consistent_cell(right):
     assert cell["accuracy"] == pytest.approx(np.mean(right))
     assert 0 <= cell["interval"][0] <= cell["accuracy"] + 1e-9
     assert cell["accuracy"] <= cell["interval"][1] + 1e-9 <= 1 + 1e-9
+
+
+def test_an_interval_of_an_earlier_kind_is_made_again_from_the_answers(tmp_path):
+    right = np.array([[1, 1, 0, 1, 0, 1], [1, 0, 0, 1, 0, 1], [1, 1, 1, 1, 0, 1]])
+    cell = synthetic.cell("7B", "laid", 5, right)
+    old = {**cell, "interval": [0.6, 0.75], "interval_method": "cluster bootstrap 95%"}
+    old["digest"] = cells._digest(old)
+    cells.write_cell(tmp_path / "7B/laid/5.json", old)
+    assert cells.load_cells(tmp_path)["7B", "laid", 5]["interval"] == cell["interval"] != [0.6, 0.75]

@@ -100,6 +100,7 @@ def test_the_readme_names_command_commit_and_machine(root, tmp_path, monkeypatch
     spec.loader.exec_module(tool)
     (tmp_path / "README.md").write_text((ROOT / "README.md").read_text())
     monkeypatch.setattr(tool, "ROOT", tmp_path)
+    (root / "figures/distance_schedule.png").touch()  # drawn where the configuration has a distance schedule
     assert tool.main(root) == 0
     text = (tmp_path / "README.md").read_text()
     made = "Made by `snakemake --cores all --config seeds=3` at commit `000000000000`, on 2 cores of Test, 8 GiB, no GPU;"

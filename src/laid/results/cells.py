@@ -37,6 +37,7 @@ _KEYS = {
     *_STRINGS,
     *_NUMBERS,
 }
+ONE_SEED, SEVERAL_SEEDS = "wilson 95%", "bootstrap over questions, Student's t over seeds, 95%"
 _TINY = 1e-6
 
 Cells = dict[tuple[str, str, int], dict[str, Any]]
@@ -133,6 +134,9 @@ def load_cells(folder: str | Path) -> Cells:
         if not path.stem.isdigit() or any(part.startswith(".") for part in path.relative_to(root).parts):
             continue
         cell = read_cell(path)
+        if cell["interval_method"] not in (ONE_SEED, SEVERAL_SEEDS):
+            # Answers are what was measured; an interval of an earlier kind is no reason to measure again.
+            cell["interval"], cell["interval_method"] = interval_of(right_answers(cell))
         asked = sorted({(str(a["id"]), a["label"]) for a in cell["answers"]})
         for what, key, value in (("scale", "scale", cell["scale"]), ("questions", cell["size"], asked)):
             known_path, known = first.setdefault(key, (path, value))
@@ -241,11 +245,11 @@ def interval_of(right: np.ndarray) -> tuple[list[float], str]:
     # Resampling can say nothing where all answers are right, or all wrong; Wilson's interval over the questions can.
     if seeds == 1 or right.min() == right.max():
         low, high = stats.wilson(int(right[0].sum()), questions)
-        return [round(low, 9), round(high, 9)], "wilson 95%"
+        return [round(low, 9), round(high, 9)], ONE_SEED
     low, high = stats.cluster_bootstrap(right)
     # The percentile interval of very few seeds can miss the mean by a hair; the interval always holds it.
     mean = float(right.mean())
-    return [round(min(low, mean), 9), round(max(high, mean), 9)], "cluster bootstrap 95%"
+    return [round(min(low, mean), 9), round(max(high, mean), 9)], SEVERAL_SEEDS
 
 
 def _id_order(question: int | str) -> tuple[bool, int, str]:
