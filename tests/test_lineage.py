@@ -9,7 +9,7 @@ import yaml
 
 from laid import config, provenance
 from laid.cli import main
-from laid.commands.verify import _differences
+from laid.commands.verify import differences
 from laid.data.questions import Question, haystack_file, write_questions
 from laid.io import read_json, write_json
 from laid.lineage import Lineage, changed_settings
@@ -247,10 +247,10 @@ def test_changed_settings_name_the_key():
     assert list(changed_settings(old, json.loads(json.dumps(old)))) == []
 
 
-def test_differences_of_a_rebuilt_cell():
+def testdifferences_of_a_rebuilt_cell():
     old = {"answers": [1, 2, 3], "provenance": {"code": {"commit": "a"}}, "accuracy": 0.5}
     new = {"answers": [1, 5, 3], "provenance": {"code": {"commit": "b"}}, "accuracy": 0.25}
-    assert list(_differences(old, new)) == [
+    assert list(differences(old, new)) == [
         "accuracy was 0.5, is 0.25 rebuilt", "1 of 3 answers differ", "provenance.code.commit was 'a', is 'b' rebuilt",
     ]  # fmt: skip
 

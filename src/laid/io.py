@@ -39,8 +39,10 @@ def atomic_path(target: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
-def alone(target: str | Path) -> Iterator[None]:
+def alone(target: str | Path) -> Iterator[bool]:
     """Hold the right to make `target`; wait, and say so, while another process on this file system holds it.
+
+    Yields whether it waited: `target` may then be there already.
 
     A job that a cluster believes dead, or that a killed workflow left behind, may still be writing. The lock is a
     hidden file beside `target`; it is freed when its process ends, however it ends.
@@ -50,14 +52,16 @@ def alone(target: str | Path) -> Iterator[None]:
     with open(target.parent / f".{target.name}.lock", "a+") as handle:
         try:
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            waited = False
         except BlockingIOError:
+            waited = True
             print(
                 f"{target}: another process is making it; waiting for that one to end",
                 file=sys.stderr,
                 flush=True,
             )
             fcntl.lockf(handle, fcntl.LOCK_EX)
-        yield
+        yield waited
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -1,5 +1,6 @@
 """Real Snakemake processes on a folder of their own, so that tests never meet a run of the user's."""
 
+import copy
 import os
 import shutil
 import subprocess
@@ -29,6 +30,13 @@ class Workdir:
             shutil.copy(TOP / name, self.path)
         (self.path / "micro.yaml").write_text(MICRO)
         self.root = self.path / "results/micro"
+
+    def copy(self, path):
+        """The same files, times and all, in another folder."""
+        shutil.copytree(self.path, path, symlinks=True, ignore=shutil.ignore_patterns("locks"))
+        other = copy.copy(self)
+        other.path, other.root = path, path / "results/micro"
+        return other
 
     def start(self, *words, overlay="micro.yaml", env=None, output=subprocess.PIPE):
         """Start `snakemake ...` here; its output, errors and all, goes to a pipe or to the file `output`."""

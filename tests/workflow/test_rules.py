@@ -64,6 +64,11 @@ def test_one_job_per_cell_for_large_models(workdir):
     jobs = workdir.planned("--configfile", "micro.yaml", "cell.yaml", overlay=None)
     config = yaml.safe_load((TOP / "config.yaml").read_text())
     assert jobs["evaluate"] == 2 * expected_jobs(config)["evaluate"]  # two sizes
+    cell = "results/micro/cells/small/base/5"
+    overlays = ["--configfile", "micro.yaml", "cell.yaml"]
+    plan = workdir.snakemake("--dry-run", "--printshellcmds", f"{cell}.json", *overlays, overlay=None)
+    # A cost file each: jobs of one folder do not write over each other's.
+    assert f"output: {cell}.json, {cell}.cost.json" in plan and " --cost 5.cost.json " in plan
 
 
 def test_pope_asks_teacher_and_students_before_and_after(workdir):

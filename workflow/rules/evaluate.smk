@@ -52,6 +52,7 @@ else:
             questions=f"{ROOT}/haystacks/test/visual_haystack_{{size}}.json",
         output:
             f"{ROOT}/cells/{{student}}/{{method}}/{{size}}.json",
+            f"{ROOT}/cells/{{student}}/{{method}}/{{size}}.cost.json",
         log:
             f"{ROOT}/logs/evaluate/{{student}}-{{method}}-{{size}}.log",
         conda:
@@ -71,4 +72,4 @@ else:
         shell:
             "laid evaluate --config $CONFIG --student-name {wildcards.student} --method {wildcards.method}"
             " --model {params.model} --runs {input.runs} --coco {params.coco} --questions {params.questions}"
-            " --sizes {wildcards.size} --out {params.out} --threads {resources.cpus_per_task} 2>&1 | tee {log}"
+            " --sizes {wildcards.size} --out {params.out} --cost {wildcards.size}.cost.json --threads {resources.cpus_per_task} 2>&1 | tee {log}"

@@ -20,7 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sizes", type=count, nargs="+", default=[], help="haystack sizes, in images; one file says its own"
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder for <size>.json cells and cost.json")
+    parser.add_argument("--out", type=Path, required=True, help="folder for <size>.json cells and the cost")
+    parser.add_argument("--cost", default="cost.json", help="name of the file in --out for time and memory")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -33,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     deterministic(args.threads)
     cells = evaluate_cells(
         settings, args.student_name, args.method, args.model, args.runs, args.coco, args.questions, args.sizes,
-        args.out, pick_device(args.device), args.features,
+        args.out, pick_device(args.device), args.features, args.cost,
     )  # fmt: skip
     for cell in cells:
         low, high = (100 * bound for bound in cell["interval"])

@@ -60,11 +60,16 @@ def run(args: argparse.Namespace) -> int:
     deterministic(max(1, args.threads // max(1, args.processes)))
     parallel = join(training["parallel"], pick_device(args.device), getattr(torch, training["dtype"]))
     try:
-        with alone(args.out) if parallel.main else nullcontext():
-            record = Trainer(
+        with alone(args.out) if parallel.main else nullcontext() as waited:
+            trainer = Trainer(
                 settings, args.method, args.seed, args.student_name, args.student, args.teacher_cache, args.coco,
                 args.questions, args.out, features_folder=args.features, parallel=parallel,
-            ).train()  # fmt: skip
+            )  # fmt: skip
+            # Whoever was waited for may have made this very run: a cluster's job whose Snakemake was killed, for one.
+            record = parallel.agree(lambda: trainer.made() if waited else None)
+            if record and parallel.main:
+                print(f"{args.out}: was made meanwhile, from the same inputs; nothing left to do")
+            record = record or trainer.train()
     except LaidError:
         if not parallel.main:
             time.sleep(2)  # what stops all processes is the main one's to say

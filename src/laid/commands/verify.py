@@ -19,6 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rebuild", type=Path, metavar="CELL", help="build one cell anew in a temporary folder"
     )
+    parser.add_argument(
+        "--device", default="auto", help="of --rebuild: cpu, cuda ...; auto takes a GPU if any"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -27,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
 
     lineage = Lineage(config.load(args.config))
     if args.rebuild:
-        return rebuild(lineage, locate(lineage, args.rebuild))
+        return rebuild(lineage, locate(lineage, args.rebuild), args.device)
     steps = [locate(lineage, path) for path in args.cells] or list(all_cells(lineage))
     found = {step: judge(lineage, step) for step in steps}
     for (state, reasons), group in grouped(found):
@@ -108,11 +111,14 @@ def name_of(steps: list[Step]) -> str:
     return str(folder / (f"{{{','.join(sizes)}}}.json" if len(sizes) > 1 else f"{sizes[0]}.json"))
 
 
-def rebuild(lineage: Lineage, step: Step) -> int:
-    """Build one cell from its inputs alone in a temporary folder and compare bytes with the one that is there."""
+def rebuild(lineage: Lineage, step: Step, device: str = "auto") -> int:
+    """Build one cell from its inputs alone in a temporary folder and compare bytes with the one that is there.
+
+    Raises LaidError for a cell that is not there or whose record is broken, and for inputs that are missing.
+    """
     import tempfile
 
-    from laid.commands.shared import deterministic
+    from laid.commands.shared import deterministic, pick_device
     from laid.errors import LaidError
     from laid.evaluation.evaluate import evaluate_cells
     from laid.io import read_json
@@ -123,34 +129,34 @@ def rebuild(lineage: Lineage, step: Step) -> int:
     runs = [lineage.inputs_of(step, name)[0].parent for name in sorted(names, key=lambda n: int(n[8:]))]
     model, _ = lineage.inputs_of(step, "model")
     questions, _ = lineage.inputs_of(step, "questions")
-    deterministic(1)
+    deterministic(lineage.config["resources"]["evaluate"]["threads"])
     with tempfile.TemporaryDirectory(prefix="laid-verify-") as folder:
         out = Path(folder) / wildcards["student"] / wildcards["method"]
         evaluate_cells(
             lineage.config, wildcards["student"], wildcards["method"], str(model).removeprefix("hub:"), runs,
-            lineage.coco, questions.parent, [wildcards["size"]], out,
+            lineage.coco, questions.parent, [wildcards["size"]], out, pick_device(device),
         )  # fmt: skip
         anew = out / step.record.name
         if anew.read_bytes() == step.record.read_bytes():
             print(f"{step.record}: rebuilt, identical byte for byte")
             return 0
-        differences = list(_differences(read_json(step.record), read_json(anew)))
-    if not differences:
+        lines = list(differences(read_json(step.record), read_json(anew)))
+    if not lines:
         raise LaidError(f"{step.record}: the same content, but not as laid writes it: edited by hand?")
-    for line in differences:
+    for line in lines:
         print(f"{step.record}: {line}")
-    same = all(line.startswith(("provenance.code", "provenance.libraries", "digest")) for line in differences)
+    same = all(line.startswith(("provenance.code", "provenance.libraries", "digest")) for line in lines)
     print(
         f"{step.record}: " + ("the same answers, made by other software" if same else "NOT the same result")
     )
     return 0 if same else 1
 
 
-def _differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
+def differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
     """One line per value that differs; lists of answers are summed up."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in sorted(old.keys() | new.keys()):
-            yield from _differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+            yield from differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
     elif path == "answers" and isinstance(old, list) and isinstance(new, list):
         other = sum(a != b for a, b in zip(old, new, strict=False)) + abs(len(old) - len(new))
         if other:

@@ -26,7 +26,7 @@ from laid.distill.schedule import learning_rate_factor, reach
 from laid.distill.student import make_trainable
 from laid.distill.teacher_cache import TeacherCache
 from laid.errors import LaidError
-from laid.io import atomic_path, safe_join, sha256_json, write_json
+from laid.io import atomic_path, read_json, safe_join, sha256_json, write_json
 from laid.methods import length_gain
 from laid.models.features import ImageFeatures
 from laid.models.forward import Batch, collate
@@ -319,6 +319,19 @@ class Trainer:
 
     # ---------------------------------------------------------------- saving
 
+    def made(self) -> dict[str, Any] | None:
+        """The record of the run that lies in `out`, if it is this very run: same code, settings, inputs, libraries."""
+        if not (self.out / "run.json").is_file():
+            return None
+        record = read_json(self.out / "run.json")
+        return record if record.get("provenance") == self._provenance() else None
+
+    def _provenance(self) -> dict[str, Any]:
+        inputs = {k: v if Path(v).exists() else f"hub:{v}" for k, v in self.inputs.items()}
+        return provenance.collect(
+            "train", self.config, inputs, student=self.name, method=self.method, seed=self.seed
+        )
+
     def _modules(self) -> dict[str, nn.Module]:
         return {"model": self.model, **self.losses.learned()}
 
@@ -366,11 +379,8 @@ class Trainer:
             "seed": self.seed,
             "steps": self.steps,
             "final": self.log[-1],
-            "provenance": provenance.collect(
-                "train", self.config, {k: v if Path(v).exists() else f"hub:{v}" for k, v in self.inputs.items()},
-                student=self.name, method=self.method, seed=self.seed,
-            ),
-        }  # fmt: skip
+            "provenance": self._provenance(),
+        }
         weights = {
             f"{LEARNED[name]}.{key}": parameter.detach().cpu().tolist()
             for name, module in self.losses.learned().items()

@@ -165,11 +165,13 @@ def evaluate_cells(
     out: str | Path,
     device: str = "cpu",
     features_folder: str | Path | None = None,
+    cost: str = "cost.json",
 ) -> list[dict[str, Any]]:
-    """Measure one student under one method at every size; write out/<size>.json each and out/cost.json.
+    """Measure one student under one method at every size; write out/<size>.json each and out/<cost>.
 
     questions: a folder of visual_haystack_<size>.json, or one such file, then `sizes` may be empty.
-    model: the checkpoint of the student as it is. runs: for a trained method, one run folder per seed. Raises
+    model: the checkpoint of the student as it is. runs: for a trained method, one run folder per seed.
+    cost: name of the file for time and memory; jobs that share `out` take one each. Raises
     LaidError for a method without its runs, two runs of one seed, a missing question file, a broken image;
     nothing is written then.
     """
@@ -189,7 +191,7 @@ def evaluate_cells(
         if wrong is not None:
             raise LaidError(f"{file}: question {wrong.id} has {wrong.size} images, expected {expected}")
         sets.append(QuestionSet(file, entries, Path(out) / f"{expected}.json"))
-    return measure(config, student, method, model, runs, coco_root, sets, device, features_folder)
+    return measure(config, student, method, model, runs, coco_root, sets, device, features_folder, cost=cost)
 
 
 def measure(
@@ -203,8 +205,9 @@ def measure(
     device: str = "cpu",
     features_folder: str | Path | None = None,
     spoken: Callable[[str], str] = spoken_answer,
+    cost: str = "cost.json",
 ) -> list[dict[str, Any]]:
-    """Measure one student under one method on every set; write a cell each, and cost.json beside the first.
+    """Measure one student under one method on every set; write a cell each, and `cost` beside the first.
 
     As `evaluate_cells`, for questions that have been read; `spoken` as for Evaluator. Raises LaidError as it does.
     """
@@ -264,7 +267,7 @@ def measure(
         )
         write_cell(part.out, cell)
         cells.append(cell)
-    write_json(sets[0].out.with_name("cost.json"), provenance.cost(start))
+    write_json(sets[0].out.with_name(cost), provenance.cost(start))
     return cells
 
 
