@@ -93,7 +93,7 @@ def undisturbed(shared_workdir):
     work = shared_workdir
     shutil.copytree(TOP / "slurm", work.path / "slurm")
     (work.path / "micro.yaml").write_text((work.path / "micro.yaml").read_text() + LONGER)
-    work.snakemake(*(f"{RUNS}/seed{seed}" for seed in SEEDS), timeout=900)
+    work.snakemake(*(f"{RUNS}/seed{seed}" for seed in SEEDS))
     expected = {seed: contents(work, seed) for seed in SEEDS}
     shutil.rmtree(work.path / RUNS)
     return work, expected
@@ -117,7 +117,7 @@ class Running:
             "--slurm-init-seconds-before-status-checks", "1", env=cluster.env, output=self.output,
         )  # fmt: skip
 
-    def until(self, what, found, seconds=900):
+    def until(self, what, found, seconds=300):
         """Wait for `found()` and return it; notes meanwhile how many jobs of one training run at once."""
         end = time.monotonic() + seconds
         while not (result := found()):
@@ -158,7 +158,9 @@ class Running:
         assert self.process.returncode == 0, self.output.read_text()[-4000:]
 
     def log(self, seed):
-        return (self.work.root / f"logs/train/small-sft-seed{seed}.log").read_text()
+        """What the training with this seed said last; a new job begins with removing the old one's log."""
+        path = self.work.root / f"logs/train/small-sft-seed{seed}.log"
+        return path.read_text() if path.exists() else ""
 
     def states(self, seed):
         return [state for _, state, _ in self.cluster.jobs(seed)]
@@ -176,6 +178,7 @@ def disturbed(cluster, undisturbed):
     _, job, node = held[NODE_DOWN]
     cluster.switch_off(node, job)
     yield run
+    run.process.kill()
     cluster.switch_on(node)
 
 
