@@ -36,7 +36,7 @@ class Cluster:
     """A private Slurm of six nodes, each with one CPU and two stand-in GPUs that it really allocates."""
 
     def __init__(self, state):
-        self.state = state
+        self.state, self.started = state, []
         self.env = {
             **os.environ,
             "SLURM_CONF": f"{state}/slurm.conf",
@@ -83,6 +83,9 @@ def cluster():
     found = Cluster(state)
     found.start()
     yield found
+    for process in found.started:  # of a test that failed
+        process.kill()
+        process.wait()
     found.stop()
     shutil.rmtree(state)
 
@@ -116,6 +119,7 @@ class Running:
             *(f"{RUNS}/seed{seed}" for seed in seeds), "--profile", "slurm", "--set-resources", "train:gpu=2",
             "--slurm-init-seconds-before-status-checks", "1", env=cluster.env, output=self.output,
         )  # fmt: skip
+        cluster.started.append(self.process)
 
     def until(self, what, found, seconds=300):
         """Wait for `found()` and return it; notes meanwhile how many jobs of one training run at once."""
@@ -178,7 +182,6 @@ def disturbed(cluster, undisturbed):
     _, job, node = held[NODE_DOWN]
     cluster.switch_off(node, job)
     yield run
-    run.process.kill()
     cluster.switch_on(node)
 
 
