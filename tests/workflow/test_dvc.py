@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from laid.config import load
 from laid.provenance import fingerprint
+from laid.results.tables import needed
 
 TOP = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
@@ -183,3 +185,39 @@ def test_through_an_s3_store(origin, s3):
     assert client.list_objects_v2(Bucket="lab")["KeyCount"] > 0
     clone.run("dvc", "pull", "-r", "s3", "data", **key)
     assert clone.outputs() == origin.outputs()
+
+
+def test_two_commits_can_be_compared(tmp_path):
+    """`dvc metrics diff` and `dvc plots diff`, with the plots of dvc.yaml and numbers as `laid tables` writes them."""
+    models = sorted({(student, method) for student, method, _ in needed(load([TOP / "config.yaml"]))})
+    described = yaml.safe_load((TOP / "dvc.yaml").read_text())
+    files = ["results/small/tables/metrics.json", "results/small/tables/curves.csv"]
+    stage = {"cmd": "true", "metrics": files[:1], "outs": files[1:]}
+    (tmp_path / "dvc.yaml").write_text(
+        yaml.safe_dump({"stages": {"tables": stage}, "plots": described["plots"]})
+    )
+    work = Checkout(tmp_path)
+    work.git("init", "-q")
+    work.run("dvc", "init", "-q")
+    (tmp_path / "results/small/tables").mkdir(parents=True)
+    for accuracy, window in ((50.25, 11.5), (75.5, ">= 150")):
+        numbers = {"small": {"laid": {"accuracy": {"50": 97.0, "100": accuracy}, "window": window}}}
+        (tmp_path / files[0]).write_text(json.dumps(numbers))
+        rows = [["images", *(f"{student} {method}" for student, method in models)]]
+        rows += [[size, *([value] * len(models))] for size, value in ((50, 97.0), (100, accuracy))]
+        (tmp_path / files[1]).write_text("".join(",".join(map(str, row)) + "\n" for row in rows))
+        work.run("dvc", "commit", "-q", "-f", "tables")
+        work.commit()
+    said = work.run("dvc", "metrics", "diff", "HEAD~1", "HEAD").splitlines()
+    assert [line.split()[1:] for line in said[1:]] == [
+        ["small.laid.accuracy.100", "50.25", "75.5", "25.25"],
+        ["small.laid.window", "11.5", ">=", "150", "-"],
+    ]
+    drawn = json.loads(work.run("dvc", "plots", "diff", "HEAD~1", "HEAD", "--json"))
+    assert not drawn.get("errors") and len(drawn["data"]) == len(described["plots"])
+    for title, (plot,) in drawn["data"].items():
+        points = plot["content"]["data"]["values"]
+        lines = {(point["rev"], point["field"]) for point in points}
+        (columns,) = next(p[title]["y"].values() for p in described["plots"] if title in p)
+        assert lines == {(rev, column) for rev in ("HEAD~1", "HEAD") for column in columns}
+        assert {float(p["dvc_inferred_y_value"]) for p in points if p["images"] == "100"} == {50.25, 75.5}

@@ -13,7 +13,7 @@ from laid.models.feature_store import FeatureStore
 from laid.models.processing import Processor, image_size
 from laid.progress import Progress
 
-LEAST = 8  # images in a pass of the vision tower whose features are stored
+LEAST = 8  # visual tokens in a pass of the vision tower
 
 
 class ImageFeatures:
@@ -90,9 +90,9 @@ class ImageFeatures:
             paths = [path for path in paths if path not in self.kept]
             if not paths:
                 return
-        # Matrix products of very few rows round otherwise; what is stored must not depend on what it was computed beside.
-        least = LEAST if self.store is not None else 0
-        filled = [*paths, *[paths[0]] * (least - len(paths))]
+        # Matrix products of very few rows round otherwise; features must not depend on what they were computed beside.
+        tokens = [height * width for height, width in self.grids(paths)]
+        filled = [*paths, *[paths[0]] * -(-(LEAST - sum(tokens)) // tokens[0])]
         pixels, grid = self.processor.pixels([self.file(path) for path in filled])
         features = self.family.image_features(self.model, pixels.to(device), grid.to(device))
         for path, feature in zip(paths, features):
