@@ -70,6 +70,6 @@ rule inference_cost:
         questions=lambda wildcards, input: above(input.questions[0]),
         sizes=sorted({SIZES[len(SIZES) // 2], SIZES[-1]}),
     shell:
-        "python {workflow.basedir}/bench/inference_cost.py --config $CONFIG --student-name {wildcards.student} --model {params.model}"
+        "python $BENCH/inference_cost.py --config $CONFIG --student-name {wildcards.student} --model {params.model}"
         " --run {input.run} --coco {params.coco} --questions {params.questions} --sizes {params.sizes}"
         " --out {output} --threads {resources.cpus_per_task} 2>&1 | tee {log}"

@@ -18,7 +18,10 @@ except LaidError as error:
 
 # Every job reads the resolved configuration, `--config` and all, from a file named by its content. It is no input of
 # any rule: what makes a rule run again is the slice of values in its params.
-shell.prefix(f"set -euo pipefail; CONFIG={resolved_file(config, '.snakemake/laid')}; ")
+# Where the checkout lies is no param either: in a clone elsewhere nothing needs to run again.
+shell.prefix(
+    f"set -euo pipefail; CONFIG={resolved_file(config, '.snakemake/laid')}; BENCH={workflow.basedir}/bench; "
+)
 
 ROOT = f"{config['results']}/{config['scale']}"
 COCO = config["data"]["root"] if config["data"]["source"] == "local" else f"{ROOT}/coco"
