@@ -34,7 +34,7 @@ pytestmark = [
 
 
 class Cluster:
-    """A private Slurm of six nodes, each with one CPU and two stand-in GPUs that it really allocates."""
+    """A private Slurm of six nodes, each with one CPU and a stand-in GPU that it really allocates."""
 
     def __init__(self, state):
         self.state, self.started = state, []
@@ -49,7 +49,7 @@ class Cluster:
         return done.stdout
 
     def start(self):
-        settings = {"SLURM_NODES": "6", "SLURM_CPUS": "1", "SLURM_GPUS": "2", "SLURM_NODE_TIMEOUT": "10"}
+        settings = {"SLURM_NODES": "6", "SLURM_CPUS": "1", "SLURM_GPUS": "1", "SLURM_NODE_TIMEOUT": "10"}
         self.command("bash", TOP / "tools/slurm/start.sh", self.state, **settings)
 
     def stop(self):
@@ -117,7 +117,7 @@ class Running:
         self.at_once = dict.fromkeys(seeds, 0)
         self.output = work.path / "snakemake.log"
         self.process = work.start(
-            *(f"{RUNS}/seed{seed}" for seed in seeds), "--profile", "slurm", "--set-resources", "train:gpu=2",
+            *(f"{RUNS}/seed{seed}" for seed in seeds), "--profile", "slurm", "--set-resources", "train:gpu=1",
             "--slurm-init-seconds-before-status-checks", "1", env=cluster.env, output=self.output,
         )  # fmt: skip
         cluster.started.append(self.process)
@@ -204,10 +204,10 @@ def test_a_killed_snakemake_can_be_started_again(cluster, undisturbed, disturbed
     assert contents(work, seed) == expected[seed]
 
 
-def test_a_training_asks_for_gpus_on_one_node(cluster, disturbed):
+def test_a_training_gets_its_gpu_on_one_node(cluster, disturbed):
     job = cluster.jobs(TOO_LONG)[0][0]
     said = cluster.command("scontrol", "show", "job", job)
-    assert re.search(r"NumNodes=1(-1)?\s", said) and re.search(r"TresPerJob=gres[:/]gpu:2", said)
+    assert re.search(r"NumNodes=1(-1)?\s", said) and re.search(r"TresPerJob=gres[:/]gpu:1", said)
 
 
 @pytest.mark.parametrize(
