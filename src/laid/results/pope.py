@@ -88,7 +88,8 @@ class PopeCells:
         The questions of one image stand or fall together, so images are what is drawn.
         """
         right = {key: self.right(key) for key in keys}
-        drawn = stats.joint_draws({key: [counts] for key, (counts, _) in right.items()})
+        most = max(asked for _, asked in right.values())
+        drawn = stats.joint_draws({key: [counts] for key, (counts, _) in right.items()}, most=most)
         return {key: drawn[key][:, 0] / right[key][1] for key in keys}
 
     def change(self, student: str, method: str) -> tuple[float, float, float]:

@@ -40,9 +40,11 @@ def cluster_bootstrap(right: np.ndarray, resamples: int = RESAMPLES, seed: int =
 
 
 def joint_draws(
-    models: Mapping[Any, Sequence[np.ndarray]], resamples: int = RESAMPLES, seed: int = 0
+    models: Mapping[Any, Sequence[np.ndarray]], resamples: int = RESAMPLES, seed: int = 0, most: int = 1
 ) -> dict[Any, np.ndarray]:
     """Bootstrap accuracies (resamples, sizes) of several models on the same questions.
+
+    most: what a question can score; more than 1 where several answers stand or fall together.
 
     models[key][size] has shape (seeds, questions). Questions are resampled once per size for all models (they are
     paired); seeds vary once per model for all sizes (a seed is one trained model, seen at every size). Resampling
@@ -68,7 +70,7 @@ def joint_draws(
             # Whole numbers, so the product is exact and the same on every machine: (resamples, seeds).
             per_seed = by_question @ right.T.astype(float) / n
             error = (by_seed[key] * per_seed).sum(axis=1)
-            out[key][:, k] = np.clip(per_seed.mean(axis=1) + error, 0.0, 1.0)
+            out[key][:, k] = np.clip(per_seed.mean(axis=1) + error, 0.0, most)
     return out
 
 
