@@ -113,12 +113,19 @@ def test_adapter_added_after_attaching_is_refused():
             run(adapted)
 
 
-def test_under_accelerate():
+@pytest.fixture
+def accelerator():
+    """In bfloat16; its settings are the process's, so they are taken back for the tests that follow."""
+    yield accelerate.Accelerator(cpu=True, mixed_precision="bf16")
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_under_accelerate(accelerator):
     model = tiny_model()
     with QKCapture(model, -1) as capture:
         run(model)
         plain = capture.take()[1].q
-    prepared = accelerate.Accelerator(cpu=True, mixed_precision="bf16").prepare(tiny_model())
+    prepared = accelerator.prepare(tiny_model())
     with QKCapture(prepared, -1) as capture:
         run(prepared)
         wrapped = capture.take()[1].q

@@ -69,7 +69,7 @@ def cell(student: str, method: str, size: int, right: Any, **more: Any) -> dict[
         "role": "teacher" if student in ("32B", "teacher") else "student",
         "tokens_mean": 40.0 + 350 * size,
         "positions_mean": 40.0 + 24 * size,
-        "provenance": PROVENANCE,
+        "provenance": copy.deepcopy(PROVENANCE),
     }
     values.update(more)
     return make_cell(student=student, method=method, size=size, answers=answers(right, size), **values)

@@ -5,6 +5,7 @@ Slurm's packages. Three trainings of one `snakemake --profile slurm` meet a faul
 limit to pass, another Snakemake is killed and started again.
 """
 
+import contextlib
 import os
 import re
 import shutil
@@ -70,7 +71,8 @@ class Cluster:
         ]
         doomed = [psutil.Process(int((self.state / f"slurmd.{node}.pid").read_text())), *steps]
         for process in doomed + [child for step in steps for child in step.children(recursive=True)]:
-            process.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):  # a child may end with its parent
+                process.kill()
 
     def switch_on(self, node):
         (self.state / f"slurmd.{node}.pid").unlink()
