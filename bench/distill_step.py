@@ -445,8 +445,8 @@ def _targets(results, args) -> list[str]:
     above = {n: a["bytes"] - a["fixed"] for n, a, _ in rows}
     growth = [above[n] / above[n // 2] for n in above if above.get(n // 2, 0) > 0]
     lines = [
-        f"- LAid from the cache, target at most 1.05 of SFT's time: highest {time_:.3f}, at {where} tokens.",
-        f"- LAid from the cache, target at most 1.10 of SFT's memory: highest {memory:.3f}, at {at} tokens.",
+        f"- LAid from the cache (one layer pair, no gain), target at most 1.05 of SFT's time: highest {time_:.3f}, at {where} tokens.",
+        f"- LAid from the cache (one layer pair, no gain), target at most 1.10 of SFT's memory: highest {memory:.3f}, at {at} tokens.",
     ]
     shares = [(share, n) for n in args.tokens if (share := _share(results, n))]
     if shares:
@@ -458,7 +458,7 @@ def _targets(results, args) -> list[str]:
         )
     if growth:
         lines.append(
-            f"- Memory above the fixed part on doubling the tokens, target at most 2.1: highest {max(growth):.2f}."
+            f"- The same: memory above the fixed part on doubling the tokens, target at most 2.1: highest {max(growth):.2f}."
         )
     return lines
 
