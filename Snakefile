@@ -37,6 +37,13 @@ rule page:
 
 
 # Coarse targets, which the stages of dvc.yaml name.
+rule dataset:
+    input:
+        rules.haystacks.output,
+        LONG_ASKED,
+        IMAGES,
+
+
 rule family:
     input:
         [checkpoint_files(member) for member in [TEACHER, *STUDENTS]],

@@ -287,6 +287,25 @@ def test_config_verb_prints_what_load_gives(capsys, tmp_path):
     assert capsys.readouterr().err.startswith("laid config: error: ")
 
 
+@pytest.mark.parametrize("name", [path.name for path in [*OVERLAYS, SWEEP]])
+def test_one_file_can_stand_for_base_and_overlay(name, tmp_path):
+    """What dvc.yaml asks for at another scale: config.yaml becomes the whole of it, over the file it was read from."""
+    own = write(tmp_path, BASE.read_text(), "config.yaml")
+    assert main(["config", "--config", str(own), str(TOP / "configs" / name), "--out", str(own)]) == 0
+    assert config.load([own]) == config.load([BASE, TOP / "configs" / name])
+    # What extends another method still follows it.
+    other = config.load([own, write(tmp_path, "methods: {laid: {lambda_laid: 0.7}}\n")])
+    assert other["methods"]["laid_wo_kl"]["lambda_laid"] == 0.7
+
+
+def test_a_configuration_redirected_onto_itself_is_said(capsys, tmp_path):
+    own = write(tmp_path, "", "config.yaml")
+    assert main(["config", "--config", str(own), str(TOP / "configs/ci.yaml")]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"laid config: error: {own}: is empty;") and f"--out {own}" in said
+    assert said.count("\n") == 1
+
+
 def test_variants_of_the_sweep_are_methods_to_every_step():
     """In the order written, inheriting like methods; validating the resolved configuration again changes nothing."""
     full = config.load([BASE, SWEEP])

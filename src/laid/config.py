@@ -105,10 +105,15 @@ def load(paths: Iterable[str | Path]) -> dict[str, Any]:
     paths = list(paths)
     if not paths:
         raise LaidError("no configuration file given; the default is config.yaml")
-    merged: dict[str, Any] = {}
+    return validate(merged(paths), paths)
+
+
+def merged(paths: Iterable[str | Path]) -> dict[str, Any]:
+    """What the files say together, neither validated nor filled in: one file with it stands for all of them."""
+    together: dict[str, Any] = {}
     for path in paths:
-        merged = merge(merged, _read_yaml(path)[0])
-    return validate(merged, paths)
+        together = merge(together, _read_yaml(path)[0])
+    return together
 
 
 def validate(values: dict[str, Any], paths: Iterable[str | Path] = ()) -> dict[str, Any]:

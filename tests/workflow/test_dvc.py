@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from laid.config import load
+from laid.config import SLICES, load
 from laid.provenance import fingerprint
 from laid.results.tables import needed
 
@@ -32,14 +32,14 @@ class Checkout:
     def __init__(self, path):
         self.path = path
 
-    def run(self, *words, **env):
+    def run(self, *words, timeout=300, **env):
         path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
         source = os.pathsep.join([str(TOP / "src"), os.environ.get("PYTHONPATH", "")])
         done = subprocess.run(
             [str(word) for word in words],
             cwd=self.path,
             env={**os.environ, "PATH": path, "PYTHONPATH": source, "OMP_NUM_THREADS": "1", **env},
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300, check=False,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout, check=False,
         )  # fmt: skip
         assert done.returncode == 0, f"{words}: {done.stdout[-3000:]}"
         return done.stdout
@@ -60,17 +60,29 @@ class Checkout:
     def outputs(self):
         return [fingerprint(self.path / name) for name in OUTPUTS]
 
+    def files(self, below="results"):
+        """path -> (bytes, time of change) of every file below a folder."""
+        found = (path for path in (self.path / below).rglob("*") if path.is_file())
+        return {str(p.relative_to(self.path)): (p.read_bytes(), p.stat().st_mtime_ns) for p in found}
+
+
+def checkout(path):
+    """The workflow's files in a new folder, no results, as a clone has them."""
+    path.mkdir()
+    own = shutil.ignore_patterns("cache", "tmp", "config.local")
+    for name in ("workflow", "envs", "configs", "bench", ".dvc"):
+        shutil.copytree(TOP / name, path / name, ignore=own)
+    for name in ("Snakefile", "config.yaml", "claims.yaml", "dvc.yaml", ".dvcignore", ".gitignore"):
+        shutil.copy(TOP / name, path)
+    work = Checkout(path)
+    work.git("init", "-q")
+    return work
+
 
 @pytest.fixture(scope="module")
 def origin(tmp_path_factory):
     """Stage `data` reproduced, committed and pushed to the default remote."""
-    top = tmp_path_factory.mktemp("dvc") / "checkout"
-    top.mkdir()
-    for name in ("workflow", "envs", ".dvc"):
-        shutil.copytree(TOP / name, top / name, ignore=shutil.ignore_patterns("cache", "tmp", "config.local"))
-    for name in ("Snakefile", "config.yaml", "claims.yaml", "dvc.yaml", ".dvcignore", ".gitignore"):
-        shutil.copy(TOP / name, top)
-    work = Checkout(top)
+    work = checkout(tmp_path_factory.mktemp("dvc") / "checkout")
     few = {"train: 3000": "train: 240", "val: 1500": "val: 160", "questions: 5000": "questions: 40"}
     few |= {
         "questions: 200": "questions: 10",
@@ -80,7 +92,6 @@ def origin(tmp_path_factory):
     few |= {"sizes: [1, 2, 5, 10, 20, 50, 100, 150]": "sizes: [1, 2, 5, 50, 100]"}
     for old, new in few.items():
         work.edit(old, new)
-    work.git("init", "-q")
     work.commit()
     work.made = work.run("dvc", "repro", "data")
     work.commit()
@@ -94,24 +105,69 @@ def colleague(origin, name):
     return Checkout(origin.path.parent / name)
 
 
-def test_stages_cover_what_the_rules_make(origin):
-    """An output that a stage forgets would be lost to a colleague; one that no rule makes would stop DVC."""
-    stages = yaml.safe_load((TOP / "dvc.yaml").read_text())["stages"]
-    outs = [
-        next(iter(out)) for stage in stages.values() for out in (*stage["outs"], *stage.get("metrics", ()))
+# stage -> the steps of laid.config.SLICES that it runs, and the methods they run with.
+STEPS = {
+    "data": (["data", "haystacks", "haystacks_long"], []),
+    "family": (["pretrain", "teacher_cache"], []),
+    "baselines": (["train", "evaluate"], ["yarn", "self_extend", "sft", "kd"]),
+    "distill": (["train", "evaluate"], ["laid", "laid_wo_kl", "laid_wo_laid"]),
+    "tables": (["analyse", "tables"], []),
+}
+
+
+def test_a_value_that_matters_to_a_step_is_a_param_of_its_stage():
+    """Else DVC would say that nothing changed where Snakemake makes it again."""
+    config = yaml.safe_load((TOP / "config.yaml").read_text())
+    described = yaml.safe_load((TOP / "dvc.yaml").read_text())["stages"]
+    assert described.keys() == STEPS.keys()
+    for stage, (steps, methods) in STEPS.items():
+        (params,) = (entry["config.yaml"] for entry in described[stage]["params"])
+        for param in params:  # DVC ends with an error at a param that is not there
+            found = config
+            for key in param.split("."):
+                assert key in found, f"{stage}: {param} does not stand in config.yaml"
+                found = found[key]
+        for key in (key for step in steps for key in SLICES[step] if not key.startswith("-")):
+            for method in methods if "{method}" in key else [""]:
+                name = key.format(method=method, member="any")
+                # Sizes and lengths of the questions come to later stages with the questions themselves.
+                covered = any(name == param or name.startswith(f"{param}.") for param in params)
+                assert covered or (stage != "data" and name.startswith("haystacks.t")), f"{stage}: {name}"
+
+
+def test_lambda_of_laid_is_a_param_of_its_own_stage_alone():
+    described = yaml.safe_load((TOP / "dvc.yaml").read_text())["stages"]
+    concerned = [
+        name
+        for name, stage in described.items()
+        if any("methods.laid.lambda_laid".startswith(param) for param in stage["params"][0]["config.yaml"])
     ]
-    assert len(outs) == len(set(outs))
-    plan = origin.run("snakemake", "--dry-run", "--forceall", "--cores", "2", "all", "page")
+    assert concerned == ["distill"]
+
+
+def kept(path, outs):
+    return any(path == out or path.startswith(f"{out}/") for out in outs)
+
+
+@pytest.mark.parametrize("overlay", [None, "ci.yaml", "paper.yaml"])
+def test_stages_cover_what_the_rules_make(overlay, tmp_path):
+    """An output that a stage forgets would be lost to a colleague; one that no rule makes would stop DVC."""
+    work = checkout(tmp_path / "work")
+    if overlay:
+        work.run("laid", "config", "--config", "config.yaml", f"configs/{overlay}", "--out", "config.yaml")
+    told = json.loads(work.run("dvc", "status", "--json"))
+    outs = [out for stage in told.values() for part in stage for out in part.get("changed outs", ())]
+    assert told.keys() == STEPS.keys() and len(outs) == len(set(outs)) > 20
+    plan = work.run("snakemake", "--dry-run", "--forceall", "--cores", "2", "all", "page")
     made = {path for line in re.findall(r"^ +output: (.*)$", plan, re.MULTILINE) for path in line.split(", ")}
-    for out in outs:
-        assert any(path == out or path.startswith(f"{out}/") for path in made), f"{out}: no rule makes it"
+    scale = yaml.safe_load((work.path / "config.yaml").read_text())["scale"]
     for path in made:
-        if not path.startswith(
-            "results/small/tables/"
-        ):  # some of them are kept, all are made from cells in a second
-            assert any(path == out or path.startswith(f"{out}/") for out in outs), (
-                f"{path}: no stage keeps it"
-            )
+        assert kept(path, outs), f"{path}: no stage keeps it"
+    for out in outs:
+        # No rule names what a step cost; `mkdir` makes the other where all models come from a hub.
+        alone = out == f"results/{scale}/teacher_cache.cost.json"
+        alone |= out == f"results/{scale}/models" and overlay == "paper.yaml"
+        assert alone or any(kept(path, [out]) for path in made), f"{out}: no rule makes it"
 
 
 def test_a_second_repro_does_nothing(origin):
@@ -171,31 +227,141 @@ def s3(tmp_path):
         server.wait()
 
 
-def test_through_an_s3_store(origin, s3):
+def store(s3):
+    """A bucket "lab" on the server; what the environment must hold to reach it."""
     import boto3
 
-    key = {"AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s", "AWS_DEFAULT_REGION": "us-east-1"}
-    client = boto3.client("s3", endpoint_url=s3, aws_access_key_id="k", aws_secret_access_key="s", region_name="us-east-1")  # fmt: skip
-    client.create_bucket(Bucket="lab")
+    boto3.client("s3", endpoint_url=s3, aws_access_key_id="k", aws_secret_access_key="s", region_name="us-east-1").create_bucket(Bucket="lab")  # fmt: skip
+    return {"AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s", "AWS_DEFAULT_REGION": "us-east-1"}
+
+
+def test_through_an_s3_store(origin, s3):
+    key = store(s3)
     clone = colleague(origin, "s3")
     for work in (origin, clone):
         work.run("dvc", "remote", "add", "--local", "-f", "s3", "s3://lab/laid")
         work.run("dvc", "remote", "modify", "--local", "s3", "endpointurl", s3)
     origin.run("dvc", "push", "-r", "s3", "data", **key)
-    assert client.list_objects_v2(Bucket="lab")["KeyCount"] > 0
     clone.run("dvc", "pull", "-r", "s3", "data", **key)
     assert clone.outputs() == origin.outputs()
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Everything, from an empty clone, by `dvc repro`: the ci scale cut down further, as a user would choose a scale."""
+    work = checkout(tmp_path_factory.mktemp("whole") / "checkout")
+    (work.path / "micro.yaml").write_text(MICRO)
+    overlays = ("configs/ci.yaml", "micro.yaml")
+    work.run("laid", "config", "--config", "config.yaml", *overlays, "--out", "config.yaml")
+    work.commit()
+    work.made = work.run("dvc", "repro", timeout=1500)
+    work.commit()
+    return work
+
+
+MICRO = """\
+scale: micro
+data: {rendered: {train: 240, val: 160}}
+haystacks:
+  train: {questions: 16}
+  validation: {questions: 4}
+  test: {questions: 4, sizes: [1, 5, 50]}
+family:
+  pretrain: {vision: {steps: 2}}
+  members: {teacher: {window: 5, steps: 12}, medium: {steps: 12}, small: {steps: 12}}
+analysis: {questions: 2}
+"""
+# What a job printed and cost is its machine's own.
+NOT_KEPT = ("results/micro/logs/", "results/micro/benchmarks/")
+
+
+def nothing_to_do(work):
+    """Neither DVC nor Snakemake would do anything, and every cell is sound."""
+    assert "Data and pipelines are up to date" in work.run("dvc", "repro")
+    assert "Nothing to be done" in work.run("snakemake", "--dry-run", "--cores", "1", "all", "page")
+    assert re.search(r"^(\d+) cells below \S+: \1 sound$", work.run("laid", "verify"), re.MULTILINE)
+
+
+@pytest.mark.slow
+def test_an_empty_clone_reproduces_everything(whole):
+    assert [stage for stage in STEPS if f"Running stage '{stage}'" in whole.made] == list(STEPS)
+    assert whole.git("status", "--porcelain") == ""
+    nothing_to_do(whole)
+
+
+@pytest.mark.slow
+def test_all_that_snakemake_made_is_recorded_without_building(whole, tmp_path):
+    shutil.copytree(whole.path, tmp_path / "copy", symlinks=True, ignore=shutil.ignore_patterns("locks"))
+    copy = Checkout(tmp_path / "copy")
+    recorded = (copy.path / "dvc.lock").read_text()
+    (copy.path / "dvc.lock").unlink()
+    shutil.rmtree(copy.path / ".dvc/cache")
+    before = copy.files()
+    said = copy.run("dvc", "repro")
+    assert said.count("Nothing to be done") == said.count("Running stage") == len(STEPS)
+    assert copy.files() == before and (copy.path / "dvc.lock").read_text() == recorded
+
+
+@pytest.mark.slow
+def test_a_colleague_gets_everything_from_an_s3_store(whole, s3, tmp_path):
+    """No folder in common: git's files through git, everything else through the store, which its address and keys name."""
+    keys = store(s3)
+    whole.run("dvc", "remote", "add", "-d", "-f", "s3", "s3://lab/laid")
+    whole.run("dvc", "remote", "modify", "s3", "endpointurl", s3)
+    whole.commit()
+    whole.run("dvc", "push", **keys)
+    whole.git("clone", "-q", whole.path, tmp_path / "elsewhere")
+    clone = Checkout(tmp_path / "elsewhere")
+    clone.run("dvc", "pull", **keys)
+    expected = {
+        name: content for name, (content, _) in whole.files().items() if not name.startswith(NOT_KEPT)
+    }
+    assert {name: content for name, (content, _) in clone.files().items()} == expected
+    clone.run("snakemake", "--cores", "1", "--touch", "all", "page")
+    nothing_to_do(clone)
+
+
+@pytest.mark.slow
+def test_a_change_of_lambda_builds_what_depends_on_it_and_compares_well(whole, tmp_path):
+    shutil.copytree(whole.path, tmp_path / "copy", symlinks=True, ignore=shutil.ignore_patterns("locks"))
+    work = Checkout(tmp_path / "copy")
+    config = work.path / "config.yaml"
+    config.write_text("# a comment\n" + config.read_text() + "resources: {pretrain: {mem_mb: 4000}}\n")
+    nothing_to_do(work)
+    work.edit("lambda_laid: 0.03", "lambda_laid: 30.0")
+    assert json.loads(work.run("dvc", "status", "--json")).keys() == {"distill"}
+    before = work.files()
+    said = work.run("dvc", "repro", timeout=900)
+    assert re.findall(r"Running stage '(\w+)'", said) == ["distill", "tables"]
+    after = work.files()
+    made = {name.removeprefix("results/micro/") for name in after if after[name][1] != before[name][1]}
+    ours = re.compile(
+        r"(runs|cells)/\w+/(laid|laid_wo_kl)/|(logs|benchmarks)/(train|evaluate)/\w+-(laid|laid_wo_kl)\W"
+        r"|analysis/|inference_cost/|tables/|figures|claims/|report\.html|logs/"
+    )
+    assert {name.split("/")[0] for name in made} >= {"runs", "cells", "tables"}
+    assert not [name for name in made if not ours.match(name)]
+    nothing_to_do(work)
+    work.commit()
+    changed = json.loads(work.run("dvc", "metrics", "diff", "HEAD~1", "HEAD", "--json"))
+    numbers = json.loads((work.path / "results/micro/tables/metrics.json").read_text())
+    old = json.loads(before["results/micro/tables/metrics.json"][0])
+    assert bool(changed) == (numbers != old)
+    for name in changed.get("results/micro/tables/metrics.json", ()):
+        assert name.split(".")[1] in ("laid", "laid_wo_kl")
+    drawn = json.loads(work.run("dvc", "plots", "diff", "HEAD~1", "HEAD", "--json"))
+    assert not drawn.get("errors") and all(plot for plot in drawn["data"].values())
+
+
 def test_two_commits_can_be_compared(tmp_path):
     """`dvc metrics diff` and `dvc plots diff`, with the plots of dvc.yaml and numbers as `laid tables` writes them."""
-    models = sorted({(student, method) for student, method, _ in needed(load([TOP / "config.yaml"]))})
+    config = load([TOP / "config.yaml"])
+    models = sorted({(student, method) for student, method, _ in needed(config)})
     described = yaml.safe_load((TOP / "dvc.yaml").read_text())
     files = ["results/small/tables/metrics.json", "results/small/tables/curves.csv"]
-    stage = {"cmd": "true", "metrics": files[:1], "outs": files[1:]}
-    (tmp_path / "dvc.yaml").write_text(
-        yaml.safe_dump({"stages": {"tables": stage}, "plots": described["plots"]})
-    )
+    described["stages"] = {"tables": {"cmd": "true", "outs": ["results/small/tables"]}}
+    (tmp_path / "dvc.yaml").write_text(yaml.safe_dump(described))
+    shutil.copy(TOP / "config.yaml", tmp_path)
     work = Checkout(tmp_path)
     work.git("init", "-q")
     work.run("dvc", "init", "-q")
@@ -219,5 +385,8 @@ def test_two_commits_can_be_compared(tmp_path):
         points = plot["content"]["data"]["values"]
         lines = {(point["rev"], point["field"]) for point in points}
         (columns,) = next(p[title]["y"].values() for p in described["plots"] if title in p)
+        names = {"${models.teacher}": config["models"]["teacher"]}
+        names |= {f"${{models.students[{i}]}}": name for i, name in enumerate(config["models"]["students"])}
+        columns = [" ".join(names.get(word, word) for word in column.split()) for column in columns]
         assert lines == {(rev, column) for rev in ("HEAD~1", "HEAD") for column in columns}
         assert {float(p["dvc_inferred_y_value"]) for p in points if p["images"] == "100"} == {50.25, 75.5}

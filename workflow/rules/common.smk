@@ -25,7 +25,9 @@ shell.prefix(
 
 ROOT = f"{config['results']}/{config['scale']}"
 COCO = config["data"]["root"] if config["data"]["source"] == "local" else f"{ROOT}/coco"
-IMAGES = [] if config["data"]["source"] == "rendered" else f"{ROOT}/images.checked"
+# Beside the questions whose images it vouches for: new questions take it away with the old ones.
+CHECKED = f"{ROOT}/haystacks/images.checked"
+IMAGES = [] if config["data"]["source"] == "rendered" else CHECKED
 TEACHER, STUDENTS = config["models"]["teacher"], config["models"]["students"]
 SIZES = sorted(config["haystacks"]["test"]["sizes"])
 # The ledger that comes with the workflow; one in the working folder, an edited copy, goes before it.

@@ -92,7 +92,7 @@ if config["data"]["source"] != "rendered":
             ),
             long=LONG_ASKED,
         output:
-            touch(f"{ROOT}/images.checked"),
+            touch(CHECKED),
         log:
             f"{ROOT}/logs/images.log",
         conda:

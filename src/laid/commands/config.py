@@ -1,8 +1,9 @@
-"""`laid config`: print the configuration as the workflow sees it: merged, validated, defaults filled in."""
+"""`laid config`: print the configuration as the workflow sees it, or write base and overlays as one file."""
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from laid.commands.shared import config_argument
 
@@ -10,16 +11,31 @@ from laid.commands.shared import config_argument
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     config_argument(parser)
     parser.add_argument("--json", action="store_true", help="print JSON instead of YAML")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="write one file that stands for all of --config: merged and validated, without the defaults",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     import yaml
 
     from laid import config
-    from laid.io import dumps
+    from laid.errors import LaidError
+    from laid.io import dumps, write_text
 
+    base = args.config[0]
+    # The shell empties the file behind `> config.yaml` before it is read.
+    if base.is_file() and not base.stat().st_size:
+        raise LaidError(f"{base}: is empty; to write over what is read, restore it and use --out {base}")
     values = config.load(args.config)
-    print(
-        dumps(values) if args.json else yaml.safe_dump(values, sort_keys=False, allow_unicode=True).rstrip()
-    )
+    if args.out:  # as written, so that a method that extends another still follows it
+        values = config.merged(args.config)
+    text = dumps(values) + "\n" if args.json else yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    if args.out:
+        write_text(args.out, text)
+    else:
+        print(text, end="")
     return 0
