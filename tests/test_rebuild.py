@@ -1,28 +1,32 @@
 """laid verify, verify --rebuild and explain on results that the verbs themselves made: data, models, run, cells."""
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 import yaml
 
+from laid import config
 from laid.cli import main
 from laid.io import read_json
+from laid.lineage import Lineage
 
 CELL = "results/micro/cells/small/laid/2.json"
 
 
 @pytest.fixture(scope="module")
-def made(micro_file, coco_root, tmp_path_factory):
+def made(micro_file, tmp_path_factory):
     """The chain from images to the cells small/laid/{1,2}, each step by its verb, as the rules call it."""
     import torch
 
     top = tmp_path_factory.mktemp("chain")
     root = "results/micro"
-    shutil.copytree(coco_root, top / root / "coco")
-    shutil.copy(micro_file, top / "config.yaml")
+    values = yaml.safe_load(micro_file.read_text()) | {"data": {"rendered": {"train": 160, "val": 100}}}
+    (top / "config.yaml").write_text(yaml.safe_dump(values))
     student = f"--student-name small --coco {root}/coco --device cpu"
     commands = (
+        f"data --out {root}/coco",
         f"haystacks --coco {root}/coco --out {root}/haystacks",
         f"pretrain --member teacher --coco {root}/coco --out {root}/models/teacher",
         f"pretrain --member small --coco {root}/coco --out {root}/models/small",
@@ -101,7 +105,13 @@ def test_a_tampered_number_comes_out(tree, capsys):
 @pytest.mark.parametrize(
     ("cell", "said"),
     [
-        (CELL.replace("2.json", "3.json"), "no such file"),
+        (CELL.replace("2.json", "5.json"), "no such file; `snakemake --cores all` with this path makes it"),
+        (CELL.replace("2.json", "3.json"), "the configuration has no size 3; it has 1, 2, 5"),
+        (
+            CELL.replace("/laid/", "/lade/"),
+            "the configuration has no method lade; it has base, yarn, self_extend, sft",
+        ),
+        (CELL.replace("/small/", "/tiny/"), "the configuration has no model tiny; it has teacher, small"),
         ("results/micro/cells/small/laid/cost.json", "not a cell; expected results/micro/cells/<student>"),
         (CELL, "not valid JSON, line "),
     ],
@@ -126,6 +136,96 @@ def test_a_comment_and_an_unrelated_key_change_nothing(tree, capsys):
     Path("config.yaml").write_text(yaml.safe_dump(values))
     assert main(["verify", CELL]) == 1
     assert f"stale: {CELL}: methods.laid.lambda_laid is 0.25 now, was 0.3" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"hard_negatives": 0.1},
+        {"seed": 5},
+        {"train": {"questions": 12}},
+        {"test": {"questions": 8}},
+        {"validation": {"share": 0.4}},
+        {"validation": {"questions": 6}},
+        {"test": {"sizes": [1, 2, 3]}},
+        {"long": {"questions": 7}},
+    ],
+)
+def test_a_setting_of_the_questions_makes_stale_just_what_it_changes(tree, capsys, changes):
+    """What verify says of a setting, against the bytes of the questions that are made with it."""
+    values = yaml.safe_load(Path("config.yaml").read_text())
+    Path("config.yaml").write_text(yaml.safe_dump(config.merge(values, {"haystacks": changes})))
+    assert main(["haystacks", "--coco", str(tree / "coco"), "--out", "anew"]) == 0
+    lineage = Lineage(config.load(["config.yaml"]))
+    for part, name in (("train", "train.json"), ("test", "test/visual_haystack_2.json")):
+        same = Path("anew", name).read_bytes() == (tree / "haystacks" / name).read_bytes()
+        assert same == (lineage.problems(lineage.haystacks(part)) == []), (part, changes)
+    capsys.readouterr()
+    found = main(["verify", CELL])
+    said = capsys.readouterr().out
+    assert ("results/micro/haystacks: haystacks." in said) == bool(found)
+
+
+def test_a_setting_of_the_images_makes_the_cells_stale(tree, capsys):
+    values = yaml.safe_load(Path("config.yaml").read_text())
+    Path("config.yaml").write_text(yaml.safe_dump(config.merge(values, {"data": {"rendered": {"seed": 9}}})))
+    assert main(["verify", CELL]) == 1
+    assert "results/micro/coco: data.rendered.seed is 9 now, was 0" in capsys.readouterr().out
+
+
+def test_results_from_before_data_left_a_record_are_known_by_their_hashes(tree, capsys):
+    for folder in ("coco", "haystacks"):
+        (tree / folder / "laid.json").unlink()
+    assert main(["verify", CELL]) == 0
+    (tree / "haystacks/train.json").write_text("[]")
+    assert main(["verify", CELL]) == 1 and "input questions" in capsys.readouterr().out
+
+
+RECORDS = (
+    "runs/small/laid/seed0/run.json",
+    "models/small/laid.json",
+    "teacher_cache/index.json",
+    "haystacks/laid.json",
+)
+
+
+@pytest.mark.parametrize("name", RECORDS)
+@pytest.mark.parametrize(
+    ("keys", "value"),
+    [
+        (("code",), True),
+        (("libraries",), "2.0"),
+        (("config",), {"a": 1}),
+        (("data",), 3),
+        (("settings",), [1]),
+        (("code", "commit"), 5),
+        (("data", "annotations_train2017"), 10**30),
+        ((), [[1]]),
+    ],
+)
+def test_a_record_changed_by_hand_is_one_line(tree, capsys, name, keys, value):
+    content = read_json(tree / name)
+    inner = content
+    for key in ("provenance", *keys)[:-1]:
+        inner = inner[key]
+    inner[("provenance", *keys)[-1]] = value
+    (tree / name).write_text(json.dumps(content))
+    status = main(["verify", CELL])
+    said = capsys.readouterr()
+    lines = said.out.splitlines()
+    assert status in (0, 1) and not said.err and len(lines) <= 4 and all(": " in line for line in lines)
+    assert status == 0 or name.removesuffix("/run.json").removesuffix("/laid.json") in said.out
+    assert main(["explain", CELL]) == 0
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "[]", "3", "{}", '{"provenance": {}}'])
+@pytest.mark.parametrize("name", RECORDS)
+def test_what_is_no_record_is_one_line(tree, capsys, name, text):
+    (tree / name).write_text(text)
+    assert main(["verify", CELL]) == 1
+    said = capsys.readouterr()
+    assert name in said.out and not said.err
+    assert main(["explain", CELL]) == 0
 
 
 def test_explain_names_every_step_down_to_the_images(tree, capsys):

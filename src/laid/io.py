@@ -91,6 +91,8 @@ def read_json(path: str | Path) -> Any:
         raise LaidError(f"{path}: is a folder, expected a JSON file") from None
     except UnicodeDecodeError as error:
         raise LaidError(f"{path}: not UTF-8 text (byte {error.start})") from None
+    except RecursionError:
+        raise LaidError(f"{path}: not JSON that laid writes: nested too deep") from None
     except json.JSONDecodeError as error:
         raise LaidError(
             f"{path}: not valid JSON, line {error.lineno} column {error.colno}: {error.msg}"

@@ -17,6 +17,12 @@ from laid.data.questions import Question, read_questions
 from laid.errors import LaidError
 from laid.io import read_json
 
+# One step makes all questions: of its settings, what those of one part do not depend on.
+OTHER_PARTS = {
+    "test": ("haystacks.train", "haystacks.validation", "haystacks.test.sizes"),
+    "train": ("haystacks.test", "haystacks.validation.questions", "haystacks.validation.sizes"),
+}
+
 
 @dataclass(frozen=True)
 class Step:
@@ -45,6 +51,19 @@ class Lineage:
         self._questions: dict[Path, list[Question]] = {}
 
     # -------------------------------------------------------------- where things are
+
+    def data(self) -> Step | None:
+        """The step that made the images and their labels; None for the user's own, and for data without a record."""
+        return self._recorded(Step("data", (), self.root / "coco" / "laid.json"))
+
+    def haystacks(self, part: str) -> Step | None:
+        """The step that made the questions of `part` (train, test); None without a record."""
+        return self._recorded(Step("haystacks", (("part", part),), self.root / "haystacks" / "laid.json"))
+
+    def _recorded(self, step: Step) -> Step | None:
+        """`step`, where it left a record: data and questions made before there was one are known by their hashes."""
+        local = step.name == "data" and self.config["data"]["source"] == "local"
+        return step if not local and step.record.is_file() else None
 
     def cell(self, student: str, method: str, size: int) -> Step:
         wildcards = (("student", student), ("method", method), ("size", size))
@@ -78,12 +97,14 @@ class Lineage:
         wildcards = dict(step.wildcards)
         if name.startswith("annotations"):
             split = name.removeprefix("annotations").removeprefix("_") or "train2017"
-            return self.coco / "annotations" / f"instances_{split}.json", None
+            return self.coco / "annotations" / f"instances_{split}.json", self.data()
         if name == "questions":
-            where = "long.json" if self._long(step) else "train.json"
+            folder = self.root / "haystacks"
             if "size" in wildcards:
-                where = f"test/visual_haystack_{wildcards['size']}.json"
-            return self.root / "haystacks" / where, None
+                return folder / f"test/visual_haystack_{wildcards['size']}.json", self.haystacks("test")
+            if self._long(step):
+                return folder / "long.json", None
+            return folder / "train.json", self.haystacks("train")
         if name == "images":
             return (self.coco, self.images(self.inputs_of(step, "questions")[0])), None
         if name in ("model", "student", "teacher"):
@@ -112,6 +133,16 @@ class Lineage:
         found = content.get("provenance") if isinstance(content, dict) else None
         if not isinstance(found, dict) or not isinstance(found.get("data"), dict):
             raise LaidError(f"{step.record}: holds no provenance; make it again")
+        parts = [(key, found.get(key), dict) for key in ("code", "libraries")] + [
+            ("config", found.get("config"), str)
+        ]
+        parts += [(f"data.{name}", value, str) for name, value in found["data"].items()]
+        for key, value, kind in parts:
+            if not isinstance(value, kind):
+                expected = "a mapping" if kind is dict else "a text"
+                raise LaidError(
+                    f"{step.record}: provenance.{key} is not {expected}: changed by hand? make it again"
+                )
         return found
 
     # -------------------------------------------------------------- what is wrong
@@ -128,8 +159,13 @@ class Lineage:
         except LaidError as error:
             yield str(error)
             return
-        yield from changed_settings(
-            record.get("settings", {}), slice_for(step.name, self.config, **dict(step.wildcards))
+        wildcards = dict(step.wildcards)
+        now = slice_for(step.name, self.config, **wildcards)
+        other = OTHER_PARTS.get(wildcards.get("part"), ())
+        yield from (
+            change
+            for change in changed_settings(record.get("settings", {}), now)
+            if not change.startswith(tuple(f"{key}{end}" for key in other for end in (".", " ")))
         )
         for name, recorded in record["data"].items():
             try:

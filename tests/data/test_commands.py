@@ -37,7 +37,11 @@ def test_rendered_then_haystacks(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert printed.strip() == (out / "shortcuts.md").read_text().strip() and "target in any image" in printed
     scores = read_json(out / "shortcuts.json")["files"]
-    assert {p.relative_to(out).as_posix() for p in out.rglob("*.json")} == {*scores, "shortcuts.json"}
+    assert {p.relative_to(out).as_posix() for p in out.rglob("*.json")} == {
+        *scores,
+        "shortcuts.json",
+        "laid.json",
+    }
     assert scores["test/visual_haystack_1.json"]["accuracy"]["target_anywhere"] == 1.0
 
 

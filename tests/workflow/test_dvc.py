@@ -254,7 +254,7 @@ def whole(tmp_path_factory):
     overlays = ("configs/ci.yaml", "micro.yaml")
     work.run("laid", "config", "--config", "config.yaml", *overlays, "--out", "config.yaml")
     work.commit()
-    work.made = work.run("dvc", "repro", timeout=1500)
+    work.made = work.run("dvc", "repro", timeout=3000)
     work.commit()
     return work
 

@@ -31,13 +31,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from laid import config
+    from laid import config, provenance
     from laid.data.coco import SPLITS, check_images, load_coco, load_labels
     from laid.data.pope import is_pope, read_pope
     from laid.data.questions import read_questions
     from laid.errors import LaidError
+    from laid.io import write_json
 
-    settings = config.load(args.config)["data"]
+    everything = config.load(args.config)
+    settings = everything["data"]
     out: Path = args.out
     source = None
     if settings["source"] == "download":
@@ -79,6 +81,8 @@ def run(args: argparse.Namespace) -> int:
                 f"{out}: {len(unknown)} images of the questions are not annotated, first {unknown[0]}"
             )
         check_images(coco, paths=mine)
+    if settings["source"] != "local":  # the user's own folder stays as it is
+        write_json(out / "laid.json", {"provenance": provenance.collect("data", everything, {})})
     labels, categories = load_labels(out)
     objects = sum(map(len, labels.values())) / max(1, len(labels))
     counts = ", ".join(f"{sum(p.startswith(s) for p in labels)} {s}" for s in SPLITS)

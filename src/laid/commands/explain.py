@@ -23,11 +23,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from laid import config
-    from laid.commands.verify import judge, locate
+    from laid.commands.verify import absent, judge, locate
+    from laid.errors import LaidError
     from laid.lineage import Lineage
 
     lineage = Lineage(config.load(args.config))
     step = locate(lineage, args.cell)
+    if reason := absent(lineage, step):
+        raise LaidError(f"{step.record}: {reason}")
     print("\n".join(lines(chain_of_cell(lineage, step))))
     state, reasons = judge(lineage, step)
     print(f"\n{state}" + "".join(f"\n  {reason}" for reason in reasons))
@@ -71,8 +74,9 @@ def _step_tree(lineage: Lineage, step: Step, head: str) -> Tree:
 
 def _software(record: dict[str, Any]) -> str:
     code, libraries = record["code"], record["libraries"]
-    commit = (code["commit"] or "no commit")[:12] + (" with changes" if code["dirty"] else "")
-    return f"laid {code['version']} ({commit}), torch {libraries['torch']}, transformers {libraries['transformers']}"
+    commit = str(code.get("commit") or "no commit")[:12] + (" with changes" if code.get("dirty") else "")
+    versions = ", ".join(f"{name} {libraries.get(name)}" for name in ("torch", "transformers"))
+    return f"laid {code.get('version')} ({commit}), {versions}"
 
 
 def _describe(lineage: Lineage, name: str, value: Any) -> str:
@@ -104,6 +108,8 @@ def _about(step: Step) -> str:
         content = read_json(step.record)
     except LaidError as error:
         return str(error)
+    if not isinstance(content, dict):
+        return f"{step.record}: expected a mapping"
     plain = {k: v for k, v in content.items() if isinstance(v, (int, float, str)) and k != "format"}
     final = content.get("final")
     if isinstance(final, dict) and "loss" in final:

@@ -20,11 +20,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from laid import config
+    from laid import config, provenance
     from laid.data.haystacks import build_beyond, build_haystacks, build_long
     from laid.data.shortcuts import markdown
+    from laid.io import write_json
 
     settings = config.load(args.config)
+    splits = ("train2017", "val2017")
+    labels = {
+        f"annotations_{split}": args.coco / "annotations" / f"instances_{split}.json" for split in splits
+    }
     if args.long is not None:
         questions = build_long(settings, args.coco, args.long)
         print(f"{args.long}: {len(questions)} long haystacks, {sum(q.size for q in questions)} images in all")
@@ -41,6 +46,7 @@ def run(args: argparse.Namespace) -> int:
         from laid.data.questions import read_questions
 
         _fetch(settings, args.coco, [q for name in scores for q in read_questions(args.out / name)])
+    write_json(args.out / "laid.json", {"provenance": provenance.collect("haystacks", settings, labels)})
     print(markdown(scores))
     return 0
 

@@ -26,11 +26,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from laid import config
+    from laid.errors import LaidError
     from laid.lineage import Lineage
 
+    if args.rebuild and args.cells:
+        raise LaidError(f"{args.cells[0]}: give cells to check, or one cell to --rebuild, not both")
     lineage = Lineage(config.load(args.config))
     if args.rebuild:
-        return rebuild(lineage, locate(lineage, args.rebuild), args.device)
+        step = locate(lineage, args.rebuild)
+        if reason := absent(lineage, step):
+            raise LaidError(f"{step.record}: {reason}")
+        return rebuild(lineage, step, args.device)
     steps = [locate(lineage, path) for path in args.cells] or list(all_cells(lineage))
     found = {step: judge(lineage, step) for step in steps}
     for (state, reasons), group in grouped(found):
@@ -64,6 +70,21 @@ def locate(lineage: Lineage, path: Path) -> Step:
     return step
 
 
+def absent(lineage: Lineage, step: Step) -> str | None:
+    """Of a cell that is not there: how to make it, or why nothing makes it. None for one that is there."""
+    if step.record.is_file():
+        return None
+    wildcards, models = dict(step.wildcards), lineage.config["models"]
+    for what, name, known in (
+        ("model", wildcards["student"], [models["teacher"], *models["students"]]),
+        ("method", wildcards["method"], list(lineage.config["methods"])),
+        ("size", wildcards["size"], sorted(lineage.config["haystacks"]["test"]["sizes"])),
+    ):
+        if name not in known:
+            return f"the configuration has no {what} {name}; it has {', '.join(map(str, known))}"
+    return "no such file; `snakemake --cores all` with this path makes it"
+
+
 def all_cells(lineage: Lineage) -> Iterator[Step]:
     """Every cell that the tables need, then every other one that lies there."""
     from laid.results.tables import needed
@@ -86,8 +107,8 @@ def judge(lineage: Lineage, step: Step) -> tuple[str, tuple[str, ...]]:
     from laid.errors import LaidError
     from laid.results.cells import read_cell
 
-    if not step.record.is_file():
-        return "missing", ("no such file; `snakemake --cores all` makes it",)
+    if reason := absent(lineage, step):
+        return "missing", (reason,)
     try:
         read_cell(step.record)
     except LaidError as error:

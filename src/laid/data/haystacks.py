@@ -400,7 +400,9 @@ def build_beyond(config: Mapping[str, Any], coco_root: str | Path, out: str | Pa
     return [question for questions in files.values() for question in questions]
 
 
-_OURS = re.compile(r"(train|long)\.json|shortcuts\.(json|md)|(validation|test)/visual_haystack_\d+\.json")
+_OURS = re.compile(
+    r"(train|long|laid)\.json|shortcuts\.(json|md)|(validation|test)/visual_haystack_\d+\.json|images\.checked"
+)
 
 
 def _synthesise_all(

@@ -189,7 +189,7 @@ def _instances(split: str, scenes: list[tuple[int, int, list[dict]]]) -> dict[st
     }
 
 
-_OURS = re.compile(r"annotations/instances_(train|val)2017\.json|(train|val)2017/\d{12}\.png")
+_OURS = re.compile(r"annotations/instances_(train|val)2017\.json|(train|val)2017/\d{12}\.png|laid\.json")
 
 
 def is_rendered(folder: str | Path) -> bool:
@@ -200,7 +200,7 @@ def is_rendered(folder: str | Path) -> bool:
     files = [path for path in folder.rglob("*") if not path.is_dir()]
     if any(path.is_symlink() or not _OURS.fullmatch(path.relative_to(folder).as_posix()) for path in files):
         return False
-    return all(MARK.encode() in path.read_bytes() for path in files if path.suffix == ".json")
+    return all(MARK.encode() in path.read_bytes() for path in files if path.match("annotations/*.json"))
 
 
 def render(
