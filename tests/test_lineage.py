@@ -197,6 +197,16 @@ def test_other_records_and_hidden_files_do_not_matter(tree, capsys):
     assert verify(capsys)[0] == 0
 
 
+def test_an_overlay_without_its_base_is_pointed_out(tree, capsys):
+    """`snakemake --configfile over.yaml` reads config.yaml below it; `laid --config` reads what it is given."""
+    shutil.copy(TOP / "config.yaml", tree.parents[1])
+    assert main(["verify", "--config", "over.yaml"]) == 1
+    hint = "over.yaml was read alone; over config.yaml, as Snakemake reads it: --config config.yaml over.yaml"
+    assert capsys.readouterr().out.splitlines()[-1] == hint
+    assert main(["verify", "--config", "config.yaml", "over.yaml"]) == 0
+    assert "alone" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "path", ["nowhere.json", "results/mini/cells/small/sft/two.json", "elsewhere/small/sft/2.json"]
 )

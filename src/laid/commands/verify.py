@@ -47,7 +47,13 @@ def run(args: argparse.Namespace) -> int:
         f"{len(found)} cells below {lineage.root / 'cells'}: "
         + ", ".join(f"{count} {state}" for state, count in counts.items() if count or state == "sound")
     )
-    return 0 if counts["sound"] == len(found) else 1
+    if counts["sound"] == len(found):
+        return 0
+    base = Path("config.yaml")
+    if len(args.config) == 1 and base.is_file() and not base.samefile(args.config[0]):
+        alone = args.config[0]
+        print(f"{alone} was read alone; over {base}, as Snakemake reads it: --config {base} {alone}")
+    return 1
 
 
 STATES = ("sound", "stale", "tampered", "missing")
