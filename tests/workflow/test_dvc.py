@@ -190,7 +190,7 @@ def test_a_mistake_in_the_configuration_is_said_and_leaves_nothing(old, new, sai
 
 
 def test_a_second_repro_does_nothing(origin):
-    assert "2 of 2 steps" in origin.made
+    assert "3 of 3 steps" in origin.made  # data, haystacks, and the target that names them
     again = origin.run("dvc", "repro", "data")
     assert "didn't change, skipping" in again and "steps" not in again
 
@@ -318,7 +318,13 @@ def test_all_that_snakemake_made_is_recorded_without_building(whole, tmp_path):
     before = copy.files()
     said = copy.run("dvc", "repro")
     assert said.count("Nothing to be done") == said.count("Running stage") == len(STEPS)
-    assert copy.files() == before and (copy.path / "dvc.lock").read_text() == recorded
+    after = copy.files()
+    assert {name: content for name, (content, _) in after.items()} == {n: c for n, (c, _) in before.items()}
+    # DVC puts a copy of its own in the place of a file that is an output by itself; no rule reads these two.
+    touched = {name for name in after if after[name][1] != before[name][1]}
+    assert touched <= {"results/micro/report.html", "results/micro/teacher_cache.cost.json"}
+    assert (copy.path / "dvc.lock").read_text() == recorded
+    nothing_to_do(copy)
 
 
 @pytest.mark.slow
@@ -333,7 +339,9 @@ def test_a_colleague_gets_everything_from_an_s3_store(whole, s3, tmp_path):
     clone = Checkout(tmp_path / "elsewhere")
     clone.run("dvc", "pull", **keys)
     expected = {
-        name: content for name, (content, _) in whole.files().items() if not name.startswith(NOT_KEPT)
+        name: content
+        for name, (content, _) in whole.files().items()
+        if not name.startswith(NOT_KEPT) and not name.endswith(".lock")
     }
     assert {name: content for name, (content, _) in clone.files().items()} == expected
     clone.run("snakemake", "--cores", "1", "--touch", "all", "page")
