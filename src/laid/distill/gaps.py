@@ -16,6 +16,8 @@ import torch
 
 from laid.errors import LaidError
 
+DRAWS = ("uniform", "log")
+
 
 def image_starts(input_ids: torch.Tensor, vision_start_id: int) -> list[int]:
     """Token indices of <|vision_start|> in input_ids (tokens,)."""
@@ -29,6 +31,7 @@ def open_gaps(
     reach: float,
     rng: np.random.Generator,
     exact: bool = False,
+    draw: str = "uniform",
 ) -> torch.Tensor:
     """New M-RoPE positions (3, tokens) with random gaps in front of images and of the final text.
 
@@ -37,8 +40,11 @@ def open_gaps(
     stays attached to the last image). reach: the largest span (largest position + 1) asked for.
     rng: a numpy Generator; equal states give equal positions. exact: take floor(reach) itself as the span.
 
-    The span is drawn uniformly from the present one to floor(reach); what is to be added is shared among the slots,
-    every composition equally likely. A sample that already reaches so far is returned unchanged.
+    draw: how the span is drawn from the present one to floor(reach): "uniform", or "log", every doubling equally likely,
+    which keeps short distances in practice while long ones are learned.
+
+    What is to be added is shared among the slots, every composition equally likely. A sample that already reaches so
+    far is returned unchanged.
     Raises LaidError when starts are not ascending token indices or text_start lies before the last of them.
     """
     tokens = position_ids.shape[1]
@@ -53,7 +59,12 @@ def open_gaps(
     room = int(reach) - span
     if room <= 0 or not slots:
         return position_ids.clone()
-    added = room if exact else int(rng.integers(0, room + 1))
+    if exact:
+        added = room
+    elif draw == "log":
+        added = int(span * ((span + room) / span) ** rng.random()) - span
+    else:
+        added = int(rng.integers(0, room + 1))
     # Stars and bars: every way of sharing `added` among the slots is equally likely.
     places = added + len(slots) - 1
     bars = np.sort(rng.choice(places, size=len(slots) - 1, replace=False))

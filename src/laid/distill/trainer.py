@@ -205,7 +205,8 @@ class Trainer:
             return positions
         span = sample.prompt.span
         far = reach(step / self.steps, span, max(span, gaps["reach"]), gaps["start"], gaps["end"])
-        return open_gaps(positions, sample.prompt.block_starts.tolist(), sample.text_start, far, rng)
+        starts = sample.prompt.block_starts.tolist()
+        return open_gaps(positions, starts, sample.text_start, far, rng, draw=gaps["draw"])
 
     def _loss_step(self, indices: list[int], step: int) -> dict[str, Tensor]:
         """The parts of eq. 8 for one batch, those with weight: {"sft", "kl", "laid", "rows"}."""
