@@ -21,8 +21,7 @@ class HeadAlignment(nn.Module):
     projection: learn a map from the teacher's head_dim to the student's; needed where they differ. It starts by
         picking, for each student frequency, the teacher pair of nearest wavelength.
     init: "uniform" starts every w_ij at 1/h_t, so that all heads first see the same target. "blocks" starts student
-        head i on its own h_t/h_s consecutive teacher heads. `fit_` starts from the least-squares mixture instead, `match_`
-        from the one teacher head that looks where the student's head looks.
+        head i on its own h_t/h_s consecutive teacher heads. `fit_` starts from the least-squares mixture instead.
 
     The paper calls w learnable and says neither how it starts nor that rows sum to one: w is free here.
     Passing rotated tensors instead gives the same number when both models share RoPE, because a rotation
@@ -70,7 +69,6 @@ class HeadAlignment(nn.Module):
         k_t: torch.Tensor,
         mask: torch.Tensor | None = None,
         token_weights: torch.Tensor | None = None,
-        key_mask: torch.Tensor | None = None,
         norm: str = "mean",
         normalize: bool = True,
         block: int = 4096,
@@ -92,7 +90,6 @@ class HeadAlignment(nn.Module):
             raise LaidError(f"alignment: norm is {norm!r}, allowed: {', '.join(NORMS)}")
         self._check(q_s, k_s, q_t, k_t)
         weight = _token_weights(q_s, mask, token_weights)
-        key_weight = weight if key_mask is None else _token_weights(q_s, key_mask, token_weights)
         # Mixing keys repeated to query heads is mixing the keys themselves by w summed over each group.
         collapsed = self.w.view(self.heads_s, self.kv_t, -1).sum(-1)
         if self.key_weights == "shared":
@@ -101,10 +98,7 @@ class HeadAlignment(nn.Module):
             key_mix, copies = self.w_key, 1
         map_q, map_k = getattr(self, "map_q", None), getattr(self, "map_k", None)
         total = 0.0
-        for s, t, mix, project, repeat, weight in (
-            (q_s, q_t, self.w, map_q, 1, weight),
-            (k_s, k_t, key_mix, map_k, copies, key_weight),
-        ):
+        for s, t, mix, project, repeat in ((q_s, q_t, self.w, map_q, 1), (k_s, k_t, key_mix, map_k, copies)):
             error, power = _sums(s, t, mix, project, repeat, weight, block)
             elements = s.shape[1] * repeat * s.shape[3]
             if normalize:
@@ -146,14 +140,6 @@ class HeadAlignment(nn.Module):
             cross = torch.einsum("bitd,bjtd,bt->ij", s, t, weight)
             gram.diagonal().add_(ridge * gram.diagonal().mean())
             w.copy_(torch.linalg.solve(gram, cross.T).T)
-
-    @torch.no_grad()
-    def match_(self, chosen: torch.Tensor) -> None:
-        """Start on one teacher head per student head: chosen, (student_heads, teacher_heads) of `matching_heads`."""
-        self.w.copy_(chosen)
-        if self.key_weights == "own":
-            own = self.heads_s // self.kv_s
-            self.w_key.copy_(chosen.view(self.kv_s, own, self.kv_t, -1).sum((1, 3)) / own)
 
     def _check(self, q_s, k_s, q_t, k_t) -> None:
         wanted = {

@@ -54,51 +54,6 @@ def question_rows(image_mask: torch.Tensor, answer: torch.Tensor) -> tuple[torch
     return torch.minimum(rows, answer[:, None]), rows <= answer[:, None]
 
 
-def pooled_rows(q: torch.Tensor, k: torch.Tensor, rows: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
-    """Attention rows over the visual tokens of the whole batch: (batch, heads, rows, N), log-probabilities.
-
-    q: (batch, heads, tokens, head_dim), k: (batch, kv_heads, tokens, head_dim), turned by positions that are counted
-    from each sample's question. rows: (batch, rows). visual: (batch, tokens), true at N tokens in all.
-    """
-    heads, dim = q.shape[1], q.shape[3]
-    chosen = q.gather(2, rows[:, None, :, None].expand(-1, heads, -1, dim))
-    keys = repeat_kv(k, heads).transpose(1, 2)[visual]
-    wide = torch.promote_types(q.dtype, torch.float32)
-    scores = torch.einsum("bhrd,nhd->bhrn", chosen.to(wide), keys.to(wide)) * dim**-0.5
-    return scores.log_softmax(-1)
-
-
-@torch.no_grad()
-def matching_heads(
-    student: torch.Tensor,
-    teacher: torch.Tensor,
-    keys: torch.Tensor,
-    row_mask: torch.Tensor | None,
-    kv_heads: int,
-    teacher_kv_heads: int,
-) -> torch.Tensor:
-    """For each student head the teacher head that looks where it looks: (student_heads, teacher_heads) of 0 and 1.
-
-    Queries and keys of models trained apart lie in unrelated bases; where a head looks does not depend on the basis.
-    The overlap of two heads is the mean over rows of sum_n sqrt(p_n q_n) over `keys`. Student heads that share keys are
-    given teacher heads that share keys, since one key cannot follow two.
-
-    student: (batch, student_heads, rows, tokens), teacher: (batch, teacher_heads, rows, tokens): log-probabilities of the
-    same rows. keys: (batch, tokens), true where looking counts. row_mask: (batch, rows), true where a row counts.
-    """
-    counted = torch.ones_like(student[:, 0, :, 0]) if row_mask is None else row_mask.to(student.dtype)
-    shown = keys[:, None, None].to(student.dtype)
-    s, t = ((rows / 2).exp() * shown for rows in (student, teacher))
-    overlap = torch.einsum("birn,bjrn,br->ij", s, t, counted)
-    chosen = torch.zeros_like(overlap)
-    own, group = overlap.shape[0] // kv_heads, overlap.shape[1] // teacher_kv_heads
-    for first in range(0, len(overlap), own):
-        by_group = overlap[first : first + own].view(own, teacher_kv_heads, group)
-        best = int(by_group.amax(-1).sum(0).argmax())
-        chosen[torch.arange(first, first + own), best * group + by_group[:, best].argmax(-1)] = 1.0
-    return chosen
-
-
 class RowMatching(nn.Module):
     """Weighted divergence of student rows from learned mixtures of teacher rows, for one pair of layers.
 
@@ -109,19 +64,12 @@ class RowMatching(nn.Module):
         super().__init__()
         self.mixture = nn.Parameter(torch.zeros(student_heads, teacher_heads))
 
-    @torch.no_grad()
-    def match_(self, chosen: torch.Tensor, share: float = 0.95) -> None:
-        """Start with `share` of each mixture on the teacher head that `matching_heads` chose."""
-        others = (1.0 - share) / (chosen.shape[1] - 1)
-        self.mixture.copy_((chosen * share + (1.0 - chosen) * others).log())
-
     def forward(
         self,
         student: torch.Tensor,
         teacher: torch.Tensor,
         key_weights: torch.Tensor | None = None,
         row_mask: torch.Tensor | None = None,
-        row_weights: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Mean over batch, student heads and rows of the weighted divergence: a scalar in nats.
 
@@ -145,10 +93,6 @@ class RowMatching(nn.Module):
         if key_weights is not None:
             terms = terms * key_weights.to(terms.dtype)[:, None, None]
         sums = terms.sum(-1)
-        if row_weights is not None:
-            mixed = torch.einsum("ij,bjr->bir", weights, row_weights.to(weights.dtype)).detach()
-            mixed = mixed * row_mask[:, None].to(mixed.dtype)
-            return (sums * mixed).sum() / mixed.sum().clamp_min(1e-6)
         if row_mask is None:
             return sums.mean()
         counted = row_mask[:, None].to(sums.dtype).expand_as(sums)

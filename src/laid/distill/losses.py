@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-import math
 from contextlib import nullcontext
 from typing import Any, Protocol
 
@@ -12,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from laid.distill.alignment import HeadAlignment
-from laid.distill.attention_rows import RowMatching, attention_rows, matching_heads, pooled_rows, question_rows
+from laid.distill.attention_rows import RowMatching, attention_rows, question_rows
 from laid.distill.capture import LayerQK, QKCapture
+from laid.distill.joint_rows import joint_divergence, pooled_rows
 from laid.distill.kl import forward_kl, generalised_jsd
 from laid.distill.objective import Objective
 from laid.distill.parallel import Alone
@@ -123,11 +123,11 @@ class Losses(nn.Module):
             key = f"{pair[0]}-{pair[1]}"
             self.alignments[key] = HeadAlignment(
                 g.heads, g.kv_heads, t.heads, t.kv_heads, g.head_dim, t.head_dim, a["key_weights"], a["projection"],
-                "uniform" if a["init"] in ("fit", "match") else a["init"],
+                "uniform" if a["init"] == "fit" else a["init"],
             )  # fmt: skip
-            if self.objective.needs("rows"):
+            if self.objective.needs("rows") and self.settings["rows"] != "joint":
                 self.rows[key] = RowMatching(g.heads, t.heads)
-        self.to_fit = a["init"] == "match" or (a["init"] == "fit" and self.objective.needs("laid"))
+        self.to_fit = a["init"] == "fit" and self.objective.needs("laid")
 
     def learned(self) -> dict[str, nn.Module]:
         """What is learned beside the student: {"alignments", "rows"} and "gain" where there is one."""
@@ -215,78 +215,57 @@ class Losses(nn.Module):
             q_t, k_t = (
                 x.to(own.q.device) for x in self.teacher.queries_keys(t, indices, inputs.ids.shape[1])
             )
-            if self.to_fit and a["init"] == "match":
-                rows, counted = question_rows(inputs.image_mask, answer)
-                looks = self._rows(own, q_t, k_t, rows, inputs, plain)
-                groups = {"alignments": (own.k.shape[1], self.teacher.kv_heads), "rows": (own.q.shape[1], 1)}
-                for name, kv in groups.items():
-                    if key in getattr(self, name):
-                        module = getattr(self, name)[key]
-                        with self.parallel.set_by_main(module.parameters()):
-                            module.match_(matching_heads(*looks, inputs.image_mask, counted, *kv))
             if self.objective.needs("laid"):
                 if a["rotation"] == "after":
                     compared = (*own.rotated(), *(rotate(x, own.cos, own.sin) for x in (q_t, k_t)))
                 else:
                     compared = (own.q, own.k, q_t, k_t)
-                if self.to_fit and a["init"] == "fit":
+                if self.to_fit:
                     with self.parallel.set_by_main(self.alignments[key].parameters()):
                         self.alignments[key].fit_(*(x.detach() for x in compared), mask)
-                where = (mask, weights, None)
-                if a["tokens"] == "retrieval":
-                    asked = inputs.image_mask.flip(-1).cumsum(-1).flip(-1) == 0
-                    where = (asked & mask, None, inputs.image_mask)
-                loss = self.alignments[key](*compared, *where, a["norm"], a["normalize"])
+                loss = self.alignments[key](*compared, mask, weights, a["norm"], a["normalize"])
                 parts["laid"] = parts.get("laid", 0.0) + loss
             if self.objective.needs("rows"):
-                at, counted = answer[:, None], None
-                if self.settings["rows"] == "question":
-                    at, counted = question_rows(inputs.image_mask, answer)
-                if self.settings["rows"] == "pooled":
-                    parts["rows"] = parts.get("rows", 0.0) + self._pooled(key, own, q_t, k_t, inputs, plain, progress)
-                    continue
-                student, teacher = self._rows(own, q_t, k_t, at, inputs, plain)
-                parts["rows"] = parts.get("rows", 0.0) + self.rows[key](student, teacher, weights, counted)
+                positions = inputs.positions if plain is None else plain.to(inputs.ids.device)
+                if self.settings["rows"] == "joint":
+                    loss = self._joint_rows(own, q_t, k_t, inputs, positions, progress)
+                else:
+                    loss = self._rows(key, own, q_t, k_t, inputs, positions, weights)
+                parts["rows"] = parts.get("rows", 0.0) + loss
         self.to_fit = False
         return parts
 
     def _rows(
-        self, own: LayerQK, q_t: Tensor, k_t: Tensor, at: Tensor, inputs: Batch, plain: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Attention rows `at` (B, rows) of student and teacher, log-probabilities (B, heads, rows, T) each."""
-        mask = inputs.token_mask
+        self, key: str, own: LayerQK, q_t: Tensor, k_t: Tensor, inputs: Batch, plain: Tensor, weights: Tensor
+    ) -> Tensor:
+        """Rows of the answer or the whole question over each sample's own tokens."""
+        mask, answer = inputs.token_mask, inputs.lengths - 2
+        at, counted = answer[:, None], None
+        if self.settings["rows"] == "question":
+            at, counted = question_rows(inputs.image_mask, answer)
         student = attention_rows(*own.rotated(), at, mask)
         with torch.no_grad():
             # The teacher's rows are those of its own positions, without gaps.
-            positions = inputs.positions if plain is None else plain.to(inputs.ids.device)
-            turn = text_model(self.model).rotary_emb(own.q, positions)
+            turn = text_model(self.model).rotary_emb(own.q, plain)
             teacher = attention_rows(rotate(q_t, *turn), rotate(k_t, *turn), at, mask)
-        return student, teacher
+        return self.rows[key](student, teacher, weights, counted)
 
-    def _pooled(self, key, own: LayerQK, q_t: Tensor, k_t: Tensor, inputs: Batch, plain: Tensor | None, progress: float):
-        visual, mask = inputs.image_mask, inputs.token_mask
-        rows, counted = question_rows(visual, inputs.lengths - 2)
-        turn = text_model(self.model).rotary_emb
-        first = rows[:, :1].expand(3, -1, -1)
-        gapped = inputs.positions
-        plain = gapped if plain is None else plain.to(gapped.device)
-        here = turn(own.q, gapped - gapped.gather(2, first))
-        student = pooled_rows(rotate(own.q, *here), rotate(own.k, *here), rows, visual)
+    def _joint_rows(
+        self, own: LayerQK, q_t: Tensor, k_t: Tensor, inputs: Batch, plain: Tensor, progress: float
+    ) -> Tensor:
+        """Rows of the questions over the images of the batch (laid.distill.joint_rows)."""
+        visual, turn = inputs.image_mask, text_model(self.model).rotary_emb
+        at, counted = question_rows(visual, inputs.lengths - 2)
+        first = at[:, :1].expand(3, -1, -1)
+        away = inputs.positions - inputs.positions.gather(2, first)
+        here = turn(own.q, away)
+        student = pooled_rows(rotate(own.q, *here), rotate(own.k, *here), at, visual)
         with torch.no_grad():
             there = turn(own.q, plain - plain.gather(2, first))
             q_t, k_t = rotate(q_t, *there), rotate(k_t, *there)
-            teacher = pooled_rows(q_t, k_t, rows, visual)
-            looking = attention_rows(q_t, k_t, rows, mask).exp().mul(visual[:, None, None]).sum(-1)
-            # what a row tells: its divergence from even attention, as a share of the most there could be
-            told = 1 + (teacher.exp() * teacher).sum(-1) / math.log(max(2, teacher.shape[-1]))
-            target = (teacher * told[..., None]).sum(1, keepdim=True).log_softmax(-1)
-            told = 1 + (target.exp() * target).sum(-1)[:, 0] / math.log(max(2, teacher.shape[-1]))
-            count = looking.mean(1) * told * counted
-            overlap = ((student + target) / 2).exp().sum(-1).square()
-            share = overlap / overlap.sum(1, keepdim=True).clamp_min(1e-12)
-        away = -(gapped - gapped.gather(2, first)).amin(0)[visual][None].float()
-        far = self.settings["gaps"]["reach"] or None
-        weights = self.distance.weights(away, progress, None, far)
-        p = target.exp()
-        terms = (p * (target - student) - p + student.exp()) * weights[:, None, None]
-        return (terms.sum(-1) * share * count[:, None]).sum() / count.sum().clamp_min(1e-6)
+            teacher = pooled_rows(q_t, k_t, at, visual)
+            looking = attention_rows(q_t, k_t, at, inputs.token_mask).exp()
+            mass = (looking * visual[:, None, None]).sum(-1).mean(1)
+        distance = -away.amin(0)[visual][None]
+        weights = self.distance.weights(distance, progress, None, self.settings["gaps"]["reach"] or None)
+        return joint_divergence(student, teacher, mass, counted, weights[0])
