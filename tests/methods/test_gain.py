@@ -116,14 +116,19 @@ def test_folding_touches_only_chosen_layers_and_q_proj():
     assert changed == {f"model.language_model.layers.1.self_attn.q_proj.{x}" for x in ("weight", "bias")}
 
 
-def test_under_lora_with_checkpointing_then_merged_and_folded():
+@pytest.mark.parametrize("granularity", ["frequency", "section"])
+@pytest.mark.parametrize("export", ["attention", "fold"])
+def test_under_lora_with_checkpointing_then_merged_and_folded(granularity, export):
     torch.manual_seed(1)  # the adapter's own weights
     model = get_peft_model(
         tiny_model(dtype=torch.float64),
         LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False),
     ).double()
-    gain = randomised(model, length_aware=True, reference=8).double().attach(model)
+    gain = randomised(model, granularity=granularity, length_aware=True, reference=8).double().attach(model)
     hooked = logits(model)
+    with QKCapture(model, 0) as capture:
+        logits(model)
+        queries = capture.take()[0].q
     hooked.square().mean().backward()
     plain = {n: p.grad.clone() for n, p in gain.named_parameters()}
     gain.zero_grad()
@@ -138,8 +143,16 @@ def test_under_lora_with_checkpointing_then_merged_and_folded():
     with pytest.raises(LaidError, match="merge"):
         gain.fold_(model, tokens=8)
     merged = model.merge_and_unload()
-    length_gain.export_(merged, gain)
-    torch.testing.assert_close(logits(length_gain.enable(merged)), hooked, rtol=1e-6, atol=1e-6)
+    if export == "attention":
+        length_gain.export_(merged, gain)
+        torch.testing.assert_close(logits(length_gain.enable(merged)), hooked, rtol=1e-6, atol=1e-6)
+        return
+    gain.fold_(merged, tokens=12)  # exact for the query that sees so many keys
+    with QKCapture(merged, 0) as capture:
+        logits(merged)
+        folded = capture.take()[0].q
+    torch.testing.assert_close(folded[:, :, 11], queries[:, :, 11], rtol=1e-6, atol=1e-6)
+    assert (folded[:, :, 20] - queries[:, :, 20]).abs().max() > 1e-3
 
 
 def test_two_forwards_before_one_backward_keep_their_own_counts_under_checkpointing():
