@@ -67,16 +67,19 @@ def test_against_the_slow_version(key_weights, block):
         assert align(*tensors, norm=norm, **call).item() == pytest.approx(relative, rel=1e-12)
 
 
+@pytest.mark.parametrize("key_weights", ["own", "shared"])
 @pytest.mark.parametrize("block", [4096, 2])
-def test_gradcheck_of_student_and_weights_in_one_block_and_in_many(block):
+def test_gradcheck_of_student_and_weights_in_one_block_and_in_many(block, key_weights):
     q_s, k_s, q_t, k_t = draw(3, batch=1, tokens=3)
     q_s.requires_grad_(), k_s.requires_grad_()
-    align = HeadAlignment(4, 2, 6, 3, 4, 4, key_weights="own").double()
+    align = HeadAlignment(4, 2, 6, 3, 4, 4, key_weights=key_weights).double()
+    names = [name for name, _ in align.named_parameters()]
 
-    def loss(q, k, w, w_key):
-        return torch.func.functional_call(align, {"w": w, "w_key": w_key}, (q, k, q_t, k_t), {"block": block})
+    def loss(q, k, *weights):
+        given = dict(zip(names, weights, strict=True))
+        return torch.func.functional_call(align, given, (q, k, q_t, k_t), {"block": block})
 
-    assert torch.autograd.gradcheck(loss, (q_s, k_s, align.w, align.w_key))
+    assert torch.autograd.gradcheck(loss, (q_s, k_s, *align.parameters()))
 
 
 def test_gradcheck_with_projection():

@@ -185,6 +185,14 @@ def test_identity_starts_exactly_at_the_largest_distance():
             changed = model(input_ids=ids).logits
     torch.testing.assert_close(changed[:, :11], plain[:, :11], rtol=1e-4, atol=1e-4)
     assert (changed[:, 11] - plain[:, 11]).abs().max() > 1e-4
+    # From position 3 on, (12, 3) lies 9 apart, and 12 // 4 + 9 - 9 // 4 - 3 // 4 is 10: far begins at the window itself.
+    at = torch.arange(3, 13).expand(3, 1, -1)
+    with torch.no_grad():
+        plain = model(input_ids=ids[:, :10], position_ids=at).logits
+        with apply_self_extend(model, 4, 9):
+            changed = model(input_ids=ids[:, :10], position_ids=at).logits
+    torch.testing.assert_close(changed[:, :9], plain[:, :9], rtol=1e-4, atol=1e-4)
+    assert (changed[:, 9] - plain[:, 9]).abs().max() > 1e-4
 
 
 def regrouping_of(ids, positions, group, window, axes="all"):
