@@ -164,14 +164,17 @@ def _child(methods: list[str], counts: list[int], steps: int, args) -> dict[tupl
     words += ["--gradient-checkpointing"] if args.gradient_checkpointing else []
     start = time.perf_counter()
     done = subprocess.run([sys.executable, __file__, *words], capture_output=True, text=True, check=False)
-    print(f"{' '.join(methods)}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+    spent = f"{' '.join(methods)}: {time.perf_counter() - start:.0f} s"
     if done.returncode:
+        print(spent, file=sys.stderr, flush=True)
         why = (done.stderr.strip().splitlines() or ["killed, out of memory"])[-1][:120]
         if len(counts) > 1 and len(methods) == 1:  # the largest inputs may be the ones that do not fit
             fewer = _child(methods, counts[:-1], steps, args)
             return fewer | {(methods[0], counts[-1]): {"failed": why}}
         return {(method, tokens): {"failed": why} for method in methods for tokens in counts}
     parts = json.loads(done.stdout.splitlines()[-1])
+    peaks = ", ".join(f"{key}: {value['bytes'] / 1e6:.0f} MB" for key, value in parts.items())
+    print(spent if len(methods) > 1 else f"{spent}; {peaks}", file=sys.stderr, flush=True)
     return {(key.split()[0], int(key.split()[1])): value for key, value in parts.items()}
 
 
