@@ -290,6 +290,21 @@ def test_tokens_one_by_one_from_a_cache_equal_one_pass(backend):
                 torch.testing.assert_close(out.logits[:, 0], whole[:, n], rtol=1e-5, atol=1e-5)
 
 
+def test_a_cache_that_was_cut_back_forgets_the_positions_too():
+    """As assisted generation does with tokens it rejects; those that follow stand elsewhere."""
+    ids, positions, _ = prompt(MODEL, grids=((4, 4), (6, 4)), tail=8)
+    cut = ids.shape[1] - 4
+    with apply_self_extend(MODEL, 2, 4), torch.no_grad():
+        whole = MODEL(input_ids=ids, position_ids=positions, use_cache=False).logits
+        cache = DynamicCache(config=MODEL.config)
+        rejected = positions.clone()
+        rejected[:, :, cut:] += 5
+        MODEL(input_ids=ids, position_ids=rejected, past_key_values=cache)
+        cache.crop(-4)
+        out = MODEL(input_ids=ids[:, cut:], position_ids=positions[:, :, cut:], past_key_values=cache)
+    torch.testing.assert_close(out.logits, whole[:, cut:], rtol=1e-5, atol=1e-5)
+
+
 def test_greedy_generation_equals_running_the_whole_text_each_time():
     model = tiny_model(seed=4)
     ids = torch.randint(1, 50, (2, 14), generator=torch.Generator().manual_seed(1))
