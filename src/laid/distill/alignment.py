@@ -224,7 +224,9 @@ class _Error(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, of_error, _of_power):
-        of_s, of_mix, of_project = (None if x is None else x * of_error.to(x.dtype) for x in ctx.saved_tensors)
+        of_s, of_mix, of_project = (
+            None if x is None else x * of_error.to(x.dtype) for x in ctx.saved_tensors
+        )
         of_s = None if of_s is None else of_s.transpose(1, 2)
         return of_s, None, of_mix, of_project, None, None, None
 
