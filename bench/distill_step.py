@@ -180,7 +180,7 @@ def _child(methods: list[str], counts: list[int], steps: int, args) -> dict[tupl
 
 def table(results: dict[tuple[str, int], dict], args) -> str:
     """The section of RESULTS.md for these results."""
-    about = f"{_hardware(args.device, args.threads)}; {time.strftime('%Y-%m-%d')}; torch {_version('torch')},"
+    about = f"{hardware(args.device, args.threads)}; {time.strftime('%Y-%m-%d')}; torch {_version('torch')},"
     clock = "CPU time" if args.threads == 1 and args.device == "cpu" else "wall time"
     fewest = steps_at(max(args.tokens), args.steps)
     about += f" transformers {_version('transformers')}; {clock}, median of {args.steps} to {fewest} steps."
@@ -281,7 +281,7 @@ def _version(name: str) -> str:
     return metadata.version(name)
 
 
-def _hardware(device: str, threads: int) -> str:
+def hardware(device: str, threads: int) -> str:
     if device.startswith("cuda"):
         import torch
 
