@@ -11,14 +11,14 @@ clipping, AdamW, as `laid train` does it, by the same code (laid.distill.losses)
 language model, so that SFT is the measure for the others. Memory: the peak of a process of its own, one method each, from
 few tokens to many. Time: methods take their steps in turn in one process, so that a change in the machine's load meets all
 alike, and the ratio to SFT is the median of ratios of neighbouring steps (--apart: in processes of their own, for large
-models). Long inputs take fewer steps, at least two.
+models). Long inputs take fewer steps, at least three.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
+import os
 import platform
 import resource
 import statistics
@@ -58,7 +58,7 @@ GAIN = {"gain": {"length_aware": True}, "alignment": {"pairs": [[0, 0], [-1, -1]
 METHODS = {  # name -> (what it is, settings, teacher)
     "sft": ("SFT", {}, None),
     "kd": ("KD, cached teacher", {"lambda_kl": 1.0}, "cache"),
-    "laid": ("LAid, cached teacher", {"lambda_kl": 1.0, **LAST}, "cache"),
+    "laid": ("LAid, one layer pair, cached", {"lambda_kl": 1.0, **LAST}, "cache"),
     "laid_gain": ("LAid with gain, two layer pairs, cached", {"lambda_kl": 1.0, **LAST, **GAIN}, "cache"),
     "laid_online": ("LAid, online teacher", {"lambda_kl": 1.0, **LAST}, "online"),
     "naive": ("naive: output_attentions of both models", {}, "naive"),
@@ -73,6 +73,8 @@ def measure(args) -> dict[str, dict]:
     """ "method tokens" -> {"seconds": [step, ...], "bytes": peak so far, "fixed": what does not depend on tokens}."""
     import torch
 
+    from step_job import Job
+
     torch.manual_seed(0)
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -85,8 +87,9 @@ def measure(args) -> dict[str, dict]:
         for method in args.child:
             place = Path(folder) / method
             place.mkdir()
+            _, settings, kind = METHODS[method]
             counts, few = [64, *args.tokens], args.gradient_checkpointing
-            jobs[method] = Job(SHAPES[args.shape], method, counts, dtype, args.device, place, few)
+            jobs[method] = Job(SHAPES[args.shape], settings, kind, counts, dtype, args.device, place, few)
             jobs[method].step(0)  # few tokens: weights, optimiser state and libraries are then in memory
         fixed = peak.now()
         for sample, tokens in enumerate(args.tokens, start=1):
@@ -106,8 +109,8 @@ def measure(args) -> dict[str, dict]:
 
 
 def steps_at(tokens: int, steps: int) -> int:
-    """Timed steps: `steps` up to 4,096 tokens, fewer above, at least 2; none where none are asked for."""
-    return min(steps, max(2, round(steps * 4096 / tokens)))
+    """Timed steps: `steps` up to 4,096 tokens, fewer above, at least 3; none where none are asked for."""
+    return min(steps, max(3, round(steps * 4096 / tokens)))
 
 
 def can(method: str, tokens: int, args) -> bool:
@@ -129,229 +132,6 @@ class Peak:
     def sync(self) -> None:
         if self.cuda:
             self.cuda.synchronize()
-
-
-class Job:
-    """A student, what it learns from, and an optimiser; sample k has counts[k] tokens."""
-
-    def __init__(self, shape, method, counts, dtype, device, folder, checkpointing):
-        import torch
-
-        from laid.config import fill, merge
-        from laid.distill.losses import Losses
-        from laid.methods.decoder import text_model
-
-        _, settings, kind = METHODS[method]
-        trained = {"$ref": "#/$defs/trained_method"}
-        self.settings, self.kind, self.device, self.folder = (
-            merge(fill({}, trained), settings),
-            kind,
-            device,
-            folder,
-        )
-        self.settings = fill(self.settings, trained)
-        eager = kind == "naive"
-        self.teacher_model = None
-        if kind in ("online", "naive", "pass"):
-            self.teacher_model = build(shape["teacher"], shape, dtype, device, eager).requires_grad_(False)
-        self.shape, self.counts, self.dtype = shape, counts, dtype
-        if kind in ("naive", "pass"):
-            self.teacher_batches = [self._batch(shape["teacher"], count)[0] for count in counts]
-        if kind == "pass":
-            return
-        self.asked = 0
-        self.model = build(shape["student"], shape, dtype, device, eager)
-        if checkpointing:
-            text_model(self.model).gradient_checkpointing_enable({"use_reentrant": False})
-        self.model.train()
-        self.batches = [self._batch(shape["student"], count) for count in counts]
-        self.losses = Losses(self.model, self.settings, self._teacher())
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
-        parameters += [p for module in self.losses.learned().values() for p in module.parameters()]
-        self.parameters = parameters
-        self.optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=True)
-
-    def step(self, sample: int) -> None:
-        import torch
-
-        if self.kind == "pass":
-            return self._teacher_pass(sample)
-        inputs, labels = self.batches[sample]
-        if self.kind == "naive":
-            loss = self._naive(inputs, labels, sample)
-        else:
-            # The online teacher keeps its last answer: ask it as for another sample each time.
-            self.asked += len(self.counts)
-            known = sample + self.asked if self.kind == "online" else sample
-            loss = self.losses.total(self.losses(inputs, labels, [known], 0.5), 0.5)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return None
-
-    def _batch(self, member, count):
-        """(inputs, labels) of one sample of exactly `count` tokens: images as large as the shape's, then text."""
-        import numpy as np
-        import torch
-
-        from laid.models.forward import collate
-        from laid.models.prompts import EncodedPrompt, mrope_positions
-
-        rng = np.random.default_rng([count, member["hidden"]])
-        per_image = self.shape["image"][0] * self.shape["image"][1]
-        images = max(0, count - 40) // (per_image + 2)
-        suffix = count - 8 - images * (per_image + 2)
-        mask = np.zeros(count, dtype=bool)
-        starts = 8 + np.arange(images) * (per_image + 2)
-        for start in starts:
-            mask[start + 1 : start + 1 + per_image] = True
-        ids = np.random.default_rng(count).integers(1, 512, count)
-        positions = mrope_positions(8, [self.shape["image"]] * images, suffix)
-        features = [
-            torch.from_numpy(rng.standard_normal((per_image, member["hidden"]), dtype=np.float32)).to(
-                self.dtype
-            )
-            for _ in range(images)
-        ]
-        inputs = collate([EncodedPrompt(ids, positions, starts, mask)], features)
-        return inputs.to(self.device), torch.tensor([[7, 8]], device=self.device)
-
-    def _teacher(self):
-        if self.kind == "cache":
-            return write_cache(self.folder, self.shape["teacher"], self.counts)
-        if self.kind == "online":
-            from laid.distill.online import OnlineTeacher
-
-            seen = [self._batch(self.shape["teacher"], count)[0] for count in self.counts]
-            return OnlineTeacher(self.teacher_model, [-1], lambda indices: seen[indices[0] % len(seen)])
-        return None
-
-    def _teacher_pass(self, sample: int) -> None:
-        import torch
-        from safetensors.torch import save_file
-
-        from laid.distill.online import teacher_outputs
-
-        inputs = self.teacher_batches[sample]
-        logits, caught = teacher_outputs(self.teacher_model, inputs, (self.shape["teacher"]["layers"] - 1,))
-        kept = {"logits": logits.float().cpu()}
-        for qk in caught.values():
-            for name, tensor in (("q", qk.q), ("k", qk.k)):
-                kept[name] = tensor[0].transpose(0, 1).flatten(1).to(torch.bfloat16).cpu().contiguous()
-        save_file(kept, self.folder / "pass.safetensors")
-
-    def _naive(self, inputs, labels, sample):
-        """What comes to mind first: both models give all attentions and all logits; rows are compared head mean to head mean."""
-        from torch.nn import functional as F
-
-        from laid.methods.decoder import text_model
-        from laid.models.forward import embed
-
-        def run(model, batch):
-            out = text_model(model)(
-                inputs_embeds=embed(model, batch),
-                position_ids=batch.positions,
-                use_cache=False,
-                output_attentions=True,
-            )
-            return model.get_output_embeddings()(out.last_hidden_state), out.attentions
-
-        import torch
-
-        with torch.no_grad():
-            theirs, attended = run(self.teacher_model, self.teacher_batches[sample])
-        own, attentions = run(self.model, inputs)
-        rows = min(own.shape[-1], theirs.shape[-1])
-        loss = F.cross_entropy(own[:, -2:].float().flatten(0, 1), labels.flatten())
-        loss = loss + F.kl_div(
-            own[..., :rows].float().log_softmax(-1),
-            theirs[..., :rows].float().softmax(-1),
-            reduction="batchmean",
-        )
-        return loss + F.mse_loss(attentions[-1].mean(1).float(), attended[-1].mean(1).float())
-
-
-def build(member, shape, dtype, device, eager=False):
-    """A model of these sizes, random weights, a vision tower as small as can be."""
-    import torch
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-
-    config = Qwen2_5_VLConfig(
-        text_config={
-            "vocab_size": member["words"],
-            "hidden_size": member["hidden"],
-            "intermediate_size": member["mlp"],
-            "num_hidden_layers": member["layers"],
-            "num_attention_heads": member["heads"],
-            "num_key_value_heads": member["kv"],
-            "head_dim": member["dim"],
-            "max_position_embeddings": 32768,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": list(shape["sections"])},
-            "bos_token_id": None,
-            "eos_token_id": None,
-        },
-        vision_config={
-            "depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": member["hidden"],
-            "fullatt_block_indexes": [0],
-        },
-        tie_word_embeddings=False,
-        attn_implementation="eager" if eager else "sdpa",
-    )  # fmt: skip
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            model = Qwen2_5_VLForConditionalGeneration(config)
-    finally:
-        torch.set_default_dtype(before)
-    model.model.visual.requires_grad_(False)
-    return model
-
-
-def write_cache(folder: Path, teacher, counts):
-    """A TeacherCache of these sizes in `folder`, with random content, opened.
-
-    Its one shard is written piece by piece, so that the peak of this process is that of its steps.
-    """
-    import torch
-
-    from laid.distill.teacher_cache import FORMAT, TeacherCache
-    from laid.io import write_json
-
-    layers = [0, teacher["layers"] - 1]
-    shapes = {"logits": ("F32", (len(counts), 2, teacher["words"]), 4)}
-    for layer in layers:
-        for name, heads in (("q", teacher["heads"]), ("k", teacher["kv"])):
-            shapes[f"{name}.{layer}"] = ("BF16", (sum(counts), heads * teacher["dim"]), 2)
-    header, at = {}, 0
-    for name, (dtype, shape, width) in shapes.items():
-        size = math.prod(shape) * width
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + size]}
-        at += size
-    head = json.dumps(header).encode()
-    head += b" " * (-len(head) % 8)
-    with (folder / "shard-00000.safetensors").open("wb") as file:
-        file.write(len(head).to_bytes(8, "little") + head)
-        for dtype, shape, width in shapes.values():
-            piece = torch.randn(1 << 16, dtype=torch.float32 if dtype == "F32" else torch.bfloat16)
-            raw = piece.view(torch.uint8).numpy().tobytes()
-            for start in range(0, math.prod(shape) * width, len(raw)):
-                file.write(raw[: math.prod(shape) * width - start])
-    index = {
-        "format": FORMAT,
-        "labelled": True,
-        "layers": layers,
-        "model_layers": teacher["layers"],
-        "heads": teacher["heads"],
-        "kv_heads": teacher["kv"],
-        "head_dim": teacher["dim"],
-        "lengths": list(counts),
-        "shards": [{"file": "shard-00000.safetensors", "first": 0, "questions": len(counts), "sha256": ""}],
-        "provenance": {"data": {"questions": ""}},
-    }
-    write_json(folder / "index.json", index)
-    return TeacherCache(folder)
 
 
 # ------------------------------------------------------------------ all measurements, and the table
@@ -384,20 +164,23 @@ def _child(methods: list[str], counts: list[int], steps: int, args) -> dict[tupl
     words += ["--gradient-checkpointing"] if args.gradient_checkpointing else []
     start = time.perf_counter()
     done = subprocess.run([sys.executable, __file__, *words], capture_output=True, text=True, check=False)
-    print(f"{' '.join(methods)}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+    spent = f"{' '.join(methods)}: {time.perf_counter() - start:.0f} s"
     if done.returncode:
+        print(spent, file=sys.stderr, flush=True)
         why = (done.stderr.strip().splitlines() or ["killed, out of memory"])[-1][:120]
         if len(counts) > 1 and len(methods) == 1:  # the largest inputs may be the ones that do not fit
             fewer = _child(methods, counts[:-1], steps, args)
             return fewer | {(methods[0], counts[-1]): {"failed": why}}
         return {(method, tokens): {"failed": why} for method in methods for tokens in counts}
     parts = json.loads(done.stdout.splitlines()[-1])
+    peaks = ", ".join(f"{key}: {value['bytes'] / 1e6:.0f} MB" for key, value in parts.items())
+    print(spent if len(methods) > 1 else f"{spent}; {peaks}", file=sys.stderr, flush=True)
     return {(key.split()[0], int(key.split()[1])): value for key, value in parts.items()}
 
 
 def table(results: dict[tuple[str, int], dict], args) -> str:
     """The section of RESULTS.md for these results."""
-    about = f"{_hardware(args.device, args.threads)}; {time.strftime('%Y-%m-%d')}; torch {_version('torch')},"
+    about = f"{hardware(args.device, args.threads)}; {time.strftime('%Y-%m-%d')}; torch {_version('torch')},"
     clock = "CPU time" if args.threads == 1 and args.device == "cpu" else "wall time"
     fewest = steps_at(max(args.tokens), args.steps)
     about += f" transformers {_version('transformers')}; {clock}, median of {args.steps} to {fewest} steps."
@@ -436,31 +219,43 @@ def table(results: dict[tuple[str, int], dict], args) -> str:
 
 def _targets(results, args) -> list[str]:
     """What was aimed at, and whether it was met."""
-    rows = [(n, results.get(("laid", n), {}), results.get(("sft", n), {})) for n in args.tokens]
+    lines = [line for method in ("laid", "laid_gain") for line in _against_sft(method, results, args)]
+    shares = [(share, n) for n in args.tokens if (share := _share(results, n))]
+    if shares:
+        share, at = max(shares)
+        lines.append(
+            f"- 10 epochs from the cache, teacher pass included, target at most 0.45 of online: highest {share:.2f}, at {at}"
+            f" tokens: {_verdict(share, 0.45)}. It is (r + 10) / (10 r + 10), r the teacher's pass over the student's step; the"
+            " longer the input, the more attention weighs at this width, and the smaller r; in 3B and 32B, weights weigh more."
+        )
+    return lines
+
+
+def _against_sft(method: str, results, args) -> list[str]:
+    rows = [(n, results.get((method, n), {}), results.get(("sft", n), {})) for n in args.tokens]
     rows = [(n, a, b) for n, a, b in rows if a.get("ratio") and b.get("bytes")]
     if not rows:
         return []
     time_, where = max((a["ratio"], n) for n, a, _ in rows)
     memory, at = max((a["bytes"] / b["bytes"], n) for n, a, b in rows)
     above = {n: a["bytes"] - a["fixed"] for n, a, _ in rows}
-    growth = [above[n] / above[n // 2] for n in above if above.get(n // 2, 0) > 0]
+    growth = [(above[n] / above[n // 2], n) for n in above if above.get(n // 2, 0) > 0]
+    name = METHODS[method][0]
     lines = [
-        f"- LAid from the cache (one layer pair, no gain), target at most 1.05 of SFT's time: highest {time_:.3f}, at {where} tokens.",
-        f"- LAid from the cache (one layer pair, no gain), target at most 1.10 of SFT's memory: highest {memory:.3f}, at {at} tokens.",
+        f"- {name}, target at most 1.05 of SFT's time: highest {time_:.3f}, at {where} tokens: {_verdict(time_, 1.05)}.",
+        f"- {name}, target at most 1.10 of SFT's memory: highest {memory:.3f}, at {at} tokens: {_verdict(memory, 1.1)}.",
     ]
-    shares = [(share, n) for n in args.tokens if (share := _share(results, n))]
-    if shares:
-        share, at = max(shares)
-        lines.append(
-            f"- 10 epochs from the cache, teacher pass included, target at most 0.45 of online: highest {share:.2f}, at {at}"
-            " tokens. It is (r + 10) / (10 r + 10), r the teacher's pass over the student's step; the longer the input, the more"
-            " attention weighs at this width, and the smaller r; in 3B and 32B, weights weigh more."
-        )
     if growth:
+        most, at = max(growth)
         lines.append(
-            f"- The same: memory above the fixed part on doubling the tokens, target at most 2.1: highest {max(growth):.2f}."
+            f"- {name}, memory above the fixed part on doubling the tokens, target at most 2.1 times: highest {most:.2f},"
+            f" at {at} tokens: {_verdict(most, 2.1)}."
         )
     return lines
+
+
+def _verdict(value: float, target: float) -> str:
+    return "met" if value <= target else "missed"
 
 
 def _epochs(results, args) -> list[str]:
@@ -486,7 +281,7 @@ def _version(name: str) -> str:
     return metadata.version(name)
 
 
-def _hardware(device: str, threads: int) -> str:
+def hardware(device: str, threads: int) -> str:
     if device.startswith("cuda"):
         import torch
 
@@ -494,8 +289,6 @@ def _hardware(device: str, threads: int) -> str:
     from laid.provenance import cost
 
     cores = cost(time.perf_counter())["hardware"]["cores"]
-    import os
-
     return f"{platform.machine()} CPU, {cores} cores, {threads or 'all'} threads, load {os.getloadavg()[0]:.1f} at the end"
 
 

@@ -67,16 +67,19 @@ def test_against_the_slow_version(key_weights, block):
         assert align(*tensors, norm=norm, **call).item() == pytest.approx(relative, rel=1e-12)
 
 
+@pytest.mark.parametrize("key_weights", ["own", "shared"])
 @pytest.mark.parametrize("block", [4096, 2])
-def test_gradcheck_of_student_and_weights_in_one_block_and_in_many(block):
+def test_gradcheck_of_student_and_weights_in_one_block_and_in_many(block, key_weights):
     q_s, k_s, q_t, k_t = draw(3, batch=1, tokens=3)
     q_s.requires_grad_(), k_s.requires_grad_()
-    align = HeadAlignment(4, 2, 6, 3, 4, 4, key_weights="own").double()
+    align = HeadAlignment(4, 2, 6, 3, 4, 4, key_weights=key_weights).double()
+    names = [name for name, _ in align.named_parameters()]
 
-    def loss(q, k, w, w_key):
-        return torch.func.functional_call(align, {"w": w, "w_key": w_key}, (q, k, q_t, k_t), {"block": block})
+    def loss(q, k, *weights):
+        given = dict(zip(names, weights, strict=True))
+        return torch.func.functional_call(align, given, (q, k, q_t, k_t), {"block": block})
 
-    assert torch.autograd.gradcheck(loss, (q_s, k_s, align.w, align.w_key))
+    assert torch.autograd.gradcheck(loss, (q_s, k_s, *align.parameters()))
 
 
 def test_gradcheck_with_projection():
@@ -167,6 +170,36 @@ def test_bfloat16_is_summed_in_float32():
     got = align.float()(*half)
     assert got.dtype == torch.float32
     torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=0)
+
+
+def test_only_the_students_gradients_stay_until_backward():
+    """Per token that is the student's own size, in its own format; nothing of the teacher's."""
+    tensors = [x.bfloat16() for x in draw(9, batch=1, tokens=300)]
+    q_s, k_s = (x.requires_grad_() for x in tensors[:2])
+    align = HeadAlignment(4, 2, 6, 3, 4, 4)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        loss = align(*tensors, block=128)
+    large = sorted(x.numel() * x.element_size() for x in kept if x.numel() >= 300)
+    assert large == sorted(x.numel() * 2 for x in (q_s, k_s))
+    loss.backward()
+    exact = align.double()(
+        *(x.detach().double().requires_grad_() for x in tensors[:2]), *(x.double() for x in tensors[2:])
+    )
+    assert loss.item() == pytest.approx(exact.item(), rel=1e-5)
+
+
+def test_gradients_are_the_same_in_bfloat16_and_in_float64():
+    found = []
+    for dtype in (torch.bfloat16, torch.float64):
+        tensors = [x.bfloat16().to(dtype) for x in draw(10, batch=2, tokens=50)]
+        q_s, k_s = (x.requires_grad_() for x in tensors[:2])
+        align = HeadAlignment(4, 2, 6, 3, 4, 4, key_weights="own")
+        (3 * align(*tensors, block=16)).backward()
+        found.append([x.double() for x in (q_s.grad, k_s.grad, align.w.grad, align.w_key.grad)])
+        assert q_s.grad.dtype == dtype
+    for rough, exact in zip(*found, strict=True):
+        torch.testing.assert_close(rough, exact, rtol=0.02, atol=1e-6)
 
 
 def test_same_wavelength_start_copies_pairs_when_dims_agree():

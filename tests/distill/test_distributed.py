@@ -18,7 +18,6 @@ from distributed_worker import train
 
 from laid.distill.launch import launch
 from laid.distill.parallel import Replicated
-from laid.distill.teacher_cache import build_cache
 from laid.errors import LaidError
 from laid.models.loading import load_model
 
@@ -34,9 +33,7 @@ def case(micro, out, method, stop=None, settings=None, student="student", **trai
 
 
 @pytest.fixture(scope="module")
-def paths(micro, family, coco_root, haystacks, tmp_path_factory):
-    cache = tmp_path_factory.mktemp("cache") / "cache"
-    build_cache(micro, family["teacher"], coco_root, haystacks / "train.json", cache)
+def paths(family, coco_root, haystacks, cache, tmp_path_factory):
     tied = shutil.copytree(family["small"], tmp_path_factory.mktemp("tied") / "small")
     model = load_model(tied)  # with one matrix for words in and out, as the 3B student has
     model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = True

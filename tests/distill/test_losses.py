@@ -52,11 +52,50 @@ def test_before_and_after_rotation_are_the_same_number_and_gradient():
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-6)
 
 
-def test_rows_of_the_question_by_hand():
-    """The mean over both samples' question tokens, each row an attention row of the models; padding counts nowhere."""
-    losses, inputs = losses_of({"lambda_rows": 1.0, "rows": "question"})
+@pytest.mark.parametrize("norm", ["mean", "frobenius"])
+def test_two_pairs_of_layers_by_hand(norm):
+    """Relative errors summed over pairs, queries and keys; tokens weighed by distance up to the reach, padding by 0."""
+    settings = {
+        "alignment": {"pairs": [[0, 0], [-1, -1]], "norm": norm},
+        "distance": {"strength": 4.0, "power": 2.0},
+    }
+    losses, inputs = losses_of({"lambda_laid": 1.0, "gaps": {"reach": 40}, **settings})
+    progress = 0.25
+    weights = torch.zeros(2, inputs.ids.shape[1])
+    for b in range(2):
+        length = int(inputs.lengths[b])
+        answer = inputs.positions[:, b, length - 2]
+        raw = []
+        for n in range(length):
+            distance = max(0, int((answer - inputs.positions[:, b, n]).max()))
+            raw.append(1 + 4 * progress * min(1, distance / 40) ** 2)
+        weights[b, :length] = torch.tensor(raw) / (sum(raw) / length)
     with torch.no_grad():
-        got = losses(inputs, LABELS, [0, 1], 0.5)["rows"]
+        got = losses(inputs, LABELS, [0, 1], progress)["laid"]
+        seen = []
+        for model, batch in ((losses.model, inputs), (losses.teacher.model, losses.teacher.batch(None))):
+            with QKCapture(model, [0, -1]) as capture:
+                hidden_states(model, batch)
+                seen.append(capture.take())
+        expected = 0.0
+        for layer in (0, 1):
+            for kind in ("q", "k"):
+                own, theirs = (getattr(x[layer], kind) for x in seen)
+                gap = (own - theirs.mean(1, keepdim=True)).square().mean((1, 3))  # w starts uniform
+                size = theirs.square().mean((1, 3))
+                expected = expected + (gap * weights).sum() / (size * weights).sum()
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("opened", [0, 9])
+def test_rows_of_the_question_by_hand(opened):
+    """The mean over both samples' question tokens, each row an attention row of the models; padding counts nowhere.
+    Where gaps were opened for the student, the teacher's rows are still those of its own positions."""
+    losses, inputs = losses_of({"lambda_rows": 1.0, "rows": "question"})
+    plain, inputs.positions = inputs.positions, inputs.positions.clone()
+    inputs.positions[:, :, 5:] += opened
+    with torch.no_grad():
+        got = losses(inputs, LABELS, [0, 1], 0.5, plain)["rows"]
         seen = []
         for model, batch in ((losses.model, inputs), (losses.teacher.model, losses.teacher.batch(None))):
             with QKCapture(model, -1) as capture:

@@ -88,6 +88,7 @@ def test_learning_rate_after_warm_up_is_transformers(shape, upstream):
         [0.2, 0.4, 0.6, 0.8, 1.0]
     )  # transformers: 0, 0.2, ..., losing its first step
     assert [learning_rate_factor(s, 10, 0.0, "constant") for s in (0, 9)] == [1, 1]
+    assert [learning_rate_factor(s, 30, 0.05) for s in (0, 1, 2)] == [0.5, 1, 1]  # 1.5 steps are two
 
 
 def test_lambda_schedules():

@@ -13,7 +13,7 @@ from laid.distill.capture import QKCapture
 from laid.errors import LaidError
 from laid.methods import length_gain
 from laid.methods.decoder import geometry, rotate
-from laid.methods.gain import RopeGain, visible_keys
+from laid.methods.gain import RopeGain, _Scale, visible_keys
 
 
 def randomised(model, seed=3, **kwargs):
@@ -116,14 +116,19 @@ def test_folding_touches_only_chosen_layers_and_q_proj():
     assert changed == {f"model.language_model.layers.1.self_attn.q_proj.{x}" for x in ("weight", "bias")}
 
 
-def test_under_lora_with_checkpointing_then_merged_and_folded():
+@pytest.mark.parametrize("granularity", ["frequency", "section"])
+@pytest.mark.parametrize("export", ["attention", "fold"])
+def test_under_lora_with_checkpointing_then_merged_and_folded(granularity, export):
     torch.manual_seed(1)  # the adapter's own weights
     model = get_peft_model(
         tiny_model(dtype=torch.float64),
         LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False),
     ).double()
-    gain = randomised(model, length_aware=True, reference=8).double().attach(model)
+    gain = randomised(model, granularity=granularity, length_aware=True, reference=8).double().attach(model)
     hooked = logits(model)
+    with QKCapture(model, 0) as capture:
+        logits(model)
+        queries = capture.take()[0].q
     hooked.square().mean().backward()
     plain = {n: p.grad.clone() for n, p in gain.named_parameters()}
     gain.zero_grad()
@@ -138,8 +143,16 @@ def test_under_lora_with_checkpointing_then_merged_and_folded():
     with pytest.raises(LaidError, match="merge"):
         gain.fold_(model, tokens=8)
     merged = model.merge_and_unload()
-    length_gain.export_(merged, gain)
-    torch.testing.assert_close(logits(length_gain.enable(merged)), hooked, rtol=1e-6, atol=1e-6)
+    if export == "attention":
+        length_gain.export_(merged, gain)
+        torch.testing.assert_close(logits(length_gain.enable(merged)), hooked, rtol=1e-6, atol=1e-6)
+        return
+    gain.fold_(merged, tokens=12)  # exact for the query that sees so many keys
+    with QKCapture(merged, 0) as capture:
+        logits(merged)
+        folded = capture.take()[0].q
+    torch.testing.assert_close(folded[:, :, 11], queries[:, :, 11], rtol=1e-6, atol=1e-6)
+    assert (folded[:, :, 20] - queries[:, :, 20]).abs().max() > 1e-3
 
 
 def test_two_forwards_before_one_backward_keep_their_own_counts_under_checkpointing():
@@ -161,12 +174,19 @@ def test_two_forwards_before_one_backward_keep_their_own_counts_under_checkpoint
     torch.testing.assert_close(grads(True), grads(False))
 
 
-def test_under_accelerate():
+@pytest.fixture
+def accelerator():
+    """Its settings are the process's, so they are taken back for the tests that follow."""
+    yield accelerate.Accelerator(cpu=True)
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_under_accelerate(accelerator):
     plain = tiny_model()
     gain = randomised(plain, length_aware=True, reference=8).attach(plain)
     hooked = logits(plain)
     gain.detach()
-    prepared = accelerate.Accelerator(cpu=True).prepare(tiny_model())
+    prepared = accelerator.prepare(tiny_model())
     gain.attach(prepared)
     torch.testing.assert_close(logits(prepared), hooked)
 
@@ -290,6 +310,48 @@ def test_decoding_from_a_cache_equals_one_pass_at_training_time():
     last = model(input_ids=ids[:, 11:], attention_mask=mask, past_key_values=cache).logits
     torch.testing.assert_close(last[:, 0], whole[:, -1], rtol=1e-4, atol=1e-4)
     model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=2, do_sample=False)
+
+
+@pytest.mark.parametrize("own", [1, 4])
+@pytest.mark.parametrize("length_aware", [True, False])
+def test_scaling_and_its_gradients(own, length_aware):
+    """By autograd of the formula, by differences, and in bfloat16; own = 1 where heads share one norm of their queries."""
+    g = torch.Generator().manual_seed(0)
+    queries = torch.randn(2, 5, 4, 2, 3, generator=g, dtype=torch.float64, requires_grad=True)
+    log_gain = torch.randn(own, 3, generator=g, dtype=torch.float64, requires_grad=True)
+    exponent = torch.randn(4, generator=g, dtype=torch.float64, requires_grad=True) if length_aware else None
+    logs = torch.randn(1, 5, generator=g, dtype=torch.float64) if length_aware else None
+    learned = [x for x in (queries, log_gain, exponent) if x is not None]
+    out = _Scale.apply(queries, log_gain, exponent, logs)
+    factor = log_gain.exp()[None, None, :, None]
+    if length_aware:
+        factor = factor * (logs.exp()[:, :, None] ** exponent)[..., None, None]
+    torch.testing.assert_close(out, queries * factor, rtol=1e-12, atol=0)
+    seen = torch.randn(out.shape, generator=g, dtype=torch.float64)
+    ours, plain = (torch.autograd.grad(x, learned, seen) for x in (out, queries * factor))
+    for a, b in zip(ours, plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+    assert torch.autograd.gradcheck(lambda *x: _Scale.apply(x[0], x[1], *(x[2:] or (None,)), logs), learned)
+    half = _Scale.apply(queries.bfloat16(), log_gain, exponent, logs)
+    assert half.dtype == torch.bfloat16
+    rough = torch.autograd.grad(half, learned[1:], seen.bfloat16())
+    for a, b in zip(rough, plain[1:], strict=True):
+        torch.testing.assert_close(a, b, rtol=0.03, atol=0.15)
+
+
+def test_scaling_keeps_its_result_alone():
+    """Until backward stay the scaled queries and the input of q_proj, which its weight's gradient needs; no factors."""
+    model = tiny_model(layers=1)
+    projection = model.model.language_model.layers[0].self_attn.q_proj
+    gain = randomised(model, length_aware=True, reference=8).attach(model)
+    gain._counts[0] = torch.arange(1, 41)[None]
+    hidden, kept = torch.randn(1, 40, 32), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        scaled = projection(hidden)
+    large = [x.data_ptr() for x in kept if x.numel() >= 40 * 4 and x.shape[0] != 32]
+    assert sorted(large) == sorted([hidden.data_ptr(), scaled.data_ptr()])
+    scaled.sum().backward()
+    assert gain.exponent.grad.abs().min() > 0
 
 
 def test_fold_for_one_length_is_exact_there():

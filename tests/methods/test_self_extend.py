@@ -185,37 +185,59 @@ def test_identity_starts_exactly_at_the_largest_distance():
             changed = model(input_ids=ids).logits
     torch.testing.assert_close(changed[:, :11], plain[:, :11], rtol=1e-4, atol=1e-4)
     assert (changed[:, 11] - plain[:, 11]).abs().max() > 1e-4
+    # From position 3 on, (12, 3) lies 9 apart, and 12 // 4 + 9 - 9 // 4 - 3 // 4 is 10: far begins at the window itself.
+    at = torch.arange(3, 13).expand(3, 1, -1)
+    with torch.no_grad():
+        plain = model(input_ids=ids[:, :10], position_ids=at).logits
+        with apply_self_extend(model, 4, 9):
+            changed = model(input_ids=ids[:, :10], position_ids=at).logits
+    torch.testing.assert_close(changed[:, :9], plain[:, :9], rtol=1e-4, atol=1e-4)
+    assert (changed[:, 9] - plain[:, 9]).abs().max() > 1e-4
+
+
+def regrouping_of(ids, positions, group, window, axes="all"):
+    """What one forward hands to its layers."""
+    seen = []
+    layer = MODEL.model.language_model.layers[0]
+    hook = layer.register_forward_pre_hook(
+        lambda _module, _args, kwargs: seen.append(kwargs["laid_regrouping"]), with_kwargs=True
+    )
+    with apply_self_extend(MODEL, group, window, axes), torch.no_grad():
+        MODEL(input_ids=ids, position_ids=positions, use_cache=False)
+    hook.remove()
+    return seen[0]
+
+
+def turned_by(cos_sin):
+    """Turns in positions, read off the slowest frequency, 0.001 a position."""
+    cos, sin = cos_sin
+    return (torch.atan2(sin[0, :, 3], cos[0, :, 3]) * 1000).round().long()
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.integers(1, 9), st.integers(1, 60), st.integers(0, 300), st.sampled_from(["all", "image_base"]))
+@given(st.integers(2, 9), st.integers(1, 60), st.integers(0, 300), st.sampled_from(["all", "image_base"]))
 def test_continuous_at_the_boundary_and_never_falling(group, window, start, axes):
     """Effective distance steps by at most 1 from W - 1 to W, and a farther key never looks nearer by more than 1."""
-    seen = []
-    for distance in range(window + 4 * group):
-        q, k = pair_positions([start + distance] * 3, [start] * 3, group, window, axes, False)
-        seen.append(q[0] - k[0])
+    at = torch.arange(start, start + window + 4 * group)
+    regrouping = regrouping_of(
+        torch.ones(1, len(at), dtype=torch.long), at.expand(3, 1, -1), group, window, axes
+    )
+    far = regrouping.far(0, len(at), slice(0, len(at)))[0]
+    queries, keys = at + turned_by(regrouping.q_turn), at + turned_by(regrouping.k_turn)
+    seen = torch.where(far, queries[:, None] - keys, at[:, None] - at)[:, 0].tolist()  # from the first key
     assert seen[:window] == list(range(window))
     assert abs(seen[window] - window) <= 1
     assert all(-1 <= b - a <= 2 for a, b in pairwise(seen))
+    assert seen[-1] <= window + 4 + 1  # 4 * group positions farther are 4 groups
 
 
 @settings(max_examples=15, deadline=None)
 @given(st.integers(2, 20), st.integers(2, 5), st.sampled_from(["all", "image_base"]))
 def test_an_image_is_never_torn(window, group, axes):
     """Every query sees all tokens of one image as near, or all as far."""
-    seen = []
-
-    def watch(_module, _args, kwargs):
-        seen.append(kwargs["laid_regrouping"])
-
     ids, positions, starts = prompt(MODEL, grids=((8, 8), (4, 6), (6, 4)), tail=8)
-    hook = MODEL.model.language_model.layers[0].register_forward_pre_hook(watch, with_kwargs=True)
-    with apply_self_extend(MODEL, group, window, axes), torch.no_grad():
-        MODEL(input_ids=ids, position_ids=positions, use_cache=False)
-    hook.remove()
     tokens = ids.shape[1]
-    far = seen[0].far(0, tokens, slice(0, tokens))[0]
+    far = regrouping_of(ids, positions, group, window, axes).far(0, tokens, slice(0, tokens))[0]
     assert far.any() and not far.diagonal().any()
     for start in starts:
         image = [
@@ -247,6 +269,40 @@ def test_prefill_in_parts_from_a_cache_equals_one_pass(steps):
             parts.append(out.logits)
     real = mask.bool()
     torch.testing.assert_close(torch.cat(parts, 1)[real], whole[real], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["blocks", "flash"])
+def test_tokens_one_by_one_from_a_cache_equal_one_pass(backend):
+    """Fused attention too, where the keys before a query's own lie in the cache."""
+    ids, positions, _ = prompt(MODEL, grids=((4, 4), (6, 4)), tail=6)
+    with torch.no_grad():
+        with apply_self_extend(MODEL, 2, 4, backend="blocks"):
+            whole = MODEL(input_ids=ids, position_ids=positions, use_cache=False).logits
+        with apply_self_extend(MODEL, 2, 4, backend=backend):
+            cache, cut = DynamicCache(config=MODEL.config), ids.shape[1] - 5
+            MODEL(input_ids=ids[:, :cut], position_ids=positions[:, :, :cut], past_key_values=cache)
+            for n in range(cut, ids.shape[1]):
+                out = MODEL(
+                    input_ids=ids[:, n : n + 1],
+                    position_ids=positions[:, :, n : n + 1],
+                    past_key_values=cache,
+                )
+                torch.testing.assert_close(out.logits[:, 0], whole[:, n], rtol=1e-5, atol=1e-5)
+
+
+def test_a_cache_that_was_cut_back_forgets_the_positions_too():
+    """As assisted generation does with tokens it rejects; those that follow stand elsewhere."""
+    ids, positions, _ = prompt(MODEL, grids=((4, 4), (6, 4)), tail=8)
+    cut = ids.shape[1] - 4
+    with apply_self_extend(MODEL, 2, 4), torch.no_grad():
+        whole = MODEL(input_ids=ids, position_ids=positions, use_cache=False).logits
+        cache = DynamicCache(config=MODEL.config)
+        rejected = positions.clone()
+        rejected[:, :, cut:] += 5
+        MODEL(input_ids=ids, position_ids=rejected, past_key_values=cache)
+        cache.crop(-4)
+        out = MODEL(input_ids=ids[:, cut:], position_ids=positions[:, :, cut:], past_key_values=cache)
+    torch.testing.assert_close(out.logits, whole[:, cut:], rtol=1e-5, atol=1e-5)
 
 
 def test_greedy_generation_equals_running_the_whole_text_each_time():
@@ -302,12 +358,26 @@ def test_merge_by_log_sum_exp_is_attention_over_the_union():
     torch.testing.assert_close(merge_by_lse(parts), expected, rtol=1e-6, atol=1e-6)
 
 
-def test_gradients_flow_through_blocks():
-    model = tiny_model().train()
+def test_gradients_through_blocks_are_those_of_small_differences_and_of_checkpointing():
+    model = tiny_model(dtype=torch.float64).train()
     ids, positions, _ = prompt(model, tail=6)
+    weight = model.model.language_model.layers[0].self_attn.k_proj.weight
+
+    def loss():
+        return model(input_ids=ids, position_ids=positions, use_cache=False).logits.square().mean()
+
     with apply_self_extend(model, 2, 4):
-        model(input_ids=ids, position_ids=positions, use_cache=False).logits.square().mean().backward()
-    assert model.model.language_model.layers[0].self_attn.k_proj.weight.grad.abs().max() > 0
+        (grad,) = torch.autograd.grad(loss(), weight)
+        step = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0), dtype=weight.dtype)
+        with torch.no_grad():
+            values = []
+            for sign in (1, -2, 1):
+                weight += sign * 1e-3 * step
+                values.append(loss().item())
+        slope = (values[0] - values[1]) / 2e-3  # scores are float32
+        assert (grad * step).sum().item() == pytest.approx(slope, rel=1e-3)
+        model.activation_checkpointing_enable({"use_reentrant": False})
+        torch.testing.assert_close(torch.autograd.grad(loss(), weight)[0], grad)
 
 
 def test_clear_errors():

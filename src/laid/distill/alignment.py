@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from laid.errors import LaidError
 
@@ -71,7 +70,7 @@ class HeadAlignment(nn.Module):
         token_weights: torch.Tensor | None = None,
         norm: str = "mean",
         normalize: bool = True,
-        block: int = 4096,
+        block: int = 1024,
     ) -> torch.Tensor:
         """The query term plus the key term: a float32 scalar (float64 for float64 inputs).
 
@@ -83,7 +82,8 @@ class HeadAlignment(nn.Module):
         normalize: divide each term by what its teacher tensor itself measures in the same norm, put on the student's
             head count and head_dim: the mean square of a teacher element. The result is a relative error, 1 for a
             student at zero, whatever width, head count, length or scale the models have; both norms then agree.
-        block: tokens held in float32 at a time; a longer input is computed again in backward, block by block.
+        block: tokens held in float32 at a time.
+        Gradients go to the student and to what is learned here; the teacher's tensors are constants.
         Raises LaidError on shapes that do not fit this alignment and when no token counts.
         """
         if norm not in NORMS:
@@ -176,28 +176,59 @@ def _token_weights(
 
 def _sums(s, t, mix, project, repeat, weight, block):
     """(weighted squared error over all, weighted squared teacher norm), summed over tokens in blocks."""
-    error, power = 0.0, 0.0
-    tokens = s.shape[2]
-    for start in range(0, tokens, block):
-        part = slice(start, start + block)
-        args = (s[:, :, part], t[:, :, part], mix, project, weight[:, part], repeat)
-        if tokens > block and torch.is_grad_enabled():
-            e, p = checkpoint(_block_sums, *args, use_reentrant=False)
-        else:
-            e, p = _block_sums(*args)
-        error, power = error + e, power + p
-    return error, power.detach()
+    wide = weight.dtype
+    mix = mix.to(wide)
+    project = None if project is None else project.to(wide)
+    error, power = _Error.apply(s, t.detach(), mix, project, repeat, weight, block)
+    return error, power
 
 
-def _block_sums(s, t, mix, project, weight, repeat):
-    s, t = s.to(weight.dtype), t.to(weight.dtype)
-    power = torch.einsum("bjtd,bjtd,bt->", t, t, weight)
-    if project is not None:
-        t = t @ project.to(t.dtype).T
-    target = torch.einsum("ij,bjtd->bitd", mix.to(t.dtype), t)
-    batch, heads, tokens, dim = s.shape
-    gap = s.unsqueeze(2) - target.view(batch, heads, repeat, tokens, dim)
-    return (gap.square().sum(dim=(1, 2, 4)) * weight).sum(), power
+class _Error(torch.autograd.Function):
+    """The sums of `_sums`. Their gradients are as large as the student's tensor and come with the same pass, so they are made
+    in it: neither the teacher's heads nor anything in float32 stays until backward. The teacher's tensor is a constant.
+    """
+
+    @staticmethod
+    def forward(ctx, s, t, mix, project, repeat, weight, block):
+        batch, heads, tokens, dim = s.shape
+        error, power = weight.new_zeros(()), weight.new_zeros(())
+        wanted = ctx.needs_input_grad
+        # Tokens before heads, as projections lay them out.
+        of_s = torch.empty(batch, tokens, heads, dim, dtype=s.dtype, device=s.device) if wanted[0] else None
+        of_mix = torch.zeros_like(mix) if wanted[2] else None
+        of_project = torch.zeros_like(project) if wanted[3] else None
+        for start in range(0, tokens, block):
+            part = slice(start, min(tokens, start + block))
+            counted = weight[:, part, None]
+            # (heads, batch, tokens, head_dim) of a block; a mixture of heads is then one product of matrices.
+            own, theirs = (x[:, :, part].transpose(0, 1).to(weight.dtype).contiguous() for x in (s, t))
+            power += (theirs.square().sum((0, 3)) * counted[..., 0]).sum()
+            mapped = theirs if project is None else theirs @ project.T
+            gap = (mix @ mapped.flatten(1)).view(heads, repeat, *mapped.shape[1:]).neg_().add_(own[:, None])
+            error += (gap.square().sum((0, 1, 4)) * counted[..., 0]).sum()
+            if not any(wanted):
+                continue
+            gap *= 2 * counted
+            if of_s is not None:
+                of_s[:, part] = gap.sum(1).permute(1, 2, 0, 3)
+            of_target = gap.view(heads * repeat, -1)
+            if of_mix is not None:
+                of_mix -= of_target @ mapped.flatten(1).T
+            if of_project is not None:
+                of_mapped = (mix.T @ of_target).view(-1, mapped.shape[-1])
+                of_project -= of_mapped.T @ theirs.view(-1, theirs.shape[-1])
+        ctx.save_for_backward(of_s, of_mix, of_project)
+        ctx.mark_non_differentiable(power)
+        return error, power
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, of_error, _of_power):
+        of_s, of_mix, of_project = (
+            None if x is None else x * of_error.to(x.dtype) for x in ctx.saved_tensors
+        )
+        of_s = None if of_s is None else of_s.transpose(1, 2)
+        return of_s, None, of_mix, of_project, None, None, None
 
 
 def _start(rows: int, columns: int, init: str) -> torch.Tensor:

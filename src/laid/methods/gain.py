@@ -83,9 +83,9 @@ class RopeGain(nn.Module):
 
     def length_factor(self, counts: torch.Tensor) -> torch.Tensor:
         """(counts / reference) ** b for counts (...) of visible keys -> (layers, ..., heads), float32. Ones without b."""
-        logs = (counts.float().clamp_min(1.0) / self.reference).log()
         if not self.length_aware:
             return torch.ones(len(self.layers), *counts.shape, self.geometry.heads, device=counts.device)
+        logs = self._logs(counts)
         exponent = self.exponent.view(len(self.layers), *[1] * counts.dim(), -1)
         return (exponent * logs[None, ..., None]).exp()
 
@@ -186,25 +186,17 @@ class RopeGain(nn.Module):
 
     def _scale_hook(self, row: int):
         def hook(_module, _args, output):
-            gain = self.log_gain[row][:, self.column].exp()
-            if output.dim() == 4:  # q_norm's output: heads are apart
-                gain = torch.cat((gain, gain), dim=-1)
-                if self.length_aware:
-                    gain = gain * self._length_factors(row)[..., None]
-                return output * gain.to(output.dtype)
-            gain = self._per_output(gain)
-            if not self.length_aware:
-                return output * gain.to(output.dtype)
-            factor = self._length_factors(row)
-            factor = factor.repeat_interleave(self.geometry.head_dim, dim=-1)
-            return output * (gain * factor).to(output.dtype)
+            logs = self._logs(self._counts[row]) if self.length_aware else None
+            exponent = self.exponent[row] if self.length_aware else None
+            heads = output.view(*output.shape[:2], self.geometry.heads, 2, -1)
+            scaled = _Scale.apply(heads, self.log_gain[row][:, self.column], exponent, logs)
+            return scaled.view(output.shape)
 
         return hook
 
-    def _length_factors(self, row: int) -> torch.Tensor:
-        """(batch or 1, tokens, heads) of one layer, for the keys its queries may attend to now."""
-        logs = (self._counts[row].float().clamp_min(1.0) / self.reference).log()
-        return (logs[..., None] * self.exponent[row]).exp()
+    def _logs(self, counts: torch.Tensor) -> torch.Tensor:
+        """log(counts / reference), float32, of the same shape."""
+        return (counts.float().clamp_min(1.0) / self.reference).log()
 
     def _counts_hook(self, row: int):
         # The counts travel as an argument of the layer, so that a checkpointed layer sees its own again in backward.
@@ -219,6 +211,40 @@ class RopeGain(nn.Module):
             raise LaidError(
                 f"the gain was made for {self.geometry}, the model has {theirs}: make it from this model"
             )
+
+
+class _Scale(torch.autograd.Function):
+    """queries * exp(log_gain) * exp(logs * exponent), which keeps its result alone for backward.
+
+    queries: (batch, tokens, heads, 2, frequencies). log_gain: (heads or 1, frequencies). exponent: (heads,) and logs:
+    (batch or 1, tokens), or None both. As every factor is an exponential, its gradient is the result times the gradient
+    of the result: neither factors nor what they multiply need to stay.
+    """
+
+    @staticmethod
+    def forward(ctx, queries, log_gain, exponent, logs):
+        scaled = queries * _factor(queries, log_gain, exponent, logs)
+        ctx.save_for_backward(scaled, log_gain, exponent, logs)
+        return scaled
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, of_scaled):
+        scaled, log_gain, exponent, logs = ctx.saved_tensors
+        by_pair = (of_scaled * scaled).sum(3, dtype=log_gain.dtype)  # (batch, tokens, heads, frequencies)
+        of_gain = by_pair.sum((0, 1)).sum_to_size(log_gain.shape)
+        of_exponent = None
+        if exponent is not None:
+            of_exponent = (by_pair.sum(-1) * logs[..., None]).sum((0, 1)).to(exponent.dtype)
+        return of_scaled * _factor(of_scaled, log_gain, exponent, logs), of_gain, of_exponent, None
+
+
+def _factor(queries, log_gain, exponent, logs) -> torch.Tensor:
+    """(batch or 1, tokens or 1, heads or 1, 1, frequencies) in the format of `queries`."""
+    factor = log_gain.exp()[:, None]
+    if exponent is not None:
+        factor = (logs[..., None] * exponent).exp()[..., None, None] * factor
+    return factor.to(queries.dtype)
 
 
 def _pass_counts(_text, _args, kwargs):
