@@ -68,14 +68,33 @@ class Answers:
 
 def stars_against_base(
     answers: Answers, keys: Iterable[Key], columns: Sequence[Sequence[int]]
-) -> tuple[dict[tuple[Key, int], str], int]:
-    """A star for every model and column (a set of sizes) that differs from the model's base; and the family's size.
+) -> tuple[dict[tuple[Key, int], str], tuple[int, int]]:
+    """A star for every model and column (a set of sizes) that differs from the model's base; and the two families' sizes.
 
-    All tests of a table are one family under Holm's correction at 5 %.
+    Means over a window are what the claims are about; single sizes tell where. Each of the two kinds is one family
+    under Holm's correction at 5 %, so that the one question is not paid for by the other.
     """
     tests = [(key, i) for key in keys if key[1] != "base" for i, sizes in enumerate(columns) if sizes]
-    adjusted = stats.holm([answers.p_value((key[0], "base"), key, columns[i]) for key, i in tests])
-    return {test: "*" if p < LEVEL else "" for test, p in zip(tests, adjusted, strict=True)}, len(tests)
+    found = [answers.p_value((key[0], "base"), key, columns[i]) for key, i in tests]
+    adjusted, families = holm_by_kind(found, [columns[i] for _, i in tests])
+    return {test: "*" if p < LEVEL else "" for test, p in zip(tests, adjusted, strict=True)}, families
+
+
+def holm_by_kind(
+    p_values: Sequence[float], columns: Sequence[Sequence[int]]
+) -> tuple[list[float], tuple[int, int]]:
+    """Holm's correction among tests of window means (several sizes) and among those of single sizes, each apart.
+
+    Returns the corrected values in the order given, and how many tests of each kind there are.
+    """
+    adjusted = list(p_values)
+    counts = []
+    for means in (True, False):
+        family = [k for k, sizes in enumerate(columns) if (len(sizes) > 1) == means]
+        counts.append(len(family))
+        for k, p in zip(family, stats.holm([p_values[k] for k in family]), strict=True):
+            adjusted[k] = p
+    return adjusted, (counts[0], counts[1])
 
 
 def tests_table(answers: Answers) -> Table:
@@ -93,7 +112,9 @@ def tests_table(answers: Answers) -> Table:
     found = [
         (pair, i, answers.compare(*pair, sizes)) for pair in pairs for i, sizes in enumerate(columns) if sizes
     ]
-    adjusted = stats.holm([comparison.p for _, _, comparison in found])
+    adjusted, families = holm_by_kind(
+        [comparison.p for _, _, comparison in found], [columns[i] for _, i, _ in found]
+    )
     rows: dict[tuple[Key, Key], list[Entry]] = {}
     csv = [["student", "method", "against", "images", "difference", "low", "high", "test", "p", "p_holm"]]
     breaks, before = set(), None
@@ -115,7 +136,7 @@ def tests_table(answers: Answers) -> Table:
     header = ["Model", "Difference", *(name for name, sizes in zip(names, columns, strict=True) if sizes)]
     notes = [
         grid.questions_note(),
-        star_note(answers, len(found), "zero")
+        star_note(answers, families, "zero")
         if found
         else "LAid or what it is held against is not among the methods.",
         f"Short: mean over {_listed(short)} images; long: {_listed(long)}.",
@@ -125,12 +146,15 @@ def tests_table(answers: Answers) -> Table:
     return Table("tests", title, header, list(rows.values()), csv, notes, breaks, legend=legend)
 
 
-def star_note(answers: Answers, family: int, against: str) -> str:
-    """What a star means, and what it does not mean where one seed was trained."""
+def star_note(answers: Answers, families: int | tuple[int, int], against: str) -> str:
+    """What a star means, and what it does not mean where one seed was trained. families: numbers of tests of window
+    means and of single sizes, or of all where they are one family."""
     test = "McNemar's exact test on the same questions"
     if not answers.one_seed:
         test = f"paired bootstrap over questions and seeds ({test} where neither was trained)"
-    text = f"* differs from {against}: {test}, Holm's correction over {family} comparisons, 5 %."
+    among = families if isinstance(families, int) else f"{families[0]} window means and over {families[1]} sizes, each apart"
+    comparisons = " comparisons" if isinstance(families, int) else ""
+    text = f"* differs from {against}: {test}, Holm's correction over {among}{comparisons}, 5 %."
     return text + (" One training seed: the tests say nothing of other seeds." if answers.one_seed else "")
 
 
