@@ -173,6 +173,7 @@ def test_a_large_model_is_laid_over_the_gpus_of_its_job(tight):
     ("words", "says"),
     [
         (["--gpu", "A900"], "no GPU 'A900' is known; known: RTX4090-24GB,"),
+        (["--configs", "/nowhere"], "--configs /nowhere: no such folder"),
         (["--utilisation", "0"], "--utilisation 0: a share of peak, above 0"),
     ],
 )

@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from laid.distill.losses import PARTS, objective_of
 from laid.distill.teacher_cache import Kept
+from laid.errors import LaidError
 from laid.io import dumps
 from laid.methods.decoder import geometry, text_model
 from laid.models.loading import parameters
@@ -83,6 +84,10 @@ class Estimator:
     """
 
     def __init__(self, config: Mapping[str, Any], configs: str | Path | None = None):
+        if configs is not None and not Path(configs).is_dir():
+            raise LaidError(
+                f"--configs {configs}: no such folder (expected DIR/<member>/config.json, or <checkpoint's name>/)"
+            )
         names = [config["models"]["teacher"], *config["models"]["students"]]
         self.members = {name: Member(*member_config(config, name, configs)) for name in names}
         self.rehearsed: dict[str, Any] = {}
