@@ -4,7 +4,7 @@
     PYTHONPATH=src python bench/gpu.py --write           the same, into bench/GPU.md
     PYTHONPATH=src python bench/gpu.py --toy             the same cases at toy size on a CPU, in seconds
 
-Needs torch and transformers (and peft for LoRA), no checkpoint, no image and no network. Cases: the teacher's pass of
+Needs torch and transformers (and peft for LoRA, which is left out without it), no checkpoint, no image and no network. Cases: the teacher's pass of
 32B, a training step of 7B and 3B (all weights, and LoRA) at 1.8k, 7.4k and 35k tokens, and the reading of an evaluation
 prompt of 53k tokens in chunks. All run the project's own code: laid.distill.losses, laid.distill.online,
 laid.models.forward. What the plan says cannot fit is not started, and said. Of these rates the GPU-hours of the whole
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
+import importlib.util
 import json
 import time
 import traceback
@@ -97,6 +98,7 @@ class Bench:
         self.longest, self.chunk = (TOY_LONGEST, TOY_CHUNK) if toy else (LONGEST, CHUNK)
         self.configs = {m: toy_config(m) if toy else published_config(name) for m, name in MEMBERS.items()}
         trained = {"$ref": "#/$defs/trained_method"}
+        self.kinds = ("train", "lora") if importlib.util.find_spec("peft") else ("train",)
         self.methods = {
             "train": fill(LAID, trained),
             "lora": fill({**LAID, "gain": None, "lora": {"rank": 8}}, trained),
@@ -122,7 +124,7 @@ class Bench:
     def cases(self) -> Iterator[Case]:
         """Cheap and telling ones first, so that a short budget is well spent; one member's beside each other."""
         for member in ("7B", "3B"):
-            for kind in ("train", "lora"):
+            for kind in self.kinds:
                 for tokens in self.lengths:
                     yield Case(kind, member, tokens, self.plan(kind, member, tokens))
             yield Case("read", member, self.longest, self.plan("read", member, self.longest))
@@ -360,6 +362,8 @@ def report(bench: Bench, cases: list[Case], gpu: Gpu | None, device: str, spent:
         ),
         "",
     ]
+    if "lora" not in bench.kinds:
+        notes += ["LoRA is left out: peft is not installed.", ""]
     if not bench.toy:
         notes += ["The whole paper, extrapolated:", "", *extrapolated(cases, gpu)]
     return "\n".join(lines + notes) + "\n"

@@ -1,6 +1,7 @@
 """`laid plan` as its user meets it: the table, what it refuses, what it advises, and whether the advice is right."""
 
 import copy
+import io
 import json
 import subprocess
 import sys
@@ -8,13 +9,15 @@ from pathlib import Path
 
 import pytest
 import yaml
+from rich.console import Console
 
 from laid import cli, config
 from laid.plan.estimate import Estimator
 from laid.plan.fit import refusal, ways_out
 from laid.plan.gpus import GIB, GPUS
 from laid.plan.jobs import jobs_of, need_of
-from laid.plan.table import record
+from laid.plan.table import job_tables, record
+from laid.results.render import column_parts, rich_table
 
 TOP = Path(__file__).resolve().parents[2]
 
@@ -143,6 +146,18 @@ def test_a_larger_gpu_takes_what_a_smaller_refuses(tight):
     assert [j["fits"] for j in json.loads(text)["jobs"]] == [job.fits for job in jobs]
 
 
+def test_tables_fit_a_terminal(tight):
+    """Whole at 140 columns; at 80 in parts, of which none is wider and the first says hours and peak."""
+    estimator, jobs = tight
+    for table in job_tables(jobs, SMALL_GPU, 0.4, estimator):
+        assert len(column_parts(table, 140)) == 1
+        console = Console(width=80, file=io.StringIO())
+        console.print(rich_table(table, 80))
+        lines = console.file.getvalue().splitlines()
+        assert max(map(len, lines)) <= 80 and "\u2026" not in "".join(lines)
+        assert ("GPU-hours" if table.name == "plan" else "Peak GiB") in lines[2]
+
+
 def test_a_large_model_is_laid_over_the_gpus_of_its_job(tight):
     """Two GPUs hold half of the weights each, and work in turn: memory is shared, hours are not."""
     estimator, jobs = tight
@@ -158,6 +173,7 @@ def test_a_large_model_is_laid_over_the_gpus_of_its_job(tight):
     ("words", "says"),
     [
         (["--gpu", "A900"], "no GPU 'A900' is known; known: RTX4090-24GB,"),
+        (["--configs", "/nowhere"], "--configs /nowhere: no such folder"),
         (["--utilisation", "0"], "--utilisation 0: a share of peak, above 0"),
     ],
 )

@@ -11,10 +11,10 @@ from laid.analysis.inference_cost import COUNTED
 from laid.config import fill
 from laid.distill.losses import Losses
 from laid.distill.online import teacher_outputs
+from laid.distill.parallel import Alone
 from laid.distill.student import make_trainable
 from laid.methods.decoder import geometry
 from laid.models.forward import last_logits
-from laid.models.loading import parameters
 from laid.plan import steps
 from laid.plan.measure import peak_bytes
 from laid.plan.shapes import meta_model, published_config
@@ -88,16 +88,21 @@ def settings(checkpointing, pieces=4):
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("name", METHODS)
-def test_training_step(student, teacher, name, checkpointing):
-    """Peak memory and FLOPs of a real forward and backward pass, gradients of an earlier one in place."""
-    method = fill(METHODS[name], TRAINED)
-    training = settings(checkpointing)
-    model = make_trainable(meta_model(student, "float32", device="cpu"), method["lora"], training).train()
+def test_training_step(student, teacher, name, checkpointing, dtype):
+    """Peak memory and FLOPs of a real forward and backward pass, gradients of an earlier one in place.
+
+    bfloat16: under autocast, over weights of which the trained ones are float32.
+    """
+    method, number = fill(METHODS[name], TRAINED), getattr(torch, dtype)
+    training = settings(checkpointing) | {"dtype": dtype}
+    model = make_trainable(meta_model(student, dtype, device="cpu"), method["lora"], training).train()
     losses = Losses(model, method, FixedTeacher(teacher, 2))
     losses.to_fit = False
-    inputs = steps.meta_batch(student, 2, TOKENS, VISUAL, torch.float32, "cpu")
+    Alone("cpu", number).prepare(losses, lambda: None)
+    inputs = steps.meta_batch(student, 2, TOKENS, VISUAL, number, "cpu")
     inputs.ids.random_(1, 500)
     labels = torch.ones(2, 2, dtype=torch.long)
 
@@ -109,19 +114,19 @@ def test_training_step(student, teacher, name, checkpointing):
     cost = steps.training_step(student, teacher, method, training, TOKENS, VISUAL)
     assert cost.linear == pytest.approx(linear, rel=0.01)
     assert cost.attention == pytest.approx(attention / 2, rel=0.01)  # causal: half of what torch counts
-    fixed = {part: cost.peak[part] for part in ("weights", "gradients", "optimizer")}
-    above = cost.bytes - sum(fixed.values())
-    given = sum(t.nbytes for t in (inputs.ids, inputs.positions, inputs.image_mask, inputs.features))
-    assert above - given == pytest.approx(peak_bytes(step), rel=0.15)
-    # What stands there all the time is known to the byte: float32, AdamW's two moments.
+    # What stands there all the time is known to the byte: trained weights in float32, AdamW's two moments.
+    weights = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     learned = sum(p.numel() for m in losses.learned().values() for p in m.parameters())
-    buffers = sum(b.nbytes for b in model.buffers())
-    assert fixed == {
-        "weights": 4 * parameters(model) + buffers,
-        "gradients": 4 * trained,
-        "optimizer": 8 * (trained + learned),
-    }
+    standing = {"weights": weights, "gradients": 4 * trained, "optimizer": 8 * (trained + learned)}
+    found = {part: cost.peak[part] for part in standing}
+    if (
+        dtype == "bfloat16"
+    ):  # and what autocast computes with, as many of those copies as stand at the worst moment
+        assert 0 <= found.pop("weights") - weights <= 2 * trained
+    assert found.items() <= standing.items()
+    given = sum(t.nbytes for t in (inputs.ids, inputs.positions, inputs.image_mask, inputs.features))
+    assert cost.bytes - sum(standing.values()) - given == pytest.approx(peak_bytes(step), rel=0.15)
     assert cost.trained == trained + learned
 
 
@@ -168,7 +173,7 @@ def test_teacher_pass(teacher):
     assert cost.bytes - cost.peak["weights"] - given == pytest.approx(peak_bytes(one_pass), rel=0.15)
 
 
-@pytest.mark.parametrize("what", ["step", "teacher", "read"])
+@pytest.mark.parametrize("what", ["step", "autocast", "sharded", "teacher", "read"])
 def test_depth_is_extrapolated_to_the_byte(student, teacher, what, monkeypatch):
     """Eight layers from four and six, against all eight rehearsed."""
     deep = copy.deepcopy(student)
@@ -179,6 +184,9 @@ def test_depth_is_extrapolated_to_the_byte(student, teacher, what, monkeypatch):
     def rehearse():
         if what == "step":
             return steps.training_step(deep, teacher, method, settings(True), TOKENS, VISUAL)
+        if what in ("autocast", "sharded"):
+            low, sharded = settings(True) | {"dtype": "bfloat16"}, what == "sharded"
+            return steps.training_step(deep, teacher, method, low, TOKENS, VISUAL, sharded=sharded)
         if what == "teacher":
             return steps.teacher_pass(deep, [7], "bfloat16", 2, TOKENS, VISUAL)
         return steps.reading(deep, "bfloat16", 2, TOKENS, VISUAL, 200, keep=True)

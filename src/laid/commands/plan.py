@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
         estimator = Estimator(settings, args.configs)
         jobs = list(jobs_of(estimator, gpu))
         refused = [refusal(estimator, job) for job in table.together(jobs) if not job.fits]
-    tables = [table.job_table(jobs, gpu, utilisation, estimator)]
+    tables = table.job_tables(jobs, gpu, utilisation, estimator)
     if any(job.gpu for job in jobs):
         tables.append(table.gpu_table(jobs, gpus, utilisation))
         beside = table.paper_table(jobs, gpu, utilisation, settings["models"]["labels"])

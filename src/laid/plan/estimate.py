@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from laid.distill.losses import PARTS, objective_of
 from laid.distill.teacher_cache import Kept
+from laid.errors import LaidError
 from laid.io import dumps
 from laid.methods.decoder import geometry, text_model
 from laid.models.loading import parameters
@@ -83,6 +84,10 @@ class Estimator:
     """
 
     def __init__(self, config: Mapping[str, Any], configs: str | Path | None = None):
+        if configs is not None and not Path(configs).is_dir():
+            raise LaidError(
+                f"--configs {configs}: no such folder (expected DIR/<member>/config.json, or <checkpoint's name>/)"
+            )
         names = [config["models"]["teacher"], *config["models"]["students"]]
         self.members = {name: Member(*member_config(config, name, configs)) for name in names}
         self.rehearsed: dict[str, Any] = {}
@@ -164,20 +169,22 @@ class Estimator:
         longest, visual = self.lengths.longest(asked["max_size"])
         longest += 1
         alike = [m["lora"], m["gain"], m["alignment"], [p for p in PARTS if objective.needs(p)]]
+        devices = max(1, c["resources"]["train"]["gpu"])
+        sharded = devices > 1 and settings["parallel"] != "ddp"
         cost = self._once(
             [student, alike, {k: settings[k] for k in CHECKPOINTING}],
-            training_step, member.config, teacher.config, m, settings, longest, visual, self.attention,
+            training_step, member.config, teacher.config, m, settings, longest, visual, self.attention, sharded,
         )  # fmt: skip
         steps = round((m["epochs"] or settings["epochs"]) * (asked["questions"] // settings["batch_size"]))
         samples = max(1, steps) * settings["batch_size"]
         need = Need(member.parameters, settings["dtype"], longest, cost.trained)
-        need.devices = max(1, c["resources"]["train"]["gpu"])
+        need.devices = devices
         sizes = range(asked["min_size"], asked["max_size"] + 1)
         need.memory += cost.peak
         self._prompts(need, cost, batch, longest, [(n, samples / len(sizes)) for n in sizes], extra=1)
         self._images(need, member, "train", samples * _mean(sizes), min(BATCH, batch * asked["max_size"]))
-        if need.devices > 1 and settings.get("parallel", "ddp") != "ddp":
-            self._shard(need, member)
+        if sharded:
+            shard(need, member, adapter=m["lora"] is not None)
         written = need.trained if m["lora"] else member.parameters
         # Weights and the optimiser's two moments.
         kept = 3 * need.trained if settings["checkpoint_minutes"] else 0
@@ -255,26 +262,33 @@ class Estimator:
         need.memory = max(need.memory, seeing, key=_total)
         need.memory["features"] = int(kept * each)
 
-    def _shard(self, need: Need, member: Member) -> None:
-        """Lay weights, gradients and the optimiser's state out in pieces over the devices (laid.distill.parallel).
 
-        Each device holds its share, the vision tower whole, and, gathered in the number format it computes in, what
-        is neither: embedding and output, and two decoder layers, with the gradients of one in float32.
-        """
-        text, size = text_model(member.model), _size(need.dtype)
-        layer = parameters(text.layers[0])
-        seen = parameters(tower(member.model))
-        rest = member.parameters - seen - layer * len(text.layers)
-        if size < 4:
-            # The copies that a pass computes with are made layer by layer.
-            need.memory["weights"] -= need.trained * size
-        whole = seen * size
-        need.memory["weights"] = int(whole + (need.memory["weights"] - whole) / need.devices)
-        need.memory["weights"] += (rest + 2 * layer) * size
-        need.memory["gradients"] = need.memory["gradients"] // need.devices
-        if need.trained:
-            need.memory["gradients"] += layer * 4
-        need.memory["optimizer"] //= need.devices
+def shard(need: Need, member: Member, adapter: bool) -> None:
+    """Lay weights, gradients and the optimiser's state out in pieces over the devices (laid.distill.parallel).
+
+    Each device holds its share and the vision tower whole. The worst moment is one of two. In a layer's backward pass:
+    what is no layer's (embedding, output) stands gathered in the number format of the pass, and so do two layers; the
+    gradients of one go out in float32, those of the output wait for the end. At the end of backward: the gradients of
+    all that is no layer's go out, as a copy in float32 and the piece that comes back. adapter: only LoRA is trained.
+    """
+    text, size = text_model(member.model), _size(need.dtype)
+    layer = parameters(text.layers[0])
+    seen = parameters(tower(member.model))
+    rest = member.parameters - seen - layer * len(text.layers)
+    output = member.words * member.hidden
+    if size < 4:
+        # The copies that a pass computes with are made layer by layer.
+        need.memory["weights"] -= need.trained * size
+    whole = seen * size
+    need.memory["weights"] = int(whole + (need.memory["weights"] - whole) / need.devices)
+    need.memory["gradients"] //= need.devices
+    need.memory["optimizer"] //= need.devices
+    last = Counter({part: need.memory[part] for part in STANDING})
+    if not adapter:
+        last["gradients"] += max(rest * (size + 4), rest * (4 + 4 // need.devices) + output * size)
+    need.memory["weights"] += (rest + 2 * layer) * size
+    need.memory["gradients"] += need.trained // len(text.layers) * 4 if adapter else layer * 4 + output * size
+    need.memory = max(need.memory, last, key=_total)
 
 
 def _size(dtype: str) -> int:

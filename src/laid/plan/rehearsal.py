@@ -9,6 +9,9 @@ Fused attention has no meta form that holds no tokens x tokens tensor, so `scale
 stand-in that allocates what the CUDA kernels do: output and log-sum-exp; in backward the three gradients and their
 float32 workspace; with a mask, that mask in the queries' dtype. What reads a value (`if mask.any()`) is answered with
 "true", and a boolean index takes every row: both occur on small tensors only, and choose between paths that cost alike.
+
+Autocast passes over tensors of the meta device. Where it is part of the path, `as_if_real` makes torch's fake
+tensors of them: they have no content either, but say that they lie on a CPU, so that torch's own autocast acts.
 """
 
 from __future__ import annotations
@@ -20,7 +23,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
@@ -77,6 +81,10 @@ class Rehearsal(TorchDispatchMode):
         if sum(self.live.values()) > self.cost.bytes:
             self.cost.peak = Counter(self.live)
 
+    def part_of(self, tensor: Tensor) -> str | None:
+        """Which part a tensor's storage counts as; None where it is not counted."""
+        return self._part_of.get(tensor.untyped_storage()._cdata)
+
     def _gone(self, number: int, size: int) -> None:
         self.live[self._part_of.pop(number)] -= size
 
@@ -90,9 +98,12 @@ class Rehearsal(TorchDispatchMode):
         out = func(*args, **kwargs)
         if packet in flop_registry:
             self.cost.linear += flop_registry[packet](*args, **kwargs, out_val=out)
+        part = None
+        if packet is torch.ops.aten._to_copy and self.part_of(args[0]) == "weights":
+            part = "weights"  # what autocast computes with
         for tensor in tree_iter(out):
             if isinstance(tensor, Tensor):
-                self.add(tensor)
+                self.add(tensor, part)
         return out
 
 
@@ -133,12 +144,33 @@ class _StandIn(torch.autograd.Function):
         return *gradients, None, None, None
 
 
+def as_if_real(*modules: nn.Module) -> FakeTensorMode:
+    """Turn weights on the meta device into fake ones on a CPU, tied ones staying tied; inside the mode all others are fake."""
+    mode, made = FakeTensorMode(), {}
+
+    def fake(tensor: Tensor) -> Tensor:
+        if tensor not in made:
+            made[tensor] = FakeTensor(mode, tensor.detach(), torch.device("cpu"))
+            if isinstance(tensor, nn.Parameter):
+                made[tensor] = nn.Parameter(made[tensor], tensor.requires_grad)
+        return made[tensor]
+
+    for module in {m for each in modules for m in each.modules()}:
+        for tensors in (module._parameters, module._buffers):
+            tensors.update({name: fake(t) for name, t in tensors.items() if t is not None})
+    return mode
+
+
 @contextmanager
 def rehearse() -> Iterator[Rehearsal]:
-    """Everything on the meta device inside is counted."""
+    """Every tensor without content that is made inside is counted, and those given to `Rehearsal.add`."""
     rehearsal, real = Rehearsal(), F.scaled_dot_product_attention
 
     def stand_in(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, **_):
+        device = query.device.type
+        if device != "meta" and torch.is_autocast_enabled(device):
+            low = torch.get_autocast_dtype(device)
+            query, key, value = (x.to(low) for x in (query, key, value))
         return _StandIn.apply(query, key, value, attn_mask, is_causal, rehearsal)
 
     # By name, not by a TorchFunctionMode: what is computed again in backward runs outside of those.

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from laid.distill.online import teacher_outputs
 from laid.distill.student import make_trainable
 from laid.methods.decoder import geometry, layer_indices
 from laid.models.forward import Batch, last_logits
-from laid.plan.rehearsal import Cost, Rehearsal, rehearse
+from laid.plan.rehearsal import Cost, Rehearsal, as_if_real, rehearse
 from laid.plan.shapes import meta_model
 
 DEPTHS = (4, 6)
@@ -64,10 +65,11 @@ class MetaTeacher:
     config: the teacher's. dtype: what the student computes in, which its tensors are brought to.
     """
 
-    def __init__(self, config: PreTrainedConfig, dtype: torch.dtype):
+    def __init__(self, config: PreTrainedConfig, dtype: torch.dtype, device: str = "meta"):
         shape = geometry(config)
         self.heads, self.kv_heads, self.head_dim = shape.heads, shape.kv_heads, shape.head_dim
         self.depth, self.words, self.dtype = shape.layers, config.get_text_config().vocab_size, dtype
+        self.device = device
         self.rehearsal: Rehearsal | None = None
 
     def logits(self, indices: Sequence[int]) -> Tensor:
@@ -80,7 +82,7 @@ class MetaTeacher:
         )
 
     def _new(self, *shape: int, dtype: torch.dtype) -> Tensor:
-        tensor = torch.empty(*shape, dtype=dtype, device="meta")
+        tensor = torch.empty(*shape, dtype=dtype, device=self.device)
         if self.rehearsal is not None:
             self.rehearsal.add(tensor, "teacher")
         return tensor
@@ -124,70 +126,81 @@ def training_step(
     tokens: int,
     visual: int,
     attention: str = "sdpa",
+    sharded: bool = False,
 ) -> Cost:
     """One forward and backward pass of `per_device_batch` samples, the optimiser's state in place.
 
     method, training: those sections of the configuration. Gradients of earlier passes are there where one pass is not
-    the whole batch.
+    the whole batch. sharded: a format below float32 is fully_shard's, the whole pass is in it; else autocast's
+    (laid.distill.parallel).
     """
     own, theirs = zip(*method["alignment"]["pairs"])
     gain = method["gain"]
     if training["per_device_batch"] >= training["batch_size"] or (gain and gain["layers"] is not None):
-        return _training_step(student, teacher, method, training, tokens, visual, attention)
+        return _training_step(student, teacher, method, training, tokens, visual, attention, sharded)
 
     def rehearsal(config: PreTrainedConfig, layers: list[int]) -> Cost:
         alignment = {**method["alignment"], "pairs": [*zip(layers, theirs)]}
         return _training_step(
-            config, teacher, {**method, "alignment": alignment}, training, tokens, visual, attention
+            config, teacher, {**method, "alignment": alignment}, training, tokens, visual, attention, sharded
         )
 
     return by_depth(student, own, rehearsal)
 
 
-def _training_step(student, teacher, method, training, tokens, visual, attention) -> Cost:
+def _training_step(student, teacher, method, training, tokens, visual, attention, sharded) -> Cost:
     dtype, batch = getattr(torch, training["dtype"]), training["per_device_batch"]
+    autocast = dtype if dtype != torch.float32 and not sharded else None
     model = meta_model(student, training["dtype"], attention)
     model = make_trainable(model, method["lora"], training).train()
-    served = MetaTeacher(teacher, dtype)
+    device = "cpu" if autocast else "meta"
+    served = MetaTeacher(teacher, dtype, device)
     losses = Losses(model, method, served)
     losses.to_fit = False  # once, in the first step
-    learned = [p for module in losses.learned().values() for p in module.to("meta").parameters()]
-    trained = [p for p in model.parameters() if p.requires_grad]
-    # What is trained is float32; a pass in another format computes with a copy (laid.distill.parallel).
-    masters = [torch.empty_like(p) for p in trained] if dtype != torch.float32 else []
-    for p in trained:
-        p.data = p.data.to(dtype)
-    inputs = meta_batch(student, batch, tokens, visual, dtype)
-    labels = torch.ones(batch, 2, dtype=torch.long, device="meta")
-    with rehearse() as rehearsal:
-        served.rehearsal = rehearsal
-        hold_weights(rehearsal, model)
-        for master in masters:
-            rehearsal.add(master, "weights")
-        for tensor in (inputs.ids, inputs.positions, inputs.image_mask, inputs.features):
-            if tensor is not None:
-                rehearsal.add(tensor, "activations")
-        states = [torch.empty_like(p, dtype=torch.float32) for p in (*trained, *learned) for _ in range(2)]
-        for state in states:
-            rehearsal.add(state, "optimizer")
-        gradients: dict[torch.Tensor, torch.Tensor] = {}
+    losses.autocast = autocast
+    for module in losses.learned().values():
+        module.to("meta")
+    with as_if_real(losses) if autocast else nullcontext():
+        learned = [p for module in losses.learned().values() for p in module.parameters()]
+        trained = [p for p in model.parameters() if p.requires_grad]
+        # What is trained is float32; sharded, a pass in another format computes with a copy.
+        masters = [torch.empty_like(p) for p in trained] if dtype != torch.float32 and sharded else []
+        if masters:
+            for p in trained:
+                p.data = p.data.to(dtype)
+        inputs = meta_batch(student, batch, tokens, visual, dtype, device)
+        labels = torch.ones(batch, 2, dtype=torch.long, device=device)
+        with rehearse() as rehearsal:
+            served.rehearsal = rehearsal
+            hold_weights(rehearsal, model)
+            for master in masters:
+                rehearsal.add(master, "weights")
+            for tensor in (inputs.ids, inputs.positions, inputs.image_mask, inputs.features):
+                if tensor is not None:
+                    rehearsal.add(tensor, "activations")
+            states = [
+                torch.empty_like(p, dtype=torch.float32) for p in (*trained, *learned) for _ in range(2)
+            ]
+            for state in states:
+                rehearsal.add(state, "optimizer")
+            gradients: dict[torch.Tensor, torch.Tensor] = {}
 
-        def keep(p: torch.Tensor) -> None:
-            if p not in gradients:
-                gradients[p] = torch.empty_like(p, dtype=torch.float32) if masters else p.grad
-                rehearsal.add(gradients[p], "gradients")
-            if masters:
-                p.grad = None
+            def keep(p: torch.Tensor) -> None:
+                if p not in gradients:
+                    gradients[p] = torch.empty_like(p, dtype=torch.float32) if masters else p.grad
+                    rehearsal.add(gradients[p], "gradients")
+                if masters:
+                    p.grad = None
 
-        for p in trained:
-            if batch < training["batch_size"]:
-                gradients[p] = torch.empty_like(p, dtype=torch.float32)
-                rehearsal.add(gradients[p], "gradients")
-                p.grad = None if masters else gradients[p]
-            p.register_post_accumulate_grad_hook(keep)
-        parts = losses(inputs, labels, range(batch), 0.5)
-        losses.total(parts, 0.5).backward()
-        del parts
+            for p in trained:
+                if batch < training["batch_size"]:
+                    gradients[p] = torch.empty_like(p, dtype=torch.float32)
+                    rehearsal.add(gradients[p], "gradients")
+                    p.grad = None if masters else gradients[p]
+                p.register_post_accumulate_grad_hook(keep)
+            parts = losses(inputs, labels, range(batch), 0.5)
+            losses.total(parts, 0.5).backward()
+            del parts
     rehearsal.cost.trained = sum(p.numel() for p in (*trained, *learned))
     return rehearsal.cost
 

@@ -15,6 +15,7 @@ from laid.results.render import Entry, Table
 
 PAPER = {"7B": 74, "3B": 43}  # hours on 4 x A800 80 GB (arXiv 2512.21576)
 PAPER_GPUS = 4
+NAMED = 3  # methods that a row lists; more are counted there and listed below
 STAGES = ("teacher_cache", "train", "evaluate")
 
 
@@ -39,46 +40,78 @@ def _name(job: Job) -> str:
     return job.label.split(" ")[0]
 
 
-def job_table(jobs: Sequence[Job], gpu: Gpu, utilisation: float, estimator: Estimator) -> Table:
-    """One row per job; like ones together."""
+def job_tables(jobs: Sequence[Job], gpu: Gpu, utilisation: float, estimator: Estimator) -> list[Table]:
+    """What every job does and what memory it takes, one row per job in both, like ones together.
+
+    Two tables, because all columns side by side are wider than any terminal.
+    """
     parts = [p for p in (*PARTS, "process") if any(job.need.memory[p] for job in jobs)]
-    header = ["Job", "What", "Images", "Jobs", "Devices", "Weights", "Trained", "Longest", "Tokens", "FLOP"]
-    header += [*(p.capitalize() for p in parts), "Peak GiB", "Has GiB", "Disk GB", "Hours", "GPU-hours"]
-    rows, breaks, before = [], set(), None
+    names = ["Job", "What", "Images"]
+    # What a reader looks for first stands first: a narrow terminal shows a table in parts.
+    work = [
+        "Jobs",
+        "Devices",
+        "GPU-hours",
+        "Hours",
+        "Size",
+        "Trained",
+        "Longest",
+        "Tokens",
+        "FLOP",
+        "Disk GB",
+    ]
+    memory = ["Peak GiB", "Has GiB", *(p.capitalize() for p in parts)]
+    rows, breaks, before, many = {"work": [], "memory": []}, set(), None, {}
     for job in together(jobs):
         if before is not None and (job.rule, job.student) != before:
-            breaks.add(len(rows))
+            breaks.add(len(rows["work"]))
         before = (job.rule, job.student)
         n, on_gpu = job.need, job.gpu is not None
-        texts = [
+        methods = job.method.split(", ")
+        label = job.label
+        if len(methods) > NAMED:
+            label = f"{_name(job)} {len(methods)} methods"
+            many[f"{label}: {job.method}."] = None
+        name = [
             job.rule,
-            job.label,
+            label,
             "" if not job.sizes else str(job.sizes[0]) if len(job.sizes) == 1 else f"{min(job.sizes)}..{max(job.sizes)}",
+        ]  # fmt: skip
+        about = [
             str(job.count),
             str(job.devices if on_gpu else "CPU"),
+            _number(job.gpu_hours(gpu, utilisation)) if on_gpu else "",
+            _number(job.hours(gpu, utilisation)) if on_gpu else "",
             parameter_label(n.parameters),
             parameter_label(n.trained) if n.trained else "",
             f"{n.longest:,}",
             _short(n.tokens),
             _short(n.flops),
-            *(_number(n.memory[p] / GIB) if n.memory[p] else "" for p in parts),
+            _number(n.disk / 1e9),
+        ]
+        takes = [
             _number(n.bytes / GIB) + ("" if job.fits else " !"),
             _number(job.has / GIB),
-            _number(n.disk / 1e9),
-            _number(job.hours(gpu, utilisation)) if on_gpu else "",
-            _number(job.gpu_hours(gpu, utilisation)) if on_gpu else "",
-        ]  # fmt: skip
-        rows.append([Entry(text) for text in texts])
+            *(_number(n.memory[p] / GIB) if n.memory[p] else "" for p in parts),
+        ]
+        for kind, texts in (("work", about), ("memory", takes)):
+            rows[kind].append([Entry(text) for text in (*name, *texts)])
     sources = "; ".join(f"{name} {m.source}" for name, m in estimator.members.items())
     notes = [
-        "Per job; memory by part in GiB, at the worst moment of one device.",
-        f"Of a {gpu.name}'s {gpu.gib:g} GiB {USABLE:.0%} may be used.",
-        f"Hours on {gpu.name} at {utilisation:.0%} of its peak; GPU-hours of all jobs of the row, GPUs that wait for one another counted.",
-        "FLOP: matrix products and attention, causal attention at half.",
+        "Hours, longest prompt, tokens, FLOP and disk of one job; GPU-hours of all jobs of the row, GPUs that wait for one another counted.",
+        f"Hours on {gpu.name} at {utilisation:.0%} of its peak.",
+        "Size: weights. FLOP: matrix products and attention, causal attention at half.",
         f"Tokens: {estimator.lengths.visual:g} visual ones an image; longest prompt: three standard deviations above.",
+        *many,
         f"Shapes: {sources}.",
     ]
-    return Table("plan", "The plan", header, rows, [], notes, breaks, names=3)
+    held = ["GiB by part, at the worst moment of one device; ! does not fit."]
+    if any(job.gpu for job in jobs):
+        held.append(f"Of a {gpu.name}'s {gpu.gib:g} GiB {USABLE:.0%} may be used.")
+    return [
+        Table("plan", "The plan", [*names, *work], rows["work"], [], notes, breaks, names=3),
+        Table("memory", "Memory of each job", [*names, *memory], rows["memory"], [], held, breaks, names=3),
+    ]
 
 
 def gpu_table(jobs: Sequence[Job], gpus: Sequence[Gpu], utilisation: float) -> Table:
