@@ -68,6 +68,20 @@ def test_spans_are_uniform_up_to_the_reach_and_every_slot_is_used():
     assert (gaps >= 0).all()
 
 
+def test_drawn_by_log_every_doubling_of_the_span_is_equally_likely():
+    _, positions, starts, last = sample([(4, 4)] * 3)
+    span = int(positions.max()) + 1
+    rng = np.random.default_rng(0)
+    moved = torch.stack([open_gaps(positions, starts, last, 8 * span, rng, draw="log") for _ in range(3000)])[
+        :, 0
+    ]
+    spans = moved.max(-1).values + 1
+    assert spans.min() >= span and spans.max() < 8 * span
+    counts = torch.histc(torch.log2(spans / span), bins=3, min=0, max=3)  # floor() shifts a few to the left
+    assert ((counts - 1000).abs() < 5 * 1000**0.5).all()
+    assert torch.equal(open_gaps(positions, starts, last, span, rng, draw="log"), positions)
+
+
 def test_same_rng_state_same_positions_and_no_room_no_change():
     _, positions, starts, last = sample([(4, 4), (6, 2)])
     a, b = (open_gaps(positions, starts, last, 99, np.random.default_rng([7, 1])) for _ in range(2))

@@ -75,9 +75,7 @@ def test_divergence_by_loops():
             s = student[b, :, r].exp().tolist()
             overlaps = [sum(math.sqrt(x * y) for x, y in zip(target, s[i])) ** 2 for i in range(3)]
             for i in range(3):
-                d = sum(
-                    w * (x * math.log(x / y) - x + y) for x, y, w in zip(target, s[i], weights.tolist())
-                )
+                d = sum(w * (x * math.log(x / y) - x + y) for x, y, w in zip(target, s[i], weights.tolist()))
                 over += count * overlaps[i] / sum(overlaps) * d
             under += count
     got = joint_divergence(student, teacher, mass, mask, weights)

@@ -5,8 +5,9 @@ import torch
 from tiny_vlm import IMAGE, prompt, tiny_model
 
 from laid.config import fill, merge
-from laid.distill.attention_rows import attention_rows
+from laid.distill.attention_rows import attention_rows, question_rows
 from laid.distill.capture import QKCapture
+from laid.distill.joint_rows import joint_divergence
 from laid.distill.losses import Losses
 from laid.distill.online import OnlineTeacher
 from laid.errors import LaidError
@@ -116,6 +117,78 @@ def test_rows_of_the_question_by_hand(opened):
     answer_only, inputs = losses_of({"lambda_rows": 1.0})
     with torch.no_grad():
         assert abs(answer_only(inputs, LABELS, [0, 1], 0.5)["rows"] - got) > 1e-3
+
+
+JOINT = {"lambda_rows": 1.0, "rows": "joint", "distance": {"strength": 3.0}, "gaps": {"reach": 90}}
+
+
+def test_joint_rows_of_one_sample_are_its_own_rows_over_its_images():
+    """Alone in its batch a sample's rows need no second rotation: attention as it is, cut to the visual tokens."""
+    losses, inputs = losses_of(JOINT)
+    one = Batch(
+        inputs.ids[:1], inputs.positions[:, :1], inputs.lengths[:1], inputs.image_mask[:1],
+        inputs.features[: int(inputs.image_mask[0].sum())],
+    )  # fmt: skip
+    big = losses.teacher.batch([0, 1])
+    visual = one.image_mask[0]
+    alone = Batch(
+        big.ids[:1],
+        big.positions[:, :1],
+        big.lengths[:1],
+        big.image_mask[:1],
+        big.features[: int(visual.sum())],
+    )
+    losses.teacher.batch = lambda _: alone
+    gapped = one.positions.clone()
+    at, counted = question_rows(one.image_mask, one.lengths - 2)
+    gapped[:, :, int(at[0, 0]) :] += 40
+    gapped_one = Batch(one.ids, gapped, one.lengths, one.image_mask, one.features)
+    with torch.no_grad():
+        got = losses(gapped_one, LABELS[:1], [0], 1.0, one.positions)["rows"]
+        seen = []
+        for model, batch in ((losses.model, gapped_one), (losses.teacher.model, alone)):
+            with QKCapture(model, -1) as capture:
+                hidden_states(model, batch)
+                (qk,) = capture.take().values()
+            seen.append(attention_rows(*qk.rotated(), at))
+        mass = seen[1].exp()[..., visual].sum(-1).mean(1)
+        student, teacher = (rows[..., visual].log_softmax(-1) for rows in seen)
+        # M-RoPE: the distance of an image is that of its farthest axis, in units of the reach.
+        away = (gapped[:, 0, at[0, 0]][:, None] - gapped[:, 0, visual]).amax(0).float()
+        raw = 1 + 3.0 * (away / 90).clamp(0, 1)
+        wanted = joint_divergence(student, teacher, mass, counted, raw / raw.mean())
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_joint_rows_know_neither_where_a_sample_begins_nor_its_place_in_the_batch():
+    found = []
+    for case in ("as it is", "moved", "other order"):
+        losses, inputs = losses_of(JOINT)
+        plain = inputs.positions
+        order = [0, 1]
+        if case == "moved":
+            inputs.positions = plain + torch.tensor([0, 50]).view(1, 2, 1)
+        if case == "other order":
+            order = [1, 0]
+            both, parts = losses.teacher.batch(None), []
+            for b in (inputs, both):
+                counts = b.image_mask.sum(1).tolist()
+                features = torch.cat(b.features.split(counts)[::-1])
+                parts.append(
+                    Batch(
+                        b.ids[order], b.positions[:, order], b.lengths[order], b.image_mask[order], features
+                    )
+                )
+            inputs, turned = parts
+            plain = inputs.positions
+            losses.teacher.batch = lambda _, turned=turned: turned
+        with torch.no_grad():
+            found.append(losses(inputs, LABELS[order], order, 0.5, plain)["rows"])
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-4, atol=1e-6)
+    alone, inputs = losses_of({"lambda_rows": 1.0, "rows": "question"})
+    with torch.no_grad():
+        assert abs(alone(inputs, LABELS, [0, 1], 0.5)["rows"] - found[0]) > 1e-3
 
 
 def test_vocabularies_of_different_size():

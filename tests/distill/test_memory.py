@@ -70,7 +70,11 @@ def a_step(settings, images):
     return watch, inputs.ids.shape[1]
 
 
-@pytest.mark.parametrize("settings", [{}, {"lambda_kl": 1.0}, LAID], ids=["sft", "kd", "laid"])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"lambda_kl": 1.0}, LAID, LAID | {"rows": "joint"}],
+    ids=["sft", "kd", "laid", "laid joint"],
+)
 def test_a_step_grows_with_tokens_not_with_their_square(settings):
     (short, few), (long, many) = a_step(settings, 50), a_step(settings, 100)
     assert few > 300 and not short.squares(few) and not long.squares(many)

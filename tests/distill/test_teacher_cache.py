@@ -93,13 +93,14 @@ def test_it_holds_what_the_teacher_says(folder, teacher):
             assert not q[:, :, count:].any() and not k_[:, :, count:].any()
 
 
+@pytest.mark.parametrize("rows", ["answer", "joint"])
 @pytest.mark.parametrize("dtype, close", [("float32", 1e-4), ("bfloat16", 2e-2), ("float8", 6e-2)])
 def test_losses_from_the_cache_are_those_of_the_teacher_at_hand(
-    micro, inputs, teacher, student, tmp_path, dtype, close
+    micro, inputs, teacher, student, tmp_path, dtype, close, rows
 ):
     """Values and gradients of all of equation 8's parts; bfloat16 changes L_LAid by its 8 bits, float8 by its 4."""
     build_cache(with_cache(micro, layers=[-1], dtype=dtype), *inputs, tmp_path / "c")
-    settings = {**micro["methods"]["laid"], "lambda_rows": 0.2, "gain": None}
+    settings = {**micro["methods"]["laid"], "lambda_rows": 0.2, "rows": rows, "gain": None}
     settings["alignment"] = {**settings["alignment"], "init": "uniform"}
     indices = [3, 1, 20, 8]
     found = []

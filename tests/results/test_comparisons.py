@@ -46,7 +46,7 @@ def rows_of(table):
     return list(csv.DictReader(io.StringIO(render.csv_text(table))))
 
 
-def test_the_tests_are_mcnemars_with_holms_correction(fading):
+def test_the_tests_are_mcnemars_with_holms_correction_of_each_kind(fading):
     rows = rows_of(comparisons.tests_table(fading.answers))
     assert len(rows) == (3 + 2) * (len(SIZES) + 2)  # 7B has one ablation; every size, short and long
     raw = []
@@ -60,11 +60,13 @@ def test_the_tests_are_mcnemars_with_holms_correction(fading):
         raw.append(scipy.stats.binomtest(b, b + c).pvalue if b + c else 1.0)
         assert float(row["p"]) == pytest.approx(raw[-1], rel=0.01)
         assert float(row["low"]) <= float(row["difference"]) <= float(row["high"])
-    order = sorted(range(len(raw)), key=raw.__getitem__)
-    running = 0.0
-    for rank, i in enumerate(order):
-        running = max(running, min(1.0, (len(raw) - rank) * raw[i]))
-        assert float(rows[i]["p_holm"]) == pytest.approx(running, rel=0.02)
+    for means in (True, False):  # window means and single sizes: a family each
+        family = [i for i, row in enumerate(rows) if ("+" in row["images"]) == means]
+        assert len(family) == (3 + 2) * (2 if means else len(SIZES))
+        running = 0.0
+        for rank, i in enumerate(sorted(family, key=raw.__getitem__)):
+            running = max(running, min(1.0, (len(family) - rank) * raw[i]))
+            assert float(rows[i]["p_holm"]) == pytest.approx(running, rel=0.02)
 
 
 def test_stars_stand_where_the_corrected_tests_hold_and_only_there(fading):
@@ -96,8 +98,8 @@ def test_table1_stars_are_against_the_own_base(fading):
     assert stars["7B", "LAid"] == stars["3B", "LAid"] == "*"
     assert stars["7B", "base"] == stars["7B", "SFT (LoRA)"] == stars["32B", "base"] == ""
     assert any(
-        "Holm's correction over 42 comparisons" in note for note in table.notes
-    )  # 2 x 3 methods x (5 + 2)
+        "Holm's correction over 12 window means and over 30 sizes, each apart" in note for note in table.notes
+    )  # 2 x 3 methods x (2 + 5)
 
 
 def test_with_seeds_the_tests_are_bootstraps_and_the_note_says_so():

@@ -152,7 +152,11 @@ def star_note(answers: Answers, families: int | tuple[int, int], against: str) -
     test = "McNemar's exact test on the same questions"
     if not answers.one_seed:
         test = f"paired bootstrap over questions and seeds ({test} where neither was trained)"
-    among = families if isinstance(families, int) else f"{families[0]} window means and over {families[1]} sizes, each apart"
+    among = (
+        families
+        if isinstance(families, int)
+        else f"{families[0]} window means and over {families[1]} sizes, each apart"
+    )
     comparisons = " comparisons" if isinstance(families, int) else ""
     text = f"* differs from {against}: {test}, Holm's correction over {among}{comparisons}, 5 %."
     return text + (" One training seed: the tests say nothing of other seeds." if answers.one_seed else "")
