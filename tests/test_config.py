@@ -207,20 +207,22 @@ def test_slice_changes_exactly_when_a_value_matters(step, key, value, matters):
 @pytest.mark.parametrize("key", config.LATER)
 def test_a_key_that_came_later_is_in_no_slice_until_it_is_set(key):
     """What was made before the key came is what its default makes, and stays."""
-    full, found = config.load([BASE]), 0
+    full, found, at_default = config.load([BASE]), 0, 0
     for step in config.SLICES:
         for method in full["methods"]:
             wildcards = wildcards_for(step, full) | {"method": method}
             keys = key.replace("*", method).split(".")
             if config._lookup(full, keys) is None:
                 continue
-            assert config._lookup(full, keys) == config.LATER[key]
+            if config._lookup(full, keys) != config.LATER[key]:
+                continue  # a method of today's configuration that sets it
+            at_default += 1
             before = config.slice_for(step, full, **wildcards)
             assert config._lookup(before, keys) is None
             changed = config.merge(full, config._nest(keys, "another"))
             after = config.slice_for(step, changed, **wildcards)
             found += after == config.merge(before, config._nest(keys, "another")) != before
-    assert found
+    assert found and at_default
 
 
 def test_slice_of_an_unknown_step():

@@ -92,6 +92,7 @@ LATER: dict[str, Any] = {
     "methods.*.axes": "all",
     "methods.*.rows": "answer",
     "methods.*.kl_vocabulary": "common",
+    "methods.*.gaps.draw": "uniform",
     "teacher_cache.queries": "all",
 }
 

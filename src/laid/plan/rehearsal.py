@@ -94,7 +94,7 @@ class Rehearsal(TorchDispatchMode):
         if packet is torch.ops.aten._local_scalar_dense:
             return args[0].dtype is torch.bool or 1
         if packet in (torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_):
-            args = (args[0], [_rows(index) for index in args[1]], *args[2:])
+            args = (args[0], [number for index in args[1] for number in _numbers(index)], *args[2:])
         out = func(*args, **kwargs)
         if packet in flop_registry:
             self.cost.linear += flop_registry[packet](*args, **kwargs, out_val=out)
@@ -107,11 +107,11 @@ class Rehearsal(TorchDispatchMode):
         return out
 
 
-def _rows(index: Tensor | None) -> Tensor | None:
-    """A boolean index as one of numbers that takes every row."""
+def _numbers(index: Tensor | None) -> list[Tensor | None]:
+    """A boolean index as numbers, one tensor per dimension it spans, that take every place."""
     if index is None or index.dtype is not torch.bool:
-        return index
-    return index.new_empty(index.numel(), dtype=torch.long)
+        return [index]
+    return [index.new_empty(index.numel(), dtype=torch.long)] * index.dim()
 
 
 class _StandIn(torch.autograd.Function):
