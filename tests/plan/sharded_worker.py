@@ -18,7 +18,7 @@ from laid.plan.shapes import meta_model
 from laid.plan.steps import meta_batch, training_step
 
 TOKENS, VISUAL = 128, 100
-REPEATS = 4  # gloo frees its buffers when it comes to it: the least of several is what a step needs
+REPEATS = 16  # gloo frees its buffers when it comes to it: the least of several is what a step needs
 
 
 def local(tensor):
