@@ -114,6 +114,18 @@ def test_nothing_counted_is_zero_and_gradients_stay_finite():
     assert loss.item() == 0 and torch.isfinite(student.grad).all()
 
 
+def test_a_teacher_that_looks_evenly_teaches_nothing():
+    """As one trained for a few steps does: rounding must not make weights of it that are below zero or next to it."""
+    noise = torch.randn(2, 4, 30, 88, generator=torch.Generator().manual_seed(3))
+    for scale in (0.0, 1e-8, 1e-5, 1e-4):
+        student = draw(5, 2, rows=30, n=88).float().requires_grad_()
+        teacher = (noise * scale).log_softmax(-1)
+        assert told(teacher).min() >= 0
+        loss = joint_divergence(student, teacher, torch.ones(2, 30), torch.ones(2, 30).bool())
+        loss.backward()
+        assert 0 <= loss.item() < 20 and student.grad.abs().max() < 1
+
+
 def test_gradient_reaches_the_student_alone_and_through_shares_it_does_not():
     scores = torch.randn(2, 2, 3, 5, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
     teacher, mass, mask = draw(8, 2).requires_grad_(), torch.ones(2, 3), torch.ones(2, 3).bool()

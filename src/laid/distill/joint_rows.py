@@ -41,7 +41,8 @@ def pooled_rows(q: torch.Tensor, k: torch.Tensor, rows: torch.Tensor, visual: to
 
 def told(log_p: torch.Tensor) -> torch.Tensor:
     """1 - entropy / log N of distributions over the last axis, N long: 0 looks evenly, 1 at one token only."""
-    return 1 + (log_p.exp() * log_p).sum(-1) / math.log(max(2, log_p.shape[-1]))
+    share = (log_p.exp() * log_p).sum(-1) / math.log(max(2, log_p.shape[-1]))
+    return (1 + share).clamp_min(0)  # rounding takes an even row below
 
 
 def joint_target(teacher: torch.Tensor) -> torch.Tensor:
