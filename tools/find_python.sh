@@ -6,6 +6,8 @@ tried=()
 if [ -n "${1:-}" ]; then candidates=("$1"); else candidates=(python3.12 python3.11 python3 python); fi
 for name in "${candidates[@]}"; do
   while IFS= read -r path; do
+    # Not that of the environment which is about to be made again.
+    case $path in "$PWD"/.venv/*) continue ;; esac
     # A name on the PATH may be a launcher for a version that is not installed: only running it tells.
     found=$("$path" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null) || continue
     case $found in
