@@ -160,6 +160,13 @@ def test_joint_rows_of_one_sample_are_its_own_rows_over_its_images():
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-6)
 
 
+def test_joint_rows_of_text_alone_are_nothing():
+    losses, inputs = losses_of(JOINT)
+    inputs.image_mask, inputs.features = torch.zeros_like(inputs.image_mask), None
+    loss = losses(inputs, LABELS, [0, 1], 0.5)["rows"]
+    assert loss.item() == 0 and loss.requires_grad
+
+
 def test_joint_rows_know_neither_where_a_sample_begins_nor_its_place_in_the_batch():
     found = []
     for case in ("as it is", "moved", "other order"):

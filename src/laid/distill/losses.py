@@ -255,6 +255,8 @@ class Losses(nn.Module):
     ) -> Tensor:
         """Rows of the questions over the images of the batch (laid.distill.joint_rows)."""
         visual, turn = inputs.image_mask, text_model(self.model).rotary_emb
+        if not bool(visual.any()):
+            return 0.0 * own.q.float().sum()  # text alone has nothing to find
         at, counted = question_rows(visual, inputs.lengths - 2)
         first = at[:, :1].expand(3, -1, -1)
         away = inputs.positions - inputs.positions.gather(2, first)
