@@ -80,6 +80,8 @@ def test_drawn_by_log_every_doubling_of_the_span_is_equally_likely():
     counts = torch.histc(torch.log2(spans / span), bins=3, min=0, max=3)  # floor() shifts a few to the left
     assert ((counts - 1000).abs() < 5 * 1000**0.5).all()
     assert torch.equal(open_gaps(positions, starts, last, span, rng, draw="log"), positions)
+    with pytest.raises(LaidError, match="draw is 'cubic', allowed: uniform, log"):
+        open_gaps(positions, starts, last, 8 * span, rng, draw="cubic")
 
 
 def test_same_rng_state_same_positions_and_no_room_no_change():

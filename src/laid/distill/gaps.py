@@ -45,8 +45,10 @@ def open_gaps(
 
     What is to be added is shared among the slots, every composition equally likely. A sample that already reaches so
     far is returned unchanged.
-    Raises LaidError when starts are not ascending token indices or text_start lies before the last of them.
+    Raises LaidError on another draw, when starts are not ascending token indices or text_start lies before the last of them.
     """
+    if draw not in DRAWS:
+        raise LaidError(f"gaps: draw is {draw!r}, allowed: {', '.join(DRAWS)}")
     tokens = position_ids.shape[1]
     slots = [int(s) for s in starts] + ([] if text_start is None else [int(text_start)])
     if any(b <= a for a, b in itertools.pairwise(slots)) or (

@@ -204,7 +204,7 @@ class Losses(nn.Module):
         progress: float,
         plain: Tensor | None,
     ) -> dict[str, Tensor]:
-        """L_LAid (eq. 7), summed over layer pairs, and the matching of attention rows at the answer."""
+        """L_LAid (eq. 7), and the matching of attention rows, summed over layer pairs."""
         a, mask = self.settings["alignment"], inputs.token_mask
         answer = inputs.lengths - 2
         far = self.settings["gaps"]["reach"] or None
