@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tiny_vlm import tiny_model
 
 from laid.distill.attention_rows import attention_rows
-from laid.distill.joint_rows import joint_divergence, joint_target, pooled_rows, told
+from laid.distill.joint_rows import PooledRows, joint_divergence, joint_target, told
 from laid.methods.decoder import rotate, text_model
 
 
@@ -18,42 +18,54 @@ def draw(seed, heads, rows=3, n=5, batch=2):
     return (torch.randn(batch, heads, rows, n, generator=g, dtype=torch.float64) * 2).log_softmax(-1)
 
 
-def heads(seed, heads=4, kv=2, batch=2, tokens=7, dim=8):
-    g = torch.Generator().manual_seed(seed)
-    return [torch.randn(batch, h, tokens, dim, generator=g) for h in (heads, kv)]
-
-
 VISUAL = torch.tensor([[0, 1, 1, 0, 1, 0, 0], [0, 0, 1, 1, 0, 0, 0]]).bool()
+MASK = torch.tensor([[1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 0]]).bool()
+ROWS = torch.tensor([[5, 6], [4, 5]])
 
 
-def test_pooled_rows_by_loops():
+def pooled(seed=0, batch=2, far=0):
+    """(rows, rotated q and k, turn): of four query and two key heads; positions start `far` from the question's first token."""
+    turn = text_model(tiny_model()).rotary_emb
+    dim, g = turn.inv_freq.shape[0] * 2, torch.Generator().manual_seed(seed)
+    q, k = (torch.randn(2, h, 7, dim, generator=g)[:batch] for h in (4, 2))
+    positions = (
+        torch.tensor([[0, 1, 1, 2, 9, 30, 31], [0, 1, 2, 3, 4, 5, 6]])[:batch]
+        - torch.tensor([30, 4])[:batch, None]
+    )
+    positions = torch.stack([positions, positions // 2, positions - 1])
+    rows = PooledRows(q, k, positions, ROWS[:batch], VISUAL[:batch], turn)
+    moved = turn(q, positions + far)
+    return rows, rotate(q, *moved), rotate(k, *moved)
+
+
+def test_pooled_scores_by_loops():
     """Every question row over every visual token of either sample, each key with the KV head of its group."""
-    q, k = heads(0)
-    rows = torch.tensor([[5, 6], [4, 6]])
-    got = pooled_rows(q, k, rows, VISUAL)
+    rows, q, k = pooled()
     places = [(b, t) for b in range(2) for t in range(7) if VISUAL[b, t]]
-    assert got.shape == (2, 4, 2, len(places))
+    assert rows.scores.shape == (2, 4, 2, len(places))
     for b in range(2):
         for h in range(4):
             for r in range(2):
-                query = q[b, h, rows[b, r]]
-                scores = torch.stack([query @ k[c, h // 2, t] for c, t in places]) / math.sqrt(8)
-                torch.testing.assert_close(got[b, h, r], scores.log_softmax(0))
+                query = q[b, h, ROWS[b, r]]
+                scores = torch.stack([query @ k[c, h // 2, t] for c, t in places]) / math.sqrt(q.shape[-1])
+                torch.testing.assert_close(rows.scores[b, h, r], scores, rtol=1e-4, atol=1e-5)
 
 
 def test_alone_in_its_batch_a_sample_sees_its_own_images_as_ever():
     """Counted from the question or from the start, RoPE knows differences only."""
-    model = tiny_model()
-    turn = text_model(model).rotary_emb
-    g = turn.inv_freq.shape[0] * 2
-    q, k = heads(1, batch=1, dim=g)
-    visual, rows = VISUAL[:1], torch.tensor([[5, 6]])
-    positions = torch.tensor([0, 1, 1, 2, 9, 30, 31]).expand(3, 1, -1)
-    plain, moved = (turn(q, positions - start) for start in (0, 30))
-    whole = attention_rows(rotate(q, *plain), rotate(k, *plain), rows)
-    alone = whole[..., visual[0]].log_softmax(-1)
-    got = pooled_rows(rotate(q, *moved), rotate(k, *moved), rows, visual)
-    torch.testing.assert_close(got, alone, rtol=1e-4, atol=1e-5)
+    rows, q, k = pooled(1, batch=1, far=30)
+    whole = attention_rows(q, k, ROWS[:1])
+    alone = whole[..., VISUAL[0]].log_softmax(-1)
+    torch.testing.assert_close(rows.scores.log_softmax(-1), alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_visual_mass_is_the_share_of_whole_rows(batch):
+    rows, q, k = pooled(2, batch)
+    whole = attention_rows(q, k, ROWS[:batch], MASK[:batch]).exp()
+    wanted = (whole * VISUAL[:batch, None, None]).sum(-1)
+    torch.testing.assert_close(rows.visual_mass(MASK[:batch]), wanted, rtol=1e-4, atol=1e-6)
+    assert wanted.min() > 0.01 and wanted.max() < 0.99
 
 
 def test_divergence_by_loops():

@@ -15,7 +15,25 @@ import torch
 from torch import nn
 
 from laid.errors import LaidError
-from laid.methods.decoder import repeat_kv
+
+
+def rows_of(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """(batch, heads, tokens, head_dim) at token indices (batch, rows) -> (batch, heads, rows, head_dim)."""
+    return x.gather(2, rows[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+
+
+def scaled_scores(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """q k^T / sqrt(head_dim), each key head for its group of query heads: (batch, heads, rows, keys), float32 or wider.
+
+    q: (batch, heads, rows, head_dim), k: (batch or 1, kv_heads, keys, head_dim). Keys are not repeated in memory.
+    Raises LaidError when heads is no multiple of kv_heads.
+    """
+    (batch, heads, rows, dim), kv_heads = q.shape, k.shape[1]
+    if heads % kv_heads:
+        raise LaidError(f"{heads} query heads cannot share {kv_heads} key heads: not a multiple")
+    wide = torch.promote_types(q.dtype, torch.float32)
+    grouped = (q.to(wide) * dim**-0.5).reshape(batch, kv_heads, -1, dim)
+    return (grouped @ k.to(wide).transpose(-1, -2)).view(batch, heads, rows, -1)
 
 
 def attention_rows(
@@ -27,11 +45,8 @@ def attention_rows(
     token indices of the queries. key_mask: (batch, tokens), true for real tokens. Causal by token index.
     Raises LaidError when a row may see no key at all.
     """
-    _batch, heads, tokens, dim = q.shape
-    chosen = q.gather(2, rows[:, None, :, None].expand(-1, heads, -1, dim))
-    wide = torch.promote_types(q.dtype, torch.float32)
-    scores = chosen.to(wide) @ repeat_kv(k, heads).to(wide).transpose(-1, -2) * dim**-0.5
-    allowed = torch.arange(tokens, device=q.device) <= rows[..., None]
+    scores = scaled_scores(rows_of(q, rows), k)
+    allowed = torch.arange(k.shape[2], device=k.device) <= rows[..., None]
     if key_mask is not None:
         allowed = allowed & key_mask.bool()[:, None]
     if not bool(allowed.any(-1).all()):

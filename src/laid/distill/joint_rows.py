@@ -20,34 +20,89 @@ This is our reading of the "distance-weighted attention matching" that the paper
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 
-from laid.methods.decoder import repeat_kv
+from laid.distill.attention_rows import question_rows, rows_of, scaled_scores
+from laid.methods.decoder import rotate
 
 
-def pooled_rows(q: torch.Tensor, k: torch.Tensor, rows: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
-    """Attention of chosen rows over the visual tokens of the whole batch: (batch, heads, rows, N) log-probabilities.
+def joint_rows(
+    student: tuple[torch.Tensor, torch.Tensor],
+    teacher: tuple[torch.Tensor, torch.Tensor],
+    positions: torch.Tensor,
+    plain: torch.Tensor,
+    visual: torch.Tensor,
+    mask: torch.Tensor,
+    answer: torch.Tensor,
+    turn: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+    key_weights: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """The loss above for a batch, a scalar in nats; 0 where no token is visual.
 
-    q: (batch, heads, tokens, head_dim), k: (batch, kv_heads, tokens, head_dim), rotated by positions that are counted
-    from each sample's question. rows: (batch, rows) token indices. visual: (batch, tokens), true at N tokens in all.
+    student, teacher: queries (batch, heads, tokens, head_dim) and keys (batch, kv_heads, tokens, head_dim), before
+    rotation. positions: (3, batch, tokens) of the student's pass, plain: without gaps. visual, mask: (batch, tokens), visual
+    tokens and real ones. answer: (batch,), the token that predicts the answer. turn: the rotary embedding,
+    (tensor of its format, positions (3, batch, n)) -> cos, sin (batch, n, head_dim). key_weights: (1, N) distances to the question
+    -> (1, N), not negative, mean 1.
+
+    Of the student, nothing is turned but the question's queries and the visual keys, once each.
     """
-    heads, dim = q.shape[1], q.shape[3]
-    wide = torch.promote_types(q.dtype, torch.float32)
-    chosen = q.gather(2, rows[:, None, :, None].expand(-1, heads, -1, dim)).to(wide)
-    keys = repeat_kv(k, heads).transpose(1, 2)[visual].to(wide)  # (N, heads, head_dim)
-    return (torch.einsum("bhrd,nhd->bhrn", chosen, keys) * dim**-0.5).log_softmax(-1)
+    if not bool(visual.any()):
+        return 0.0 * student[0].float().sum()
+    rows, counted = question_rows(visual, answer)
+    first = rows[:, :1].expand(3, -1, -1)
+    away = positions - positions.gather(2, first)
+    own = PooledRows(*student, away, rows, visual, turn).scores.log_softmax(-1)
+    with torch.no_grad():
+        theirs = PooledRows(*teacher, plain - plain.gather(2, first), rows, visual, turn)
+        mass = theirs.visual_mass(mask)
+    weights = key_weights(-away.amin(0)[visual][None])[0] if key_weights else None
+    return joint_divergence(own, theirs.scores.log_softmax(-1), mass.mean(1), counted, weights)
+
+
+class PooledRows:
+    """Chosen queries and the visual keys of the whole batch, rotated, and their scaled scores.
+
+    q, k: before rotation, as `joint_rows` takes them. positions: (3, batch, tokens), counted from each sample's question.
+    rows: (batch, rows) token indices. visual: (batch, tokens), true at N tokens in all. scores: (batch, heads, rows, N),
+    float32 or wider.
+    """
+
+    def __init__(self, q, k, positions, rows, visual, turn) -> None:
+        self._k, self._positions, self._rows, self._visual, self._turn = k, positions, rows, visual, turn
+        self._queries = rotate(rows_of(q, rows), *self._angles(q, rows))
+        keys = k.transpose(1, 2)[visual].transpose(0, 1)[None]
+        self.scores = scaled_scores(self._queries, rotate(keys, *turn(k, positions[:, visual][:, None])))
+
+    def visual_mass(self, mask: torch.Tensor) -> torch.Tensor:
+        """Share of each row's attention, over its own sample, on its visual tokens: (batch, heads, rows).
+
+        mask: (batch, tokens), true for real tokens.
+        """
+        beside = mask & ~self._visual  # all else: few tokens, brought to the front
+        at = (~beside).int().argsort(dim=1, stable=True)[:, : int(beside.sum(1).max())]
+        keys = rotate(rows_of(self._k, at), *self._angles(self._k, at))
+        seen = beside.gather(1, at)[:, None] & (at[:, None] <= self._rows[..., None])
+        scores = scaled_scores(self._queries, keys).masked_fill(~seen[:, None], float("-inf"))
+        parts = self.scores.split(self._visual.sum(1).tolist(), -1)
+        own = torch.stack([part[sample].logsumexp(-1) for sample, part in enumerate(parts)])
+        return (own - scores.logsumexp(-1)).sigmoid()
+
+    def _angles(self, x: torch.Tensor, at: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._turn(x, self._positions.gather(2, at.expand(3, -1, -1)))
 
 
 def told(log_p: torch.Tensor) -> torch.Tensor:
     """1 - entropy / log N of distributions over the last axis, N long: 0 looks evenly, 1 at one token only."""
-    share = (log_p.exp() * log_p).sum(-1) / math.log(max(2, log_p.shape[-1]))
+    share = torch.einsum("...n,...n->...", log_p.exp(), log_p) / math.log(max(2, log_p.shape[-1]))
     return (1 + share).clamp_min(0)  # rounding takes an even row below
 
 
 def joint_target(teacher: torch.Tensor) -> torch.Tensor:
     """(batch, heads, rows, N) log-probabilities of a layer's heads -> (batch, rows, N), of their weighted product."""
-    return (teacher * told(teacher)[..., None]).sum(1).log_softmax(-1)
+    return torch.einsum("bjrn,bjr->brn", teacher, told(teacher)).log_softmax(-1)
 
 
 def joint_divergence(
@@ -59,7 +114,7 @@ def joint_divergence(
 ) -> torch.Tensor:
     """The loss above, a scalar in nats.
 
-    student: (batch, student_heads, rows, N), teacher: (batch, teacher_heads, rows, N), log-probabilities of `pooled_rows`.
+    student: (batch, student_heads, rows, N), teacher: (batch, teacher_heads, rows, N), log-probabilities of `PooledRows`.
     mass: (batch, rows), the teacher's share of attention on the sample's own images. row_mask: (batch, rows), true
     where a row counts. key_weights: (N,), not negative, mean 1.
     """

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from laid.distill.alignment import HeadAlignment
 from laid.distill.attention_rows import RowMatching, attention_rows, question_rows
 from laid.distill.capture import LayerQK, QKCapture
-from laid.distill.joint_rows import joint_divergence, pooled_rows
+from laid.distill.joint_rows import joint_rows
 from laid.distill.kl import forward_kl, generalised_jsd
 from laid.distill.objective import Objective
 from laid.distill.parallel import Alone
@@ -254,20 +254,15 @@ class Losses(nn.Module):
         self, own: LayerQK, q_t: Tensor, k_t: Tensor, inputs: Batch, plain: Tensor, progress: float
     ) -> Tensor:
         """Rows of the questions over the images of the batch (laid.distill.joint_rows)."""
-        visual, turn = inputs.image_mask, text_model(self.model).rotary_emb
-        if not bool(visual.any()):
-            return 0.0 * own.q.float().sum()  # text alone has nothing to find
-        at, counted = question_rows(visual, inputs.lengths - 2)
-        first = at[:, :1].expand(3, -1, -1)
-        away = inputs.positions - inputs.positions.gather(2, first)
-        here = turn(own.q, away)
-        student = pooled_rows(rotate(own.q, *here), rotate(own.k, *here), at, visual)
-        with torch.no_grad():
-            there = turn(own.q, plain - plain.gather(2, first))
-            q_t, k_t = rotate(q_t, *there), rotate(k_t, *there)
-            teacher = pooled_rows(q_t, k_t, at, visual)
-            looking = attention_rows(q_t, k_t, at, inputs.token_mask).exp()
-            mass = (looking * visual[:, None, None]).sum(-1).mean(1)
-        distance = -away.amin(0)[visual][None]
-        weights = self.distance.weights(distance, progress, None, self.settings["gaps"]["reach"] or None)
-        return joint_divergence(student, teacher, mass, counted, weights[0])
+        far = self.settings["gaps"]["reach"] or None
+        return joint_rows(
+            (own.q, own.k),
+            (q_t, k_t),
+            inputs.positions,
+            plain,
+            inputs.image_mask,
+            inputs.token_mask,
+            inputs.lengths - 2,
+            text_model(self.model).rotary_emb,
+            lambda distance: self.distance.weights(distance, progress, None, far),
+        )
