@@ -18,7 +18,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 TOP = Path(__file__).resolve().parents[1]
-DEMO_EXTRAS, DEV_EXTRAS = ["workflow"], ["dvc", "dev"]
+DEMO_EXTRAS, DEV_EXTRAS = ["workflow"], ["dvc", "zero3", "dev"]
 PLATFORM_ONLY = ("nvidia-", "cuda-", "triton")
 
 

@@ -45,9 +45,6 @@ def paths(family, coco_root, haystacks, cache, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def both(micro, paths, tmp_path_factory):
-    """name -> {1: run in one process, 2: run in two}, each (log, folder)."""
-    root = tmp_path_factory.mktemp("runs")
-    cut = {"stop": 2, "checkpoint_minutes": 1e9}
     vision = {"train_vision": True, "gradient_checkpointing": True}
     teacher_alone = {"lambda_sft": 0.0, "lambda_kl": 0.0, "gain": None}
     kinds = {
@@ -59,15 +56,22 @@ def both(micro, paths, tmp_path_factory):
         "bf16": ("laid", {"parallel": "fsdp2", "dtype": "bfloat16"}),
         "teacher_alone": ("laid", {"parallel": "fsdp2", "settings": teacher_alone, "gradient_checkpointing": True}),
         "one_to_two": ("laid", {"parallel": "fsdp2"}),
-        "two_to_one": ("laid", {"parallel": "fsdp2", **cut}),
+        "two_to_one": ("laid", {"parallel": "fsdp2", "stop": 2}),
     }  # fmt: skip
+    return in_one_and_two(micro, paths, tmp_path_factory.mktemp("runs"), kinds)
+
+
+def in_one_and_two(micro, paths, root, kinds):
+    """name -> {1: run in one process, 2: run in two}, each (log, folder).
+
+    kinds: name -> (method, options of `case`); "one_to_two" starts in one process and two go on, "two_to_one" the other way.
+    """
     cases = {
         world: {
             name: case(micro, root / str(world) / name, method, **o) for name, (method, o) in kinds.items()
         }
         for world in (1, 2)
     }
-    # One process starts, two go on; two start, one goes on.
     train(cases[1]["one_to_two"] | {"stop": 2}, paths)
     shutil.copytree(root / "1/.one_to_two.checkpoint", root / "2/.one_to_two.checkpoint")
     plan = {"cases": cases[2], "paths": paths, "logs": str(root / "logs.json")}
@@ -93,7 +97,11 @@ def same(one, two, rel):
 @pytest.mark.parametrize("name", ["ddp", "fsdp2", "tied", "lora", "vision", "teacher_alone", "one_to_two"])
 def test_two_processes_train_as_one_does(both, name):
     """Losses, norms and gains of every step, and the exported weights, in the same files."""
-    (one, here), (two, there) = both[name][1], both[name][2]
+    agree(both[name], name)
+
+
+def agree(runs, name):
+    (one, here), (two, there) = runs[1], runs[2]
     same(one, two, 2e-4)
     files = [sorted(p.relative_to(d).as_posix() for p in d.rglob("*") if p.is_file()) for d in (here, there)]
     assert files[0] == files[1]

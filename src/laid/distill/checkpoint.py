@@ -41,13 +41,7 @@ class Checkpoint:
         log: list[dict],
     ) -> None:
         """Keep the state after `step` steps; the one before it is replaced. tensors: whole."""
-        state = optimizer.state_dict()
-        flat = {
-            f"optimizer/{i}/{k}": self.parallel.whole(v)
-            for i, entry in state["state"].items()
-            for k, v in entry.items()
-            if torch.is_tensor(v)
-        }
+        flat = {f"optimizer/{k}": v for k, v in self.parallel.optimizer_tensors(optimizer)}
         self.last = time.monotonic()
         if not self.parallel.main:
             return
@@ -73,16 +67,10 @@ class Checkpoint:
             tensors = load_file(self.folder / "state.safetensors")
         except (OSError, SafetensorError) as error:
             raise LaidError(f"{self.folder}: broken checkpoint ({error}); remove it to start again") from None
-        state = optimizer.state_dict()
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        for name, tensor in tensors.items():
-            kind, _, rest = name.partition("/")
-            if kind == "optimizer":
-                number, _, key = rest.partition("/")
-                state["state"].setdefault(int(number), {})[key] = self.parallel.part(
-                    tensor, parameters[int(number)]
-                )
-        optimizer.load_state_dict(state)
+        self.parallel.restore_optimizer(
+            optimizer,
+            {k.removeprefix("optimizer/"): t for k, t in tensors.items() if k.startswith("optimizer/")},
+        )
         weights = {
             name.removeprefix("weights/"): t for name, t in tensors.items() if name.startswith("weights/")
         }

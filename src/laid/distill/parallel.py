@@ -2,7 +2,8 @@
 
 Alone       one process; every method does just what its name says.
 Replicated  every process holds the whole student ("ddp").
-Sharded     weights, gradients and optimiser state lie in pieces over the processes ("fsdp2": torch's fully_shard).
+Sharded     weights, gradients and optimiser state lie in pieces over the processes ("fsdp2": torch's fully_shard;
+            "zero3": DeepSpeed's ZeRO stage 3, laid.distill.zero3).
 
 A step has the same samples in the same forward passes whatever the number of processes: the batch is cut into pieces
 of training.per_device_batch, and process r of n takes the pieces r, r + n, r + 2n ... Every piece's loss counts by its
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -53,7 +54,10 @@ def join(strategy: str, device: str = "cpu", dtype: torch.dtype = torch.float32)
             )
         device = f"cuda:{local}"
         torch.cuda.set_device(device)
-    kind = {"ddp": Replicated, "fsdp2": Sharded}[strategy]
+    if strategy == "zero3":
+        from laid.distill.zero3 import Zero3 as kind
+    else:
+        kind = {"ddp": Replicated, "fsdp2": Sharded}[strategy]
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
         dist.init_process_group(backend, timeout=PATIENCE)
@@ -124,6 +128,22 @@ class Alone:
         """What this process holds of a whole tensor that is laid out as `parameter` is."""
         return whole
 
+    def optimizer_tensors(self, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
+        """The optimiser's state as ("<number of the weight>/<name>", whole tensor), one by one; every process calls it."""
+        for number, state in optimizer.state_dict()["state"].items():
+            for key, value in state.items():
+                if torch.is_tensor(value):
+                    yield f"{number}/{key}", self.whole(value)
+
+    def restore_optimizer(self, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+        """Set the optimiser's state to what `optimizer_tensors` gave; each process takes its part."""
+        state = optimizer.state_dict()
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        for name, tensor in tensors.items():
+            number, _, key = name.partition("/")
+            state["state"].setdefault(int(number), {})[key] = self.part(tensor, parameters[int(number)])
+        optimizer.load_state_dict(state)
+
     @torch.no_grad()
     def set_(self, parameter: nn.Parameter, whole: Tensor) -> None:
         """Set a weight; each process takes its part."""
@@ -155,20 +175,27 @@ class Replicated(Alone):
         (loss * self.world).backward()  # gradients are averaged over the processes
 
     def step(self, optimizer: torch.optim.Optimizer, trained: Sequence[nn.Parameter], limit: float) -> float:
-        given = [p for p in trained if p.grad is not None]
-        replicated = [p.grad for p in given if not isinstance(p.grad, DTensor)]
+        given = [p.grad for p in trained if p.grad is not None]
+        local = [g.to_local() for g in given if isinstance(g, DTensor)]
+        norm = self._clip(local, [g for g in given if not isinstance(g, DTensor)], limit)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def _clip(self, pieces: Sequence[Tensor], replicated: Sequence[Tensor], limit: float) -> float:
+        """Average what every process has a gradient of, then clip all to `limit`; their norm before.
+
+        pieces: this process's, of gradients that lie in pieces and are averaged already.
+        """
         for work in [dist.all_reduce(gradient, async_op=True) for gradient in replicated]:
             work.wait()
         for gradient in replicated:
             gradient.div_(self.world)
-        local = [p.grad.to_local() for p in given if isinstance(p.grad, DTensor)]
-        (squares,) = self.sum([_square(local)])
+        (squares,) = self.sum([_square(pieces)])
         norm = (squares + _square(replicated)) ** 0.5
         if norm > limit:
-            for gradient in (*replicated, *local):
+            for gradient in (*replicated, *pieces):
                 gradient.mul_(limit / norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
         return norm
 
     def sum(self, values: Sequence[float]) -> list[float]:
@@ -180,6 +207,10 @@ class Replicated(Alone):
         found = [value() if self.main else None]
         dist.broadcast_object_list(found)
         return found[0]
+
+    def _here(self, whole: Tensor) -> Tensor:
+        """A whole tensor where it is to be written, nothing elsewhere."""
+        return whole.detach().cpu() if self.main else whole.new_empty(0)
 
     @contextmanager
     def set_by_main(self, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
@@ -228,7 +259,7 @@ class Sharded(Replicated):
     def whole(self, tensor: Tensor) -> Tensor:
         if isinstance(tensor, DTensor):
             tensor = tensor.detach().full_tensor()
-        return tensor.detach().cpu() if self.main else tensor.new_empty(0)
+        return self._here(tensor)
 
     def part(self, whole: Tensor, parameter: nn.Parameter) -> Tensor:
         if not isinstance(parameter, DTensor) or whole.shape != parameter.shape:
