@@ -130,6 +130,42 @@ def test_training_step(student, teacher, name, checkpointing, dtype):
     assert cost.trained == trained + learned
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_training_step_with_the_vision_tower(student, teacher, checkpointing, dtype):
+    """Six images of 8 x 8 merged tokens in each of two samples, features made in the step, with gradients."""
+    side, images, number = 8, 6, getattr(torch, dtype)
+    method = fill({}, TRAINED)
+    training = settings(checkpointing) | {"dtype": dtype, "train_vision": True}
+    wide = copy.deepcopy(student)
+    vision = wide.vision_config
+    vision.hidden_size, vision.num_heads, vision.intermediate_size, vision.depth = 320, 4, 855, 4
+    vision.fullatt_block_indexes = [3]
+    model = make_trainable(meta_model(wide, dtype, device="cpu"), None, training).train()
+    losses = Losses(model, method)
+    Alone("cpu", number).prepare(losses, lambda: None)
+    visual = images * side * side
+    inputs = steps.meta_batch(wide, 2, TOKENS, visual, number, "cpu")
+    inputs.ids.random_(1, 500)
+    grid = torch.tensor([[1, 2 * side, 2 * side]] * 2 * images)
+    pixels = torch.randn(2 * images * 4 * side * side, 1176)
+    inputs.features, inputs.images = None, (pixels, grid, torch.arange(2 * images))
+    labels = torch.ones(2, 2, dtype=torch.long)
+
+    def step():
+        losses.total(losses(inputs, labels, [0, 1], 0.5), 0.5).backward()
+
+    step()
+    cost = steps.training_step(wide, teacher, method, training, TOKENS, visual, images=images)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    standing = sum(t.nbytes for t in (*model.parameters(), *model.buffers())) + 12 * trained
+    given = sum(t.nbytes for t in (inputs.ids, inputs.positions, inputs.image_mask, pixels))
+    assert cost.trained == trained
+    assert cost.bytes - standing - given == pytest.approx(peak_bytes(step), rel=0.15)
+    without = steps.training_step(wide, teacher, method, training | {"train_vision": False}, TOKENS, visual)
+    assert cost.bytes > 1.5 * without.bytes and cost.linear == without.linear
+
+
 @pytest.mark.parametrize("chunk", [0, 96])
 def test_reading(student, chunk):
     """A prompt read whole or in chunks, its keys and values kept."""

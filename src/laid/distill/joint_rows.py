@@ -86,8 +86,9 @@ class PooledRows:
         keys = rotate(rows_of(self._k, at), *self._angles(self._k, at))
         seen = beside.gather(1, at)[:, None] & (at[:, None] <= self._rows[..., None])
         scores = scaled_scores(self._queries, keys).masked_fill(~seen[:, None], float("-inf"))
-        parts = self.scores.split(self._visual.sum(1).tolist(), -1)
-        own = torch.stack([part[sample].logsumexp(-1) for sample, part in enumerate(parts)])
+        samples = torch.arange(len(mask), device=mask.device)
+        owner = samples[:, None].expand_as(mask)[self._visual]
+        own = torch.stack([self.scores[k][..., owner == k].logsumexp(-1) for k in samples])
         return (own - scores.logsumexp(-1)).sigmoid()
 
     def _angles(self, x: torch.Tensor, at: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

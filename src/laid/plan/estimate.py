@@ -28,7 +28,7 @@ from laid.plan.vision import BATCH, image_flops, pass_bytes, tower
 STANDING = ("weights", "gradients", "optimizer")
 ANSWER_BYTES = 200  # of JSON in a cell
 SCORES = 6 * 4 * 2**25  # SelfExtend's blocks of scores: near, far, chosen, merged, weights and softmax's own
-CHECKPOINTING = ("per_device_batch", "batch_size", "dtype", "gradient_checkpointing")
+CHECKPOINTING = ("per_device_batch", "batch_size", "dtype", "gradient_checkpointing", "train_vision")
 
 
 @dataclass
@@ -174,6 +174,7 @@ class Estimator:
         cost = self._once(
             [student, alike, {k: settings[k] for k in CHECKPOINTING}],
             training_step, member.config, teacher.config, m, settings, longest, visual, self.attention, sharded,
+            asked["max_size"],
         )  # fmt: skip
         steps = round((m["epochs"] or settings["epochs"]) * (asked["questions"] // settings["batch_size"]))
         samples = max(1, steps) * settings["batch_size"]
@@ -182,9 +183,14 @@ class Estimator:
         sizes = range(asked["min_size"], asked["max_size"] + 1)
         need.memory += cost.peak
         self._prompts(need, cost, batch, longest, [(n, samples / len(sizes)) for n in sizes], extra=1)
-        self._images(need, member, "train", samples * _mean(sizes), min(BATCH, batch * asked["max_size"]))
+        seen = samples * _mean(sizes)
+        if settings["train_vision"]:  # in the step, forward and backward; the memory is the rehearsed step's
+            passes = 4 if settings["gradient_checkpointing"] else 3
+            need.flops += seen * passes * image_flops(member.model, self.lengths.visual)
+        else:
+            self._images(need, member, "train", seen, min(BATCH, batch * asked["max_size"]))
         if sharded:
-            shard(need, member, adapter=m["lora"] is not None)
+            shard(need, member, m["lora"] is not None, settings["train_vision"])
         written = need.trained if m["lora"] else member.parameters
         # Weights and the optimiser's two moments.
         kept = 3 * need.trained if settings["checkpoint_minutes"] else 0
@@ -263,10 +269,10 @@ class Estimator:
         need.memory["features"] = int(kept * each)
 
 
-def shard(need: Need, member: Member, adapter: bool) -> None:
+def shard(need: Need, member: Member, adapter: bool, vision: bool = False) -> None:
     """Lay weights, gradients and the optimiser's state out in pieces over the devices (laid.distill.parallel).
 
-    Each device holds its share and the vision tower whole. The worst moment is one of two. In a layer's backward pass:
+    Each device holds its share, and the vision tower whole where that is not trained (vision). The worst moment is one of two. In a layer's backward pass:
     what is no layer's (embedding, output) stands gathered in the number format of the pass, and so do two layers; the
     gradients of one go out in float32, those of the output wait for the end. At the end of backward: the gradients of
     all that is no layer's go out, as a copy in float32 and the piece that comes back. adapter: only LoRA is trained.
@@ -275,6 +281,9 @@ def shard(need: Need, member: Member, adapter: bool) -> None:
     layer = parameters(text.layers[0])
     seen = parameters(tower(member.model))
     rest = member.parameters - seen - layer * len(text.layers)
+    if vision:  # in pieces too, by blocks; what is no block goes with what is no layer
+        rest += seen - parameters(tower(member.model).blocks)
+        seen = 0
     output = member.words * member.hidden
     if size < 4:
         # The copies that a pass computes with are made layer by layer.

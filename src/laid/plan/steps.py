@@ -12,8 +12,11 @@ import copy
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedConfig
@@ -21,7 +24,7 @@ from transformers import DynamicCache, PreTrainedConfig
 from laid.distill.losses import Losses
 from laid.distill.online import teacher_outputs
 from laid.distill.student import make_trainable
-from laid.methods.decoder import geometry, layer_indices
+from laid.methods.decoder import geometry, layer_indices, vision_tower
 from laid.models.forward import Batch, last_logits
 from laid.plan.rehearsal import Cost, Rehearsal, as_if_real, rehearse
 from laid.plan.shapes import meta_model
@@ -118,6 +121,32 @@ def meta_batch(
     )
 
 
+def see_images(model: nn.Module, inputs: Batch, images: int, order: Tensor) -> None:
+    """Let the model make the features of `inputs` itself, from `images` images, as training.train_vision has it.
+
+    The tower's parts run as they are; what its own forward makes of a grid's content does not, as there is none: windows
+    become whole images, which keep as many bytes. order: 0 to images - 1.
+    """
+    tower, config = vision_tower(model), model.config.vision_config
+    merge = config.spatial_merge_size**2
+    each = -(-len(inputs.features) // images) * merge
+    patches, device = each * images, inputs.features.device
+    values = config.in_channels * config.temporal_patch_size * config.patch_size**2
+    pixels = torch.empty(patches, values, device=device)
+    # Chunks of attention are read off by tolist, which a tensor without content does not have.
+    bounds = np.arange(images + 1) * each
+
+    def features(pixels: Tensor, _grid: Tensor) -> SimpleNamespace:
+        hidden = tower.patch_embed(pixels)
+        turn = hidden.new_empty(2, patches, config.hidden_size // config.num_heads)
+        for block in tower.blocks:
+            hidden = block(hidden, cu_seqlens=bounds, position_embeddings=tuple(turn))
+        return SimpleNamespace(pooler_output=tower.merger(hidden).split(each // merge))
+
+    model.model.get_image_features = features
+    inputs.features, inputs.images = None, (pixels, pixels, order)
+
+
 def training_step(
     student: PreTrainedConfig,
     teacher: PreTrainedConfig,
@@ -127,13 +156,21 @@ def training_step(
     visual: int,
     attention: str = "sdpa",
     sharded: bool = False,
+    images: int = 1,
 ) -> Cost:
     """One forward and backward pass of `per_device_batch` samples, the optimiser's state in place.
 
     method, training: those sections of the configuration. Gradients of earlier passes are there where one pass is not
     the whole batch. sharded: a format below float32 is fully_shard's, the whole pass is in it; else autocast's
-    (laid.distill.parallel).
+    (laid.distill.parallel). images: in each sample, all different; where training.train_vision says so, the tower's
+    pass over them is in the memory, but not in the FLOPs, which laid.plan.vision has in closed form.
     """
+    if training["train_vision"]:
+        asleep = {**training, "train_vision": False}
+        given = (student, teacher, method), (tokens, visual, attention, sharded)
+        counted = training_step(*given[0], asleep, *given[1])
+        cost = _training_step(*given[0], training, *given[1], images)
+        return replace(cost, linear=counted.linear, attention=counted.attention)
     own, theirs = zip(*method["alignment"]["pairs"])
     gain = method["gain"]
     if training["per_device_batch"] >= training["batch_size"] or (gain and gain["layers"] is not None):
@@ -148,7 +185,7 @@ def training_step(
     return by_depth(student, own, rehearsal)
 
 
-def _training_step(student, teacher, method, training, tokens, visual, attention, sharded) -> Cost:
+def _training_step(student, teacher, method, training, tokens, visual, attention, sharded, images=0) -> Cost:
     dtype, batch = getattr(torch, training["dtype"]), training["per_device_batch"]
     autocast = dtype if dtype != torch.float32 and not sharded else None
     model = meta_model(student, training["dtype"], attention)
@@ -160,6 +197,7 @@ def _training_step(student, teacher, method, training, tokens, visual, attention
     losses.autocast = autocast
     for module in losses.learned().values():
         module.to("meta")
+    order = torch.arange(batch * images)  # has content, unlike all that follows
     with as_if_real(losses) if autocast else nullcontext():
         learned = [p for module in losses.learned().values() for p in module.parameters()]
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -170,12 +208,15 @@ def _training_step(student, teacher, method, training, tokens, visual, attention
                 p.data = p.data.to(dtype)
         inputs = meta_batch(student, batch, tokens, visual, dtype, device)
         labels = torch.ones(batch, 2, dtype=torch.long, device=device)
+        if images:
+            see_images(model, inputs, batch * images, order)
         with rehearse() as rehearsal:
             served.rehearsal = rehearsal
             hold_weights(rehearsal, model)
             for master in masters:
                 rehearsal.add(master, "weights")
-            for tensor in (inputs.ids, inputs.positions, inputs.image_mask, inputs.features):
+            given = (inputs.ids, inputs.positions, inputs.image_mask, inputs.features)
+            for tensor in (*given, *(inputs.images or ())[:1]):
                 if tensor is not None:
                     rehearsal.add(tensor, "activations")
             states = [
