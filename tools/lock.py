@@ -1,8 +1,9 @@
 """Write the lock files in envs/ from the packages installed where this runs.
 
-    python tools/lock.py
+    python tools/lock.py          where `pip install -e ".[workflow,dvc,zero3,dev]"` was
 
-envs/requirements.lock holds what `make demo` needs, envs/requirements-dev.lock what `make test` needs besides. Every
+envs/requirements.lock holds what `make demo` needs, envs/requirements-dev.lock what `make test` needs besides, and
+envs/requirements-zero3.lock what DeepSpeed needs besides requirements.lock: apart, since accelerate imports it wherever it finds it. Every
 package is pinned with ==, whatever needs it. Packages that exist for one platform only (CUDA libraries, triton) and
 local version labels (+cpu) are left out: torch asks for its own companions, and the same pin serves CPU and GPU.
 """
@@ -18,7 +19,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 TOP = Path(__file__).resolve().parents[1]
-DEMO_EXTRAS, DEV_EXTRAS = ["workflow"], ["dvc", "zero3", "dev"]
+DEMO_EXTRAS, DEV_EXTRAS = ["workflow"], ["dvc", "dev"]
 PLATFORM_ONLY = ("nvidia-", "cuda-", "triton")
 
 
@@ -65,6 +66,12 @@ def main() -> None:
         TOP / "envs/requirements-dev.lock",
         "What `make test` and `make lint` need besides requirements.lock.",
         {name: version for name, version in dev.items() if name not in demo},
+    )
+    zero3 = closure(extras["zero3"])
+    write(
+        TOP / "envs/requirements-zero3.lock",
+        "What training.parallel: zero3 needs besides requirements.lock.",
+        {name: version for name, version in zero3.items() if name not in demo},
     )
 
 
