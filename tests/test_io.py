@@ -1,14 +1,17 @@
 """Files appear whole or not at all; paths stay inside; one process at a time makes a thing."""
 
 import json
+import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from laid import io
 from laid.errors import LaidError
@@ -102,3 +105,21 @@ def test_broken_json_is_one_line(tmp_path, content, said):
         io.read_json(path)
     assert "\n" not in str(caught.value) and str(path) in str(caught.value)
     assert isinstance(path, Path)
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640)])
+def test_what_is_made_can_be_read_by_whom_the_umask_says(tmp_path, umask, mode):
+    """safetensors makes its files for their owner alone; on a cluster others are to read checkpoints."""
+    before = os.umask(umask)
+    try:
+        with io.atomic_path(tmp_path / "model") as folder:
+            folder.mkdir()
+            save_file({"x": torch.zeros(1)}, folder / "model.safetensors")
+            (folder / "run.sh").touch(0o700)
+        with io.atomic_path(tmp_path / "one.safetensors") as file:
+            save_file({"x": torch.zeros(1)}, file)
+    finally:
+        os.umask(before)
+    modes = [(tmp_path / p).stat().st_mode & 0o777 for p in ("model/model.safetensors", "one.safetensors")]
+    assert modes == [mode, mode]
+    assert (tmp_path / "model/run.sh").stat().st_mode & 0o777 == mode | 0o700

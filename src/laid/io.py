@@ -21,7 +21,7 @@ from laid.errors import LaidError
 def atomic_path(target: str | Path) -> Iterator[Path]:
     """Yield a fresh path beside `target`; on success it becomes `target`, on an error it is removed.
 
-    Serves files and folders alike. A folder that exists is replaced whole.
+    Serves files and folders alike. A folder that exists is replaced whole. Files can be read by whom the umask says.
     """
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -31,11 +31,21 @@ def atomic_path(target: str | Path) -> Iterator[Path]:
         yield beside
         if not beside.exists():
             raise RuntimeError(f"nothing was written for {target}")
+        _as_umask_has_it(beside)
         if target.is_dir() and not target.is_symlink():
             os.rename(target, scratch / "replaced")
         os.replace(beside, target)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _as_umask_has_it(path: Path) -> None:
+    """Let others read what this process's umask lets them: safetensors makes its files for their owner alone."""
+    (probe := path.parent / ".mode").touch()
+    usual = probe.stat().st_mode & 0o777
+    for file in (path, *path.rglob("*")):
+        if file.is_file() and not file.is_symlink():
+            file.chmod(file.stat().st_mode & 0o777 | usual)
 
 
 @contextmanager
