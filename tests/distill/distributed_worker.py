@@ -13,10 +13,11 @@ from laid.distill.trainer import Trainer
 def train(case, paths, parallel=None):
     """A run: {"log": lines} with, where it is not cut short by `stop`, its folder in case["out"]."""
     config, method = case["config"], case["method"]
-    cache = None if method == "sft" else paths["cache"]
+    teacher = paths["teacher"] if case["online"] else None
+    cache = None if method == "sft" or teacher else paths["cache"]
     trainer = Trainer(
         config, method, 0, "small", paths[case["student"]], cache, paths["coco"], paths["questions"], case["out"], "cpu",
-        parallel=parallel,
+        parallel=parallel, teacher=teacher,
     )  # fmt: skip
     real = trainer._step
 

@@ -25,11 +25,12 @@ WORKER = str(Path(__file__).parent / "distributed_worker.py")
 STEPS = 3
 
 
-def case(micro, out, method, stop=None, settings=None, student="student", **training):
+def case(micro, out, method, stop=None, settings=None, student="student", online=False, **training):
     config = copy.deepcopy(micro)
     config["training"] |= {"per_device_batch": 2, "epochs": 1, "checkpoint_minutes": 1e9, **training}
     config["methods"][method] |= settings or {}
-    return {"config": config, "method": method, "out": str(out), "stop": stop, "student": student}
+    named = {"stop": stop, "student": student, "online": online}
+    return {"config": config, "method": method, "out": str(out), **named}
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,8 @@ def paths(family, coco_root, haystacks, cache, tmp_path_factory):
     model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = True
     model.tie_weights()
     model.save_pretrained(tied)
-    found = {"student": family["small"], "tied": tied, "cache": cache, "coco": coco_root}
+    found = {"student": family["small"], "tied": tied, "teacher": family["teacher"]}
+    found |= {"cache": cache, "coco": coco_root}
     return {k: str(v) for k, v in (found | {"questions": haystacks / "train.json"}).items()}
 
 
@@ -55,6 +57,7 @@ def both(micro, paths, tmp_path_factory):
         "vision": ("kd", {"parallel": "fsdp2", **vision}),
         "bf16": ("laid", {"parallel": "fsdp2", "dtype": "bfloat16"}),
         "teacher_alone": ("laid", {"parallel": "fsdp2", "settings": teacher_alone, "gradient_checkpointing": True}),
+        "online": ("laid", {"parallel": "fsdp2", "online": True}),
         "one_to_two": ("laid", {"parallel": "fsdp2"}),
         "two_to_one": ("laid", {"parallel": "fsdp2", "stop": 2}),
     }  # fmt: skip
@@ -94,7 +97,9 @@ def same(one, two, rel):
             assert a[key] == pytest.approx(b[key], rel=rel, abs=rel), key
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp2", "tied", "lora", "vision", "teacher_alone", "one_to_two"])
+@pytest.mark.parametrize(
+    "name", ["ddp", "fsdp2", "tied", "lora", "vision", "teacher_alone", "online", "one_to_two"]
+)
 def test_two_processes_train_as_one_does(both, name):
     """Losses, norms and gains of every step, and the exported weights, in the same files."""
     agree(both[name], name)

@@ -331,6 +331,8 @@ def test_other_questions_and_layers(folder, haystacks, tmp_path):
     assert TeacherCache(folder, haystacks / "train.json").lengths
     write_questions(tmp_path / "less.json", read_questions(haystacks / "train.json")[1:])
     refused("was made from other questions than", folder, tmp_path / "less.json")
+    (tmp_path / "broken.json").write_text("[{")
+    refused("broken.json.*JSON", folder, tmp_path / "broken.json")
     refused("no such file", tmp_path / "nowhere")
     with pytest.raises(LaidError, match=r"holds teacher layers \[0, 2\], layer 1 is asked for"):
         TeacherCache(folder).queries_keys(1, [0], 60)

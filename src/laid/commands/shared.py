@@ -78,8 +78,8 @@ def seed(text: str) -> int:
     return count(text, least=0)
 
 
-def pick_device(name: str) -> str:
-    """The device `--device` stands for. Raises LaidError for one that is not there."""
+def pick_device(name: str, option: str = "--device") -> str:
+    """The device that `option` stands for. Raises LaidError for one that is not there."""
     import re
 
     import torch
@@ -89,10 +89,10 @@ def pick_device(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise LaidError(f"--device {name}: expected auto, cpu, cuda or cuda:<number>")
+        raise LaidError(f"{option} {name}: expected auto, cpu, cuda or cuda:<number>")
     there = torch.cuda.device_count()
     if name != "cpu" and int(name.partition(":")[2] or 0) >= there:
-        raise LaidError(f"--device {name}: this machine has {there or 'no'} CUDA devices; use --device cpu")
+        raise LaidError(f"{option} {name}: this machine has {there or 'no'} CUDA devices; use {option} cpu")
     return name
 
 

@@ -24,6 +24,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--student", required=True, help="checkpoint: a folder or a hub id")
     parser.add_argument("--teacher-cache", type=Path, help="folder of `laid teacher-cache`; SFT needs none")
     parser.add_argument(
+        "--teacher",
+        metavar="CHECKPOINT",
+        help="instead: a teacher that answers as training goes, once per step and epoch, and keeps nothing on disk",
+    )
+    parser.add_argument(
+        "--teacher-device",
+        metavar="DEVICE[,DEVICE ...]",
+        help="where --teacher computes: one device for all processes of this machine, or one for each; default: with the student",
+    )
+    parser.add_argument(
         "--coco", type=Path, required=True, help="COCO root that the questions' paths start from"
     )
     parser.add_argument("--questions", type=Path, required=True, help="training questions, VHs JSON")
@@ -38,6 +48,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " torchrun or `accelerate launch`, which start their own",
     )
     device_arguments(parser)
+
+
+def own_device(listed: str | None) -> str | None:
+    """This process's device of a list with one for all or one for each process of this machine."""
+    if listed is None:
+        return None
+    devices, local = listed.split(","), int(os.environ.get("LOCAL_RANK", "0"))
+    there = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
+    if len(devices) not in (1, there):
+        raise LaidError(
+            f"--teacher-device {listed}: {len(devices)} devices for {there} processes: give one for all, or one for each"
+        )
+    from laid.commands.shared import pick_device
+
+    return pick_device(devices[local if len(devices) > 1 else 0], "--teacher-device")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -63,7 +88,8 @@ def run(args: argparse.Namespace) -> int:
         with alone(args.out) if parallel.main else nullcontext() as waited:
             trainer = Trainer(
                 settings, args.method, args.seed, args.student_name, args.student, args.teacher_cache, args.coco,
-                args.questions, args.out, features_folder=args.features, parallel=parallel,
+                args.questions, args.out, features_folder=args.features, parallel=parallel, teacher=args.teacher,
+                teacher_device=own_device(args.teacher_device),
             )  # fmt: skip
             # Whoever was waited for may have made this very run: a cluster's job whose Snakemake was killed, for one.
             record = parallel.agree(lambda: trainer.made() if waited else None)

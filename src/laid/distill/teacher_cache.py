@@ -390,6 +390,7 @@ class TeacherCache:
         except (KeyError, TypeError) as error:
             raise LaidError(f"{self.folder}/index.json: broken ({error}); make the cache again") from None
         if questions is not None and sha256_file(questions) != made_from:
+            read_questions(questions)  # a broken file says so itself
             raise LaidError(f"{self.folder}: was made from other questions than {questions}: make it again")
         self.firsts = [first for _, first, _, _ in self.shards]
         if self.firsts != [0, *(first + count for _, first, count, _ in self.shards)][:-1] or (

@@ -6,7 +6,7 @@ import json
 import math
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from laid.data.questions import read_questions
 from laid.distill.checkpoint import Checkpoint
 from laid.distill.gaps import open_gaps
 from laid.distill.losses import PARTS, Losses, objective_of
+from laid.distill.online import OnlineTeacher
 from laid.distill.parallel import Alone
 from laid.distill.samples import Sample, batches_of, build_samples
 from laid.distill.schedule import learning_rate_factor, reach
@@ -41,7 +42,8 @@ class Trainer:
     """One run: a student, a method, a seed.
 
     config: the validated configuration. student: checkpoint folder or hub id. cache: the teacher's folder,
-    needed as soon as a teacher's loss has weight. out: where model/, log.jsonl and run.json appear, all at
+    needed as soon as a teacher's loss has weight, unless `teacher` is given: a checkpoint that answers as training goes,
+    on `teacher_device` (None: the student's). out: where model/, log.jsonl and run.json appear, all at
     once, at the end. parallel: this process among those of the run (laid.distill.parallel), instead of device.
     Raises LaidError for a method that is not trained, a missing cache, or layers that do not fit.
     """
@@ -60,6 +62,8 @@ class Trainer:
         device: str = "cpu",
         features_folder: str | Path | None = None,
         parallel: Alone | None = None,
+        teacher: str | Path | None = None,
+        teacher_device: str | None = None,
     ):
         self.start = time.perf_counter()
         if "lambda_sft" not in config["methods"].get(method, {}):
@@ -74,10 +78,13 @@ class Trainer:
         torch.manual_seed(seed)
         self.model = self._load_student(self.parallel.load_device)
         self.processor = Processor.load(student)
-        self._setup_teacher(cache, questions)
-        self.losses = Losses(self.model, self.method_settings, self.cache, self.parallel)
+        self.cache: TeacherCache | None = None
+        self.online: OnlineTeacher | None = None
+        self._setup_teacher(cache, questions, teacher, teacher_device or self.device)
+        self.losses = Losses(self.model, self.method_settings, self.cache or self.online, self.parallel)
         self.forward, self.optimizer = self.parallel.prepare(self.losses, self._make_optimizer)
         self._setup_data(coco_root, questions, features_folder)
+        self._check_tokens(coco_root, questions, features_folder)
         self.log: list[dict[str, Any]] = []
         self.interrupted = False
 
@@ -89,8 +96,10 @@ class Trainer:
         model = load_model(self.inputs["student"], self.parallel.dtype, attention, device)
         return make_trainable(model, self.method_settings["lora"], self.settings)
 
-    def _setup_teacher(self, cache: str | Path | None, questions: str | Path) -> None:
-        m, self.cache = self.method_settings, None
+    def _setup_teacher(
+        self, cache: str | Path | None, questions: str | Path, teacher: str | Path | None, device: str
+    ) -> None:
+        m = self.method_settings
         self.objective, self.labelled = objective_of(m), m["questions"] == "train"
         if not any(self.objective.needs(part) for part in PARTS):
             raise LaidError(f"methods.{self.method}: every lambda is 0, there is nothing to train")
@@ -102,9 +111,22 @@ class Trainer:
         needs = [part for part in PARTS if part != "sft" and self.objective.needs(part)]
         if not needs:
             return
+        if teacher is not None:
+            if cache is not None:
+                raise LaidError(
+                    "--teacher and --teacher-cache: two sources of one teacher's answers; give one"
+                )
+            model = load_model(
+                teacher, self.parallel.dtype, self.config["evaluation"]["attention"], device
+            ).requires_grad_(False)
+            aligned = self.objective.needs("laid") or self.objective.needs("rows")
+            layers = sorted({t for _, t in m["alignment"]["pairs"]}) if aligned else []
+            self.online = OnlineTeacher(model, layers, self._teacher_batch)
+            self.inputs["teacher"] = teacher
+            return
         if cache is None:
             raise LaidError(
-                f"method {self.method} learns from the teacher ({', '.join(needs)}): give --teacher-cache"
+                f"method {self.method} learns from the teacher ({', '.join(needs)}): give --teacher-cache, or --teacher"
             )
         self.cache = TeacherCache(cache, questions)
         if self.cache.labelled != self.labelled:
@@ -132,17 +154,6 @@ class Trainer:
         self.samples = build_samples(
             read_questions(questions), self.features, evaluation["order_seed"], self.labelled, ahead
         )
-        if self.cache is not None:
-            mine, theirs = [len(s.prompt.ids) for s in self.samples], self.cache.index["lengths"]
-            if mine != theirs:
-                at = next(
-                    (k for k, (a, b) in enumerate(zip(mine, theirs)) if a != b), min(len(mine), len(theirs))
-                )
-                raise LaidError(
-                    f"{self.cache.folder}: teacher and student do not see the same tokens: question {at} has"
-                    f" {theirs[at : at + 1]} tokens for the teacher and {mine[at : at + 1]} for the student:"
-                    " both need one tokenizer and one image size"
-                )
         batch, s = self.settings["batch_size"], self.settings
         per_epoch = len(self.samples) // batch
         if per_epoch == 0:
@@ -152,6 +163,48 @@ class Trainer:
             )
         epochs = self.method_settings["epochs"] or s["epochs"]
         self.per_epoch, self.steps = per_epoch, max(1, round(epochs * per_epoch))
+
+    def _check_tokens(
+        self, coco_root: str | Path, questions: str | Path, features_folder: str | Path | None
+    ) -> None:
+        """Teacher and student must see the same tokens; of an online teacher, its samples are made for that."""
+        if self.cache is not None:
+            theirs, whose = self.cache.index["lengths"], str(self.cache.folder)
+        elif self.online is not None:
+            evaluation, teacher = self.config["evaluation"], self.inputs["teacher"]
+            self.teacher_features = ImageFeatures(
+                self.online.model,
+                Processor.load(teacher),
+                lambda path: safe_join(coco_root, path),
+                limit_bytes=int(evaluation["feature_cache_gb"] * 2**30),
+                store=features_folder,
+            )
+            self.teacher_samples = build_samples(
+                read_questions(questions),
+                self.teacher_features,
+                evaluation["order_seed"],
+                self.labelled,
+                False,
+            )
+            theirs, whose = [len(s.prompt.ids) for s in self.teacher_samples], str(teacher)
+        else:
+            return
+        mine = [len(s.prompt.ids) for s in self.samples]
+        if mine != theirs:
+            at = next(
+                (k for k, (a, b) in enumerate(zip(mine, theirs)) if a != b), min(len(mine), len(theirs))
+            )
+            raise LaidError(
+                f"{whose}: teacher and student do not see the same tokens: question {at} has"
+                f" {theirs[at : at + 1]} tokens for the teacher and {mine[at : at + 1]} for the student:"
+                " both need one tokenizer and one image size"
+            )
+
+    def _teacher_batch(self, indices: Sequence[int]) -> Batch:
+        """What an online teacher reads: its own features, positions without gaps."""
+        samples = [self.teacher_samples[k] for k in indices]
+        features = [f for s in samples for f in self.teacher_features.get(s.paths)]
+        return collate([s.prompt for s in samples], features).to(next(self.online.model.parameters()).device)
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         """AdamW over what this process holds of the student, and over what is learned beside it."""
