@@ -51,7 +51,8 @@ class Zero3(Replicated):
     def prepare(self, losses, optimizer):
         deepspeed = _deepspeed(self.device)
         losses.autocast = self.dtype if self.dtype != torch.float32 else None
-        groups, kind = optimizer().param_groups, type(optimizer())
+        whole = optimizer()
+        groups, kind = whole.param_groups, type(whole)
         own = {id(p) for p in losses.model.parameters()}
         student, beside = (
             [g for g in groups if (id(g["params"][0]) in own) is mine] for mine in (True, False)
