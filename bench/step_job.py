@@ -21,6 +21,8 @@ from laid.methods.decoder import text_model
 from laid.models.forward import collate, embed
 from laid.models.prompts import EncodedPrompt, mrope_positions
 
+QUESTION = 40  # tokens after the last image: the question, how to answer, and the answer
+
 
 class Job:
     """A student, what it learns from, and an optimiser; sample k has counts[k] tokens.
@@ -73,17 +75,17 @@ class Job:
         return None
 
     def _batch(self, member, count):
-        """(inputs, labels) of one sample of exactly `count` tokens: images as large as the shape's, then text."""
+        """(inputs, labels) of one sample of exactly `count` tokens: text, images as large as the shape's, a question."""
         rng = np.random.default_rng([count, member["hidden"]])
         per_image = self.shape["image"][0] * self.shape["image"][1]
-        images = max(0, count - 40) // (per_image + 2)
-        suffix = count - 8 - images * (per_image + 2)
+        images = max(0, count - QUESTION - 8) // (per_image + 2)
+        prefix = count - QUESTION - images * (per_image + 2)
         mask = np.zeros(count, dtype=bool)
-        starts = 8 + np.arange(images) * (per_image + 2)
+        starts = prefix + np.arange(images) * (per_image + 2)
         for start in starts:
             mask[start + 1 : start + 1 + per_image] = True
         ids = np.random.default_rng(count).integers(1, 512, count)
-        positions = mrope_positions(8, [self.shape["image"]] * images, suffix)
+        positions = mrope_positions(prefix, [self.shape["image"]] * images, QUESTION)
         features = [
             torch.from_numpy(rng.standard_normal((per_image, member["hidden"]), dtype=np.float32)).to(
                 self.dtype
