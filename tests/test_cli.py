@@ -71,6 +71,7 @@ WRONG = [
     ("teacher-cache", ("{coco}", "{tmp}"), "no such image"),
     ("train", ("sft", "base"), "'base' is not a trained method; trained methods: sft, kd, laid"),
     ("train", ("sft", "kd"), "give --teacher-cache"),
+    ("train", ("sft", "kd --teacher-device cpu"), "give --teacher as well"),
     ("train", ("sft", "kd --teacher-cache {tmp}/none"), "none/index.json: no such file"),
     ("train", ("sft", "kd --teacher-cache {test}"), "index.json: no such file"),
     ("train", ("{small}", "{tmp}/file"), "is a file, expected a checkpoint folder or a hub id"),

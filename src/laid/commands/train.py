@@ -69,6 +69,10 @@ def run(args: argparse.Namespace) -> int:
     from laid import config
 
     settings = config.load(args.config)
+    if args.teacher_device and not args.teacher:
+        raise LaidError(
+            "--teacher-device says where --teacher computes: give --teacher as well, or leave it out"
+        )
     if args.processes > 1 and "WORLD_SIZE" not in os.environ:
         from laid.distill.launch import launch
 
