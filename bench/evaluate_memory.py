@@ -18,6 +18,7 @@ import torch
 
 from laid import config
 from laid.data.haystacks import build_haystacks
+from laid.errors import LaidError
 from laid.evaluation.evaluate import evaluate_cells
 from laid.plan.estimate import Estimator
 from laid.plan.measure import peak_bytes
@@ -41,8 +42,14 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(1)
+    for folder in (args.coco, args.processor):
+        if not folder.is_dir():
+            raise SystemExit(f"evaluate_memory: {folder}: no such folder")
     with tempfile.TemporaryDirectory() as folder:
-        compare(args, Path(folder))
+        try:
+            compare(args, Path(folder))
+        except LaidError as error:
+            raise SystemExit(f"evaluate_memory: {error}") from None
 
 
 def compare(args: argparse.Namespace, folder: Path) -> None:

@@ -5,6 +5,7 @@ import io
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -134,6 +135,13 @@ def test_each_way_out_is_one(tight, rule, student):
             changed["resources"]["train"]["gpu"] = int(way.rpartition(": ")[2])
         other = estimator.under(config.validate(changed))
         assert need_of(other, SMALL_GPU, job.rule, job.student, job.method, job.sizes).bytes <= job.has, way
+
+
+def test_methods_told_together_are_refused_together(tight):
+    estimator, jobs = tight
+    job = next(job for job in jobs if job.rule == "evaluate" and not job.fits)
+    joined = replace(job, method=f"{job.method}, yarn, sft")
+    assert ways_out(estimator, joined) == ways_out(estimator, job) != []
 
 
 def test_a_larger_gpu_takes_what_a_smaller_refuses(tight):

@@ -28,11 +28,12 @@ def refusal(estimator: Estimator, job: Job) -> str:
 def ways_out(estimator: Estimator, job: Job) -> list[str]:
     """Changes of which each alone makes the job fit, cheapest first."""
     found = []
+    method = job.method.partition(", ")[0]  # methods that are told together need the same
     for text, change in _candidates(estimator, job):
         if len(found) == ENOUGH:
             return found
         other = estimator.under(merge(estimator.config, change))
-        need = need_of(other, job.gpu or GPUS["A800-80GB"], job.rule, job.student, job.method, job.sizes)
+        need = need_of(other, job.gpu or GPUS["A800-80GB"], job.rule, job.student, method, job.sizes)
         if need.bytes + job.need.memory["process"] <= job.has:
             found.append(text)
     if job.gpu is None:

@@ -24,6 +24,7 @@ from transformers import DynamicCache, PreTrainedConfig
 from laid.distill.losses import Losses
 from laid.distill.online import teacher_outputs
 from laid.distill.student import make_trainable
+from laid.errors import LaidError
 from laid.methods.decoder import geometry, layer_indices, vision_tower
 from laid.models.forward import Batch, last_logits
 from laid.plan.rehearsal import Cost, Rehearsal, as_if_real, rehearse
@@ -125,9 +126,14 @@ def see_images(model: nn.Module, inputs: Batch, images: int, order: Tensor) -> N
     """Let the model make the features of `inputs` itself, from `images` images, as training.train_vision has it.
 
     The tower's parts run as they are; what its own forward makes of a grid's content does not, as there is none: windows
-    become whole images, which keep as many bytes. order: 0 to images - 1.
+    become whole images, which keep as many bytes. order: 0 to images - 1. Raises LaidError for another family.
     """
     tower, config = vision_tower(model), model.config.vision_config
+    if model.config.model_type != "qwen2_5_vl":
+        raise LaidError(
+            f"training.train_vision can be planned for qwen2_5_vl alone, these models are {model.config.model_type}: set it"
+            " to false and add what their vision tower keeps for backward yourself"
+        )
     merge = config.spatial_merge_size**2
     each = -(-len(inputs.features) // images) * merge
     patches, device = each * images, inputs.features.device
