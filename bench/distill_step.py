@@ -7,7 +7,7 @@
     python bench/distill_step.py --write                      put the table into bench/RESULTS.md
 
 Weights and inputs are random: neither changes what a step costs. A step is one sample: forward, losses, backward,
-clipping, AdamW, as `laid train` does it, by the same code (laid.distill.losses). All methods train all weights of the
+clipping, AdamW, as `laid train` does it, by the same code (laid.training.losses). All methods train all weights of the
 language model, so that SFT is the measure for the others. Memory: the peak of a process of its own, one method each, from
 few tokens to many. Time: methods take their steps in turn in one process, so that a change in the machine's load meets all
 alike, and the ratio to SFT is the median of ratios of neighbouring steps (--apart: in processes of their own, for large

@@ -6,7 +6,7 @@
 
 Needs torch and transformers (and peft for LoRA, which is left out without it), no checkpoint, no image and no network. Cases: the teacher's pass of
 32B, a training step of 7B and 3B (all weights, and LoRA) at 1.8k, 7.4k and 35k tokens, and the reading of an evaluation
-prompt of 53k tokens in chunks. All run the project's own code: laid.distill.losses, laid.distill.online,
+prompt of 53k tokens in chunks. All run the project's own code: laid.training.losses, laid.training.online,
 laid.models.forward. What the plan says cannot fit is not started, and said. Of these rates the GPU-hours of the whole
 paper are extrapolated.
 """
@@ -31,11 +31,7 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedConfig
 
 from laid.config import fill
-from laid.distill.losses import Losses
-from laid.distill.online import teacher_outputs
-from laid.distill.parallel import Alone
-from laid.distill.student import make_trainable
-from laid.methods.decoder import geometry
+from laid.models.decoder import geometry
 from laid.models.forward import last_logits
 from laid.plan.gpus import GIB, GPUS, Gpu
 from laid.plan.measure import peak_bytes
@@ -43,6 +39,10 @@ from laid.plan.rehearsal import Cost
 from laid.plan.shapes import meta_model, published_config
 from laid.plan.steps import meta_batch, reading, teacher_pass, training_step
 from laid.plan.tokens import DELIMITERS, TEXT, VISUAL
+from laid.training.losses import Losses
+from laid.training.online import teacher_outputs
+from laid.training.parallel import Alone
+from laid.training.student import make_trainable
 
 RESULTS = Path(__file__).with_name("GPU.md")
 MEMBERS = {size: f"Qwen/Qwen2.5-VL-{size}-Instruct" for size in ("32B", "7B", "3B")}

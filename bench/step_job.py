@@ -13,13 +13,13 @@ from torch.nn import functional as F
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from laid.config import fill, merge
-from laid.distill.losses import Losses
-from laid.distill.online import OnlineTeacher, teacher_outputs
-from laid.distill.teacher_cache import FORMAT, TeacherCache
 from laid.io import write_json
-from laid.methods.decoder import text_model
+from laid.models.decoder import text_model
 from laid.models.forward import collate, embed
 from laid.models.prompts import EncodedPrompt, mrope_positions
+from laid.training.losses import Losses
+from laid.training.online import OnlineTeacher, teacher_outputs
+from laid.training.teacher_cache import FORMAT, TeacherCache
 
 QUESTION = 40  # tokens after the last image: the question, how to answer, and the answer
 

@@ -23,8 +23,8 @@ import torch
 
 from distill_step import METHODS, SHAPES, hardware, write
 from laid.distill.alignment import HeadAlignment
-from laid.distill.capture import LayerQK
-from laid.methods.gain import RopeGain
+from laid.distill.gain import RopeGain
+from laid.models.capture import LayerQK
 from step_job import Job, build, write_cache
 
 SHAPE = SHAPES["small"]

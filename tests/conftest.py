@@ -58,7 +58,7 @@ MICRO = {
 @pytest.fixture(scope="session")
 def coco_root(tmp_path_factory) -> Path:
     """160 train and 100 val scenes of 84 x 84 pixels, laid out like COCO."""
-    from laid.data.render import render
+    from laid.toy.render import render
 
     root = tmp_path_factory.mktemp("data") / "coco"
     render(root, train=160, val=100, seed=3)
@@ -108,7 +108,7 @@ def family(micro, coco_root, tmp_path_factory) -> dict[str, Path]:
     import torch
 
     from laid.data.coco import load_coco
-    from laid.models.family import build_config, build_model, build_processor
+    from laid.toy.family import build_config, build_model, build_processor
 
     root = tmp_path_factory.mktemp("models")
     categories = load_coco(coco_root, "train2017").categories
@@ -123,3 +123,51 @@ def family(micro, coco_root, tmp_path_factory) -> dict[str, Path]:
         model.save_pretrained(root / name)
         processor.save(root / name)
     return {name: root / name for name in micro["family"]["members"]}
+
+
+@pytest.fixture(scope="session")
+def cache(micro, family, coco_root, haystacks, tmp_path_factory):
+    from laid.training.teacher_cache import build_cache
+
+    out = tmp_path_factory.mktemp("cache") / "teacher_cache"
+    build_cache(micro, family["teacher"], coco_root, haystacks / "train.json", out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def start(family, coco_root, haystacks, cache):
+    """start(config, method, out, ...): a Trainer, ready to train."""
+    from laid.training.trainer import Trainer
+
+    def start(config, method, out, seed=0, **options):
+        paths = {"student": family["small"], "cache": None if method == "sft" else cache}
+        paths |= {"questions": haystacks / "train.json"} | options
+        return Trainer(
+            config,
+            method,
+            seed,
+            "small",
+            paths["student"],
+            paths["cache"],
+            coco_root,
+            paths["questions"],
+            out,
+        )
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def runs(micro, start, tmp_path_factory):
+    """One run per method, made when it is first asked for."""
+    from trainer_runs import Run
+
+    made = {}
+
+    def run(method):
+        if method not in made:
+            out = tmp_path_factory.mktemp("runs") / method / "seed0"
+            made[method] = Run(start(micro, method, out), out)
+        return made[method]
+
+    return run

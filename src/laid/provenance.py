@@ -37,7 +37,7 @@ Input = str | Path | tuple[str | Path, Sequence[str]]
 def collect(step: str, config: Mapping[str, Any], inputs: Mapping[str, Input], **wildcards: Any) -> dict:
     """The record of one step: code, configuration slice, input hashes, seeds (if a wildcard), libraries.
 
-    `inputs` maps a name to a file, a folder, or (folder, names of files in it); laid.lineage knows by the name where
+    `inputs` maps a name to a file, a folder, or (folder, names of files in it); laid.audit.lineage knows by the name where
     to look again. A model given by hub id is passed as a plain string that is no path ("hub:Qwen/...@<revision>")
     and recorded as it is.
     The input named "model", if there is one, stands under "model" as well.

@@ -13,8 +13,8 @@ from laid.data.questions import haystack_file, read_questions
 from laid.errors import LaidError
 from laid.evaluation.evaluate import Evaluator
 from laid.io import read_json
-from laid.methods.decoder import text_model
 from laid.methods.registry import load_with_method
+from laid.models.decoder import text_model
 from laid.models.forward import collate, embed
 
 

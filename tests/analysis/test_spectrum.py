@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from laid.analysis import spectrum
-from laid.methods.decoder import rotate
+from laid.models.decoder import rotate
 
 DIM = 16
 THETA = 10000.0 ** (-np.arange(DIM // 2) / (DIM // 2))

@@ -18,8 +18,8 @@ from laid.data import download
 from laid.data.coco import load_coco
 from laid.data.download import Archive, CocoDownload
 from laid.data.questions import read_questions
-from laid.data.render import render
 from laid.errors import LaidError
+from laid.toy.render import render
 
 ANNOTATIONS = "annotations/annotations_trainval2017.zip"
 VAL = "zips/val2017.zip"

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from laid.distill.alignment import HeadAlignment
 from laid.errors import LaidError
-from laid.methods.decoder import rotate
+from laid.models.decoder import rotate
 
 
 def draw(seed, batch=2, tokens=5, heads=4, kv=2, teacher_heads=6, teacher_kv=3, dim=4, dim_t=None, scale=1.0):

@@ -6,11 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_vlm import tiny_model
 
 from laid.distill.attention_rows import RowMatching, attention_rows, question_rows
-from laid.distill.capture import QKCapture
 from laid.errors import LaidError
+from laid.models.capture import QKCapture
+from tiny_vlm import tiny_model
 
 
 def test_rows_are_those_of_eager_attention_with_padding():

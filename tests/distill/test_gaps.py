@@ -5,10 +5,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_vlm import END, IMAGE, START, prompt, tiny_model
 
 from laid.distill.gaps import image_starts, open_gaps
 from laid.errors import LaidError
+from tiny_vlm import END, IMAGE, START, prompt, tiny_model
 
 MODEL = tiny_model()
 even = st.integers(1, 4).map(lambda n: 2 * n)

@@ -6,11 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_vlm import tiny_model
 
 from laid.distill.attention_rows import attention_rows
 from laid.distill.joint_rows import PooledRows, joint_divergence, joint_target, told
-from laid.methods.decoder import rotate, text_model
+from laid.models.decoder import rotate, text_model
+from tiny_vlm import tiny_model
 
 
 def draw(seed, heads, rows=3, n=5, batch=2):

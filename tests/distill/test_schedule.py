@@ -4,7 +4,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_vlm import prompt, tiny_model
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
 from laid.distill.objective import Objective
@@ -16,6 +15,7 @@ from laid.distill.schedule import (
     reach,
 )
 from laid.errors import LaidError
+from tiny_vlm import prompt, tiny_model
 
 
 def test_weights_by_hand():

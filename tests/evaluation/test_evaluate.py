@@ -7,11 +7,11 @@ import torch
 
 from laid.data.questions import haystack_file, ordered_images, read_questions, write_questions
 from laid.errors import LaidError
+from laid.evaluation.cells import read_cell
 from laid.evaluation.evaluate import Evaluator, evaluate_cells, seed_of
 from laid.evaluation.scoring import spoken_answer
 from laid.io import read_json
 from laid.methods.registry import load_with_method
-from laid.results.cells import read_cell
 
 
 def changed(config, **evaluation):

@@ -10,10 +10,10 @@ import pytest
 
 from laid.cli import main
 from laid.data.questions import ordered_images, read_questions
+from laid.evaluation.cells import read_cell
 from laid.evaluation.evaluate import Evaluator
 from laid.evaluation.scoring import official_bootstrap
 from laid.methods.registry import load_with_method
-from laid.results.cells import read_cell
 
 SINGLE, MULTI = "VHs_qa/single_needle/VHs_large", "VHs_qa/multi_needle"
 

@@ -7,13 +7,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_vlm import prompt, tiny_model
 from transformers import DynamicCache
 
-from laid.distill.capture import QKCapture
 from laid.errors import LaidError
 from laid.methods.merged_attention import merge_by_lse
 from laid.methods.self_extend import apply_self_extend
+from laid.models.capture import QKCapture
+from tiny_vlm import prompt, tiny_model
 
 MODEL = tiny_model(dtype=torch.float64)
 SECTIONS = [0, 1, 1, 2]

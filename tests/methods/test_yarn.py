@@ -4,13 +4,13 @@ import math
 
 import pytest
 import torch
-from tiny_vlm import prompt, tiny_model
 from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
 
 from laid.errors import LaidError
-from laid.methods.decoder import geometry
 from laid.methods.yarn import apply_yarn
+from laid.models.decoder import geometry
+from tiny_vlm import prompt, tiny_model
 
 
 def closed_form(dim, base, trained, factor, fast=32, slow=1):

@@ -2,32 +2,28 @@
 
 import copy
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "methods"))
-from tiny_vlm import IMAGE, prompt, tiny_config, tiny_model
-
-from laid.distill.capture import QKCapture
-from laid.distill.teacher_cache import build_cache
-from laid.distill.trainer import Trainer
+from laid.distill.gain import RopeGain
 from laid.errors import LaidError
 from laid.methods import length_gain
-from laid.methods.decoder import geometry, rotate
-from laid.methods.gain import RopeGain
 from laid.methods.self_extend import _cos_sin, apply_self_extend
 from laid.methods.yarn import apply_yarn
+from laid.models.capture import QKCapture
+from laid.models.decoder import geometry, rotate
 from laid.models.families import FAMILIES, family_of
-from laid.models.family import build_processor
 from laid.models.forward import collate, generate, hidden_states, last_logits, logits_at
 from laid.models.loading import empty_model, load_model
 from laid.models.processing import Processor
 from laid.models.prompts import EncodedPrompt, mrope_positions
+from laid.toy.family import build_processor
+from laid.training.teacher_cache import build_cache
+from laid.training.trainer import Trainer
+from tiny_vlm import IMAGE, prompt, tiny_config, tiny_model
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 GRIDS = [((4, 4), (6, 4), (4, 2)), ((2, 2), (4, 6)), ((2, 8), (6, 2), (4, 4), (2, 2))]

@@ -9,13 +9,13 @@ import torch.distributed as dist
 from test_steps import METHODS, TRAINED, FixedTeacher, settings, shrunk
 
 from laid.config import fill
-from laid.distill.losses import Losses
-from laid.distill.parallel import join
-from laid.distill.student import make_trainable
 from laid.plan.estimate import Member, Need, shard
 from laid.plan.measure import peak_bytes
 from laid.plan.shapes import meta_model
 from laid.plan.steps import meta_batch, training_step
+from laid.training.losses import Losses
+from laid.training.parallel import join
+from laid.training.student import make_trainable
 
 TOKENS, VISUAL = 128, 100
 REPEATS = 16  # gloo frees its buffers when it comes to it: the least of several is what a step needs

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from laid.distill.launch import launch
+from laid.training.launch import launch
 
 CASES = {
     # The worst moment is in a layer's backward pass ...

@@ -9,15 +9,15 @@ from transformers import DynamicCache
 
 from laid.analysis.inference_cost import COUNTED
 from laid.config import fill
-from laid.distill.losses import Losses
-from laid.distill.online import teacher_outputs
-from laid.distill.parallel import Alone
-from laid.distill.student import make_trainable
-from laid.methods.decoder import geometry
+from laid.models.decoder import geometry
 from laid.models.forward import last_logits
 from laid.plan import steps
 from laid.plan.measure import peak_bytes
 from laid.plan.shapes import meta_model, published_config
+from laid.training.losses import Losses
+from laid.training.online import teacher_outputs
+from laid.training.parallel import Alone
+from laid.training.student import make_trainable
 
 TOKENS, VISUAL = 512, 400
 TRAINED = {"$ref": "#/$defs/trained_method"}

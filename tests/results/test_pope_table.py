@@ -11,9 +11,9 @@ import synthetic
 from laid.cli import main
 from laid.data.pope import STRATEGIES, pope_file, read_pope
 from laid.errors import LaidError
+from laid.evaluation.cells import make_cell, read_cell, write_cell
 from laid.evaluation.scoring import pope_answer
 from laid.results import claim_tests
-from laid.results.cells import make_cell, read_cell, write_cell
 from laid.results.claim_tests import NOT, NOT_MEASURED, SUPPORTED, UNDECIDED
 from laid.results.pope import PopeCells, Scores, scores
 from laid.results.sources import PublishedSource

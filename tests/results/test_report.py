@@ -9,9 +9,9 @@ import synthetic
 
 from laid.cli import main
 from laid.errors import LaidError
+from laid.evaluation.cells import write_cell
 from laid.io import write_json
 from laid.results import report
-from laid.results.cells import write_cell
 
 SIZES = [1, 20, 150]
 

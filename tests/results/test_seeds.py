@@ -12,8 +12,8 @@ import scipy.stats
 import synthetic
 
 from laid.cli import main
+from laid.evaluation.cells import read_cell, write_cell
 from laid.io import write_json
-from laid.results.cells import read_cell, write_cell
 
 SIZES = [1, 20, 150]
 ROOT = Path(__file__).resolve().parents[2]

@@ -6,9 +6,9 @@ import synthetic
 from rich.console import Console
 
 from laid.errors import LaidError
+from laid.evaluation.cells import write_cell
 from laid.io import write_json
 from laid.results import published, render, tables
-from laid.results.cells import write_cell
 from laid.results.stats import mean_relative_gain
 
 

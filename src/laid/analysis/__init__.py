@@ -1,0 +1,1 @@
+"""Looking into models: attention heads, spectra, why windows shrink, what inference costs."""

@@ -20,8 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from laid import config
     from laid.errors import LaidError
+    from laid.evaluation.cells import load_cells
     from laid.results import beyond, plotting
-    from laid.results.cells import load_cells
 
     settings = config.load(args.config)
     root = places.root_of(settings)

@@ -15,9 +15,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from laid import config
+    from laid.evaluation.cells import load_cells
     from laid.io import dumps
     from laid.results import claims, tables
-    from laid.results.cells import load_cells
     from laid.results.sources import CellSource, PublishedSource
     from laid.results.terminal import show
 

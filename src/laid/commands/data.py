@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
         if args.all_images:
             source.all_images()
     elif settings["source"] == "rendered" and not named:
-        from laid.data.render import render
+        from laid.toy.render import render
 
         render(out, **settings["rendered"])
     elif settings["source"] == "local":

@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from laid import config
     from laid.commands.shared import deterministic, pick_device
-    from laid.distill.standalone import distill, image_root, name_of, summary
+    from laid.standalone import distill, image_root, name_of, summary
 
     settings = config.load(args.config)
     out = args.out or Path(f"{name_of(args.student)}-{args.method}")

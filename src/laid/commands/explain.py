@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from laid.lineage import Lineage, Step
+    from laid.audit.lineage import Lineage, Step
 
 Tree = tuple[str, list["Tree"]]
 
@@ -23,9 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from laid import config
+    from laid.audit.lineage import Lineage
     from laid.commands.verify import absent, judge, locate
     from laid.errors import LaidError
-    from laid.lineage import Lineage
 
     lineage = Lineage(config.load(args.config))
     step = locate(lineage, args.cell)
@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
 
 def chain_of_cell(lineage: Lineage, step: Step) -> Tree:
     """The cell, what it was made from, what that was made from, down to the images."""
-    from laid.results.cells import read_cell
+    from laid.evaluation.cells import read_cell
 
     cell = read_cell(step.record)
     low, high = (100 * bound for bound in cell["interval"])

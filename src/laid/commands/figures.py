@@ -17,10 +17,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from laid import config
-    from laid.distill.schedule_figure import draw_schedule
     from laid.errors import LaidError
+    from laid.evaluation.cells import load_cells
     from laid.results import curves, figures, heads, learned, plotting, tables
-    from laid.results.cells import load_cells
+    from laid.results.schedule_figure import draw_schedule
     from laid.results.terminal import show
 
     settings = config.load(args.config)

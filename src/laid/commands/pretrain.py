@@ -24,7 +24,7 @@ def run(args: argparse.Namespace) -> int:
     from laid import config
     from laid.commands.shared import deterministic
     from laid.io import alone
-    from laid.models.pretrain import make_member
+    from laid.toy.pretrain import make_member
 
     settings = config.load(args.config)
     deterministic(args.threads)

@@ -21,8 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from laid import config
     from laid.commands.tables import shortcuts_line
+    from laid.evaluation.cells import load_cells
     from laid.results import report, tables
-    from laid.results.cells import load_cells
 
     settings = config.load(args.config)
     cells = args.cells or places.root_of(settings) / "cells"

@@ -21,8 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from laid import config
+    from laid.evaluation.cells import load_cells
     from laid.results import places, tables
-    from laid.results.cells import load_cells
     from laid.results.sweep import SweepGrid, sweep_table
     from laid.results.terminal import show
 

@@ -17,8 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from laid import config
+    from laid.evaluation.cells import load_cells
     from laid.results import metrics, tables
-    from laid.results.cells import load_cells
     from laid.results.terminal import show
 
     settings = config.load(args.config)

@@ -28,9 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from laid import config, provenance
     from laid.commands.shared import deterministic, pick_device
-    from laid.distill.teacher_cache import build_cache, cache_size
     from laid.errors import LaidError
     from laid.io import alone, write_json
+    from laid.training.teacher_cache import build_cache, cache_size
 
     start = time.perf_counter()
     settings = config.load(args.config)

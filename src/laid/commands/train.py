@@ -74,16 +74,16 @@ def run(args: argparse.Namespace) -> int:
             "--teacher-device says where --teacher computes: give --teacher as well, or leave it out"
         )
     if args.processes > 1 and "WORLD_SIZE" not in os.environ:
-        from laid.distill.launch import launch
+        from laid.training.launch import launch
 
         return launch([sys.executable, "-m", "laid", *sys.argv[1:]], args.processes)
 
     import torch
 
     from laid.commands.shared import deterministic, pick_device
-    from laid.distill.parallel import join
-    from laid.distill.trainer import Trainer
     from laid.io import alone
+    from laid.training.parallel import join
+    from laid.training.trainer import Trainer
 
     training = settings["training"]
     deterministic(max(1, args.threads // max(1, args.processes)))

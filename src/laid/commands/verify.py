@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from laid.lineage import Lineage, Step
+    from laid.audit.lineage import Lineage, Step
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,8 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from laid import config
+    from laid.audit.lineage import Lineage
     from laid.errors import LaidError
-    from laid.lineage import Lineage
 
     if args.rebuild and args.cells:
         raise LaidError(f"{args.cells[0]}: give cells to check, or one cell to --rebuild, not both")
@@ -111,7 +111,7 @@ def judge(lineage: Lineage, step: Step) -> tuple[str, tuple[str, ...]]:
     stale: whole, but the configuration asks for something else now, or an input is not what it was made from.
     """
     from laid.errors import LaidError
-    from laid.results.cells import read_cell
+    from laid.evaluation.cells import read_cell
 
     if reason := absent(lineage, step):
         return "missing", (reason,)

@@ -25,7 +25,7 @@ from collections.abc import Callable
 import torch
 
 from laid.distill.attention_rows import question_rows, rows_of, scaled_scores
-from laid.methods.decoder import rotate
+from laid.models.decoder import rotate
 
 
 def joint_rows(

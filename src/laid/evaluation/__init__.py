@@ -1,0 +1,1 @@
+"""Questions asked of a model: encode, predict, score, write a cell."""

@@ -14,6 +14,7 @@ from laid import provenance
 from laid.data.coco import SPLITS, annotation_file
 from laid.data.questions import Question, haystack_file, ordered_images, read_questions
 from laid.errors import LaidError
+from laid.evaluation.cells import make_cell, write_cell
 from laid.evaluation.scoring import answer_tokens, probability_yes, spoken_answer
 from laid.io import safe_join, write_json
 from laid.methods.registry import Loaded, load_with_method
@@ -22,7 +23,6 @@ from laid.models.forward import collate, generate, last_logits
 from laid.models.loading import parameter_label, parameters
 from laid.models.prompts import OFFICIAL_PROMPT, EncodedPrompt
 from laid.progress import Progress
-from laid.results.cells import make_cell, write_cell
 
 
 @dataclass

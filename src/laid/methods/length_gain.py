@@ -20,9 +20,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import eager_attention_forward
 
+from laid.distill.gain import RopeGain, visible_keys
 from laid.errors import LaidError
-from laid.methods.decoder import text_model
-from laid.methods.gain import RopeGain, visible_keys
+from laid.models.decoder import text_model
 
 
 @torch.no_grad()

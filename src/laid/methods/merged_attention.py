@@ -12,7 +12,7 @@ from itertools import pairwise
 import torch
 
 from laid.errors import LaidError
-from laid.methods.decoder import repeat_kv, rotate
+from laid.models.decoder import repeat_kv, rotate
 
 
 @dataclass

@@ -24,8 +24,8 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import eager_attention_forward
 
 from laid.errors import LaidError
-from laid.methods.decoder import Applied, geometry, refuse_compiled, text_model
 from laid.methods.merged_attention import Regrouping, grouped_attention
+from laid.models.decoder import Applied, geometry, refuse_compiled, text_model
 
 AXES = ("all", "text", "image_base")
 BACKENDS = ("auto", "blocks", "flash")

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from laid.errors import LaidError
-from laid.methods.decoder import Applied, geometry, text_model
+from laid.models.decoder import Applied, geometry, text_model
 
 AXES = ("all", "time", "image_base")
 

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from laid import provenance
 from laid.errors import LaidError
 from laid.io import atomic_path, sha256_file, sha256_json
-from laid.methods.decoder import vision_tower
+from laid.models.decoder import vision_tower
 from laid.models.processing import Processor
 
 

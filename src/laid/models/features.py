@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from laid.methods.decoder import text_model
+from laid.models.decoder import text_model
 from laid.models.families import family_of
 from laid.models.feature_store import FeatureStore
 from laid.models.processing import Processor, image_size

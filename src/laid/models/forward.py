@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
-from laid.methods.decoder import text_model
+from laid.models.decoder import text_model
 from laid.models.families import family_of
 from laid.models.prompts import EncodedPrompt
 

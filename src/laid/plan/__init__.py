@@ -1,0 +1,1 @@
+"""What every job would cost, told before anything runs."""

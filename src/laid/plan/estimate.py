@@ -12,11 +12,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from laid.distill.losses import PARTS, objective_of
-from laid.distill.teacher_cache import Kept
 from laid.errors import LaidError
 from laid.io import dumps
-from laid.methods.decoder import geometry, text_model
+from laid.models.decoder import geometry, text_model
 from laid.models.loading import parameters
 from laid.plan.gpus import GIB
 from laid.plan.rehearsal import Cost
@@ -24,6 +22,8 @@ from laid.plan.shapes import member_config, meta_model
 from laid.plan.steps import reading, teacher_pass, training_step
 from laid.plan.tokens import lengths_of
 from laid.plan.vision import BATCH, image_flops, pass_bytes, tower
+from laid.training.losses import PARTS, objective_of
+from laid.training.teacher_cache import Kept
 
 STANDING = ("weights", "gradients", "optimizer")
 ANSWER_BYTES = 200  # of JSON in a cell
@@ -270,7 +270,7 @@ class Estimator:
 
 
 def shard(need: Need, member: Member, adapter: bool, vision: bool = False) -> None:
-    """Lay weights, gradients and the optimiser's state out in pieces over the devices (laid.distill.parallel).
+    """Lay weights, gradients and the optimiser's state out in pieces over the devices (laid.training.parallel).
 
     Each device holds its share, and the vision tower whole where that is not trained (vision). The worst moment is one of two. In a layer's backward pass:
     what is no layer's (embedding, output) stands gathered in the number format of the pass, and so do two layers; the

@@ -85,7 +85,7 @@ def member_config(
             raise LaidError(
                 f"models: {member!r} has neither a checkpoint (models.checkpoints) nor a member in family.members"
             )
-        from laid.models.family import build_config
+        from laid.toy.family import build_config
 
         return build_config(_processor(family["image_pixels"]), family, family["members"][member]), "family"
     if Path(given).is_dir():
@@ -112,8 +112,8 @@ def _read(source: str | Path) -> PreTrainedConfig:
 
 @cache
 def _processor(image_pixels: int):
-    from laid.data.render import CATEGORIES
-    from laid.models.family import build_processor
+    from laid.toy.family import build_processor
+    from laid.toy.render import CATEGORIES
 
     return build_processor(sorted(CATEGORIES), image_pixels)
 
@@ -141,7 +141,7 @@ def text_tokens(config: Mapping[str, Any]) -> int | None:
     if config["models"]["checkpoints"]:
         return None
     from laid.data.questions import TEMPLATES, with_article
-    from laid.data.render import CATEGORIES
+    from laid.toy.render import CATEGORIES
 
     anchor, target = (with_article(name) for name in list(CATEGORIES)[:2])
     question = TEMPLATES["single"].format(anchor=anchor, target=target)

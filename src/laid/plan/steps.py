@@ -1,6 +1,6 @@
 """What the jobs do with a GPU, rehearsed: a training step, the teacher's pass, the reading of a prompt.
 
-Each runs the project's own code (laid.distill.losses, laid.distill.online, laid.models.forward) on the meta device.
+Each runs the project's own code (laid.training.losses, laid.training.online, laid.models.forward) on the meta device.
 
 All layers of a decoder are alike, so that bytes and FLOPs are affine in their number: a deep model is rehearsed with
 DEPTHS layers and extrapolated. Not where gradients appear during the pass: the worst moment may then be another one.
@@ -21,14 +21,14 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedConfig
 
-from laid.distill.losses import Losses
-from laid.distill.online import teacher_outputs
-from laid.distill.student import make_trainable
 from laid.errors import LaidError
-from laid.methods.decoder import geometry, layer_indices, vision_tower
+from laid.models.decoder import geometry, layer_indices, vision_tower
 from laid.models.forward import Batch, last_logits
 from laid.plan.rehearsal import Cost, Rehearsal, as_if_real, rehearse
 from laid.plan.shapes import meta_model
+from laid.training.losses import Losses
+from laid.training.online import teacher_outputs
+from laid.training.student import make_trainable
 
 DEPTHS = (4, 6)
 
@@ -168,7 +168,7 @@ def training_step(
 
     method, training: those sections of the configuration. Gradients of earlier passes are there where one pass is not
     the whole batch. sharded: a format below float32 is fully_shard's, the whole pass is in it; else autocast's
-    (laid.distill.parallel). images: in each sample, all different; where training.train_vision says so, the tower's
+    (laid.training.parallel). images: in each sample, all different; where training.train_vision says so, the tower's
     pass over them is in the memory, but not in the FLOPs, which laid.plan.vision has in closed form.
     """
     if training["train_vision"]:

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from laid.errors import LaidError
+from laid.evaluation.cells import Cells
 from laid.io import read_json
 from laid.results import stats
-from laid.results.cells import Cells
 from laid.results.plotting import (
     METHOD_LOOKS,
     PAGE,

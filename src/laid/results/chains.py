@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from laid.evaluation.cells import is_right
 from laid.io import dumps, read_json, sha256_json
-from laid.results.cells import is_right
 from laid.results.tables import METHOD_NAMES, Grid
 
 _RECORDS = ("laid.json", "pretrain.json", "run.json")

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from laid.evaluation.cells import right_answers
 from laid.results import published, stats
-from laid.results.cells import right_answers
 from laid.results.render import Entry, Table
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from laid.results.cells import interval_of, is_right
+from laid.evaluation.cells import interval_of, is_right
 from laid.results.plotting import (
     COLUMN,
     METHOD_LOOKS,

@@ -11,8 +11,8 @@ import numpy as np
 
 from laid.data.pope import STRATEGIES
 from laid.errors import LaidError
+from laid.evaluation.cells import Cells, is_right, load_cells
 from laid.results import stats
-from laid.results.cells import Cells, is_right, load_cells
 from laid.results.render import Entry, Table
 from laid.results.tables import METHOD_NAMES
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from laid.errors import LaidError
+from laid.evaluation.cells import Cells
 from laid.results import stats
-from laid.results.cells import Cells
 from laid.results.comparisons import LEVEL, Answers, interval_text, star_note
 from laid.results.render import Entry, Table
 from laid.results.tables import METHOD_NAMES, Grid

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from laid.errors import LaidError
+from laid.evaluation.cells import Cells
 from laid.results import stats
-from laid.results.cells import Cells
 from laid.results.comparisons import (
     Answers,
     published_windows,

@@ -1,0 +1,1 @@
+"""From a number back to the image files: lineage, verify, explain, rebuild."""

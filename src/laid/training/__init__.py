@@ -1,0 +1,1 @@
+"""The recipe: samples, the teacher (cached or online), the step, checkpoints, export."""

@@ -1,0 +1,466 @@
+"""The teacher's one pass over the training questions, kept on disk for all epochs, students and ablations.
+
+Kept per question: the logits at the two answer positions, exact, and for chosen layers the keys of all tokens and the
+queries of all tokens, or of those after the last image (teacher_cache.queries), before rotation. In float8 each head of
+each token has a power of two of its own, so that what is read back is exact in bfloat16. What lies in the cache was computed at ordinary positions; gaps are opened for
+the student only. The cache is made of shards written whole, and an index written last: a killed pass goes on
+with the next shard.
+
+Opening a cache checks every shard's size, tensors and shapes, which costs a read of its header. Hashing all
+of it, which finds a changed byte too, costs a read of the whole: `TeacherCache.verify`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from laid import provenance
+from laid.data.questions import read_questions
+from laid.errors import LaidError
+from laid.io import atomic_path, read_json, safe_join, sha256_file, sha256_json, write_json
+from laid.models.decoder import geometry, layer_indices
+from laid.models.features import ImageFeatures
+from laid.models.forward import collate
+from laid.models.loading import empty_model, load_model
+from laid.models.processing import Processor
+from laid.progress import Progress
+from laid.training.online import teacher_outputs
+from laid.training.samples import Sample, build_samples
+
+FORMAT = "laid-teacher-cache/1"
+SHARD = 512  # questions
+SHARD_BYTES = 256 << 20  # what a pass holds in memory, and loses when it is killed
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a cache keeps of a teacher: of which layers, in which format, queries of all tokens or of the question's.
+
+    vocabulary is None where it is not known (a cache that is read).
+    """
+
+    layers: Sequence[int]
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int | None
+    dtype: str = "bfloat16"
+    queries: str = "all"
+
+    def shapes(self, tokens: int, query_tokens: int, questions: int) -> dict[str, tuple[int | None, ...]]:
+        """Tensor -> shape, of one shard."""
+        shapes: dict[str, tuple[int | None, ...]] = {"logits": (questions, 2, self.vocabulary)}
+        for layer in self.layers:
+            for name, heads, rows in (("q", self.heads, query_tokens), ("k", self.kv_heads, tokens)):
+                shapes[f"{name}.{layer}"] = (rows, heads * self.head_dim)
+                if self.dtype == "float8":
+                    shapes[f"{name}.{layer}.exponent"] = (rows, heads)
+                    shapes[f"{name}.{layer}.error"] = (2,)
+        return shapes
+
+    def token_bytes(self, heads: int) -> int:
+        """Bytes of one token's heads, over all layers."""
+        width = {"float32": 4, "bfloat16": 2, "float8": 1}[self.dtype]
+        return len(self.layers) * heads * (self.head_dim * width + (self.dtype == "float8"))
+
+    def sizes(self, samples: Sequence[Sample]) -> tuple[int, int]:
+        """Bytes of (logits, queries and keys); the shards' headers add some hundred bytes each."""
+        tokens, asked = (sum(count(s) for s in samples) for count in (_tokens, self.query_tokens))
+        of_heads = asked * self.token_bytes(self.heads) + tokens * self.token_bytes(self.kv_heads)
+        return 8 * self.vocabulary * len(samples), of_heads
+
+    def query_tokens(self, sample: Sample) -> int:
+        """How many of a sample's last tokens have their queries kept."""
+        return _tokens(sample) - (sample.text_start if self.queries == "question" else 0)
+
+
+def _tokens(sample: Sample) -> int:
+    return len(sample.prompt.ids)
+
+
+def to_float8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """x (..., head_dim) -> float8 e4m3 of the same shape and exponents int8 (...): x is about the one times 2 ** the other.
+
+    The exponent is the least at which the largest element stays within e4m3's 448.
+    """
+    fraction, exponent = x.float().abs().amax(-1).frexp()  # the fraction of 448 is 0.875
+    exponent = (exponent - 8 - (fraction <= 0.875).int()).clamp(-120, 120)  # so that two to it is a float32
+    return torch.ldexp(x.float(), -exponent[..., None]).to(torch.float8_e4m3fn), exponent.to(torch.int8)
+
+
+def from_float8(values: torch.Tensor, exponents: torch.Tensor) -> torch.Tensor:
+    """bfloat16, which holds e4m3's four bits times a power of two exactly."""
+    return torch.ldexp(values.float(), exponents.int()[..., None]).bfloat16()
+
+
+def cache_size(
+    config: Mapping[str, Any],
+    teacher: str | Path,
+    coco_root: str | Path,
+    questions: str | Path,
+    labelled: bool = True,
+) -> str:
+    """What `build_cache` would write, in a line, without running or even loading the teacher's weights."""
+    model = empty_model(teacher)
+    features = ImageFeatures(model, Processor.load(teacher), lambda path: safe_join(coco_root, path))
+    order = config["evaluation"]["order_seed"]
+    samples = build_samples(read_questions(questions), features, order, labelled, ahead=False)
+    return _size_line(_kept(config, model), samples)
+
+
+def _kept(config: Mapping[str, Any], model: torch.nn.Module) -> Kept:
+    settings, shape = config["teacher_cache"], geometry(model)
+    layers = layer_indices(settings["layers"], shape.layers) if settings["layers"] else ()
+    return Kept(
+        layers, shape.heads, shape.kv_heads, shape.head_dim, model.config.get_text_config().vocab_size,
+        settings["dtype"], settings["queries"],
+    )  # fmt: skip
+
+
+def _size_line(kept: Kept, samples: Sequence[Sample]) -> str:
+    logits, heads = kept.sizes(samples)
+    asked = "" if kept.queries == "all" else f", queries of {sum(map(kept.query_tokens, samples))} of them"
+    return (
+        f"teacher cache: {len(samples)} questions, {sum(map(_tokens, samples))} tokens{asked}: {_size(logits)} of logits,"
+        f" {_size(heads)} of queries and keys of {len(kept.layers)} layers in {kept.dtype}, {_size(logits + heads)} in all"
+    )
+
+
+def _size(count: int) -> str:
+    for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")):
+        if count >= unit:
+            return f"{count / unit:.1f} {name}"
+    return f"{count / 1e3:.1f} kB"
+
+
+def build_cache(
+    config: Mapping[str, Any],
+    teacher: str | Path,
+    coco_root: str | Path,
+    questions: str | Path,
+    out: str | Path,
+    device: str = "cpu",
+    labelled: bool = True,
+    features_folder: str | Path | None = None,
+) -> dict[str, Any]:
+    """Run the teacher once over `questions` and write the cache to folder `out`; returns its index.
+
+    labelled=False: the questions' answers are not read (see laid.training.samples); the cache serves methods with
+    questions: long. features_folder: keeps visual features for other runs (laid.models.feature_store). Finished
+    shards of a pass that was killed (same teacher, questions, settings and code) are taken up, not computed again.
+    Raises LaidError for inputs that are missing or wrong.
+    """
+    from laid.evaluation.evaluate import source_of
+
+    record = provenance.collect(
+        "teacher_cache", config, {"teacher": source_of(teacher), "questions": questions}
+    )
+    model = load_model(
+        teacher, getattr(torch, config["training"]["dtype"]), config["evaluation"]["attention"], device
+    )
+    processor = Processor.load(teacher)
+    features = ImageFeatures(
+        model,
+        processor,
+        lambda path: safe_join(coco_root, path),
+        limit_bytes=int(config["evaluation"]["feature_cache_gb"] * 2**30),
+        store=features_folder,
+    )
+    order = config["evaluation"]["order_seed"]
+    samples = build_samples(read_questions(questions), features, order, labelled, ahead=False)
+    kept = _kept(config, model)
+    print(_size_line(kept, samples), flush=True)
+    images = {path for sample in samples for path in sample.paths}
+    key = sha256_json(
+        {
+            "inputs": record["data"],
+            "images": provenance.fingerprint((coco_root, sorted(images))),
+            "settings": record["settings"],
+            "code": record["code"].get("source"),
+            "libraries": record["libraries"],
+            "labelled": labelled,
+        }
+    )
+    parent = Path(out).parent
+    partial = parent / f".{Path(out).name}.partial-{key[:12]}"
+    partial.mkdir(parents=True, exist_ok=True)
+    _require_room(partial, sum(kept.sizes(samples)))
+    features.prepare((path for sample in samples for path in sample.paths), "images")
+    lengths, asked = [_tokens(s) for s in samples], [kept.query_tokens(s) for s in samples]
+    of_queries, of_keys = kept.token_bytes(kept.heads), kept.token_bytes(kept.kv_heads)
+    if kept.queries == "all":
+        ranges = shard_ranges(lengths, of_queries + of_keys, 8 * kept.vocabulary)
+    else:
+        ranges = shard_ranges(lengths, of_keys, 8 * kept.vocabulary + max(asked) * of_queries)
+    shards = []
+    with Progress(len(samples), "teacher cache", unit="questions") as bar:
+        for number, part in enumerate(ranges):
+            file = partial / f"shard-{number:05d}.safetensors"
+            shapes = kept.shapes(*(sum(counts[k] for k in part) for counts in (lengths, asked)), len(part))
+            if not file.is_file() or _shard_problem(file, shapes):
+                tensors = _teacher_pass(
+                    model,
+                    features,
+                    [samples[k] for k in part],
+                    kept,
+                    config["evaluation"]["batch_tokens"],
+                )
+                with atomic_path(file) as beside:
+                    save_file(tensors, beside)
+            shards.append(
+                {"file": file.name, "first": part[0], "questions": len(part), "sha256": sha256_file(file)}
+            )
+            bar.update(len(part))
+    index = {
+        "format": FORMAT,
+        "labelled": labelled,
+        "layers": list(kept.layers),
+        "model_layers": geometry(model).layers,
+        "heads": kept.heads,
+        "kv_heads": kept.kv_heads,
+        "head_dim": kept.head_dim,
+        "lengths": lengths,
+        "shards": shards,
+        "provenance": record,
+    }
+    if kept.queries == "question":
+        index["query_tokens"] = asked
+    if kept.dtype == "float8":
+        index["float8_error"] = _float8_error(partial, shards, kept.layers)
+        for name, error in index["float8_error"].items():
+            print(f"teacher cache: {name} in float8, relative error {100 * error:.2f} % (rms)", flush=True)
+    write_json(partial / "index.json", index, indent=None)
+    with atomic_path(out) as folder:
+        partial.rename(folder)
+    for stale in parent.glob(f".{Path(out).name}.partial-*"):  # of passes with other settings, never finished
+        shutil.rmtree(stale, ignore_errors=True)
+    return index
+
+
+def shard_ranges(lengths: Sequence[int], token_bytes: int, question_bytes: int) -> list[range]:
+    """Consecutive questions that fill a shard: SHARD questions or SHARD_BYTES, whatever comes first, at least
+    one.
+
+    lengths: tokens per question; token_bytes, question_bytes: what the cache keeps of each.
+    """
+    ranges, start, held = [], 0, 0
+    for k, length in enumerate(lengths):
+        size = length * token_bytes + question_bytes
+        if k > start and (k - start == SHARD or held + size > SHARD_BYTES):
+            ranges.append(range(start, k))
+            start, held = k, 0
+        held += size
+    return [*ranges, range(start, len(lengths))]
+
+
+def _require_room(folder: Path, size: int) -> None:
+    """Raise LaidError where the disk has less room than what is still to be written to `folder`."""
+    size -= sum(file.stat().st_size for file in folder.iterdir())
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        raise LaidError(
+            f"{folder.parent}: the teacher's cache needs {_size(size)}, {_size(free)} are free: choose another folder,"
+            " fewer teacher_cache.layers, dtype: float8, or queries: question where lambda_rows alone needs them"
+        )
+
+
+def _float8_error(
+    folder: Path, shards: Sequence[Mapping[str, Any]], layers: Sequence[int]
+) -> dict[str, float]:
+    """Tensor -> root of (squared error over squared size) of all its elements."""
+    found = {}
+    for name in (f"{kind}.{layer}" for layer in layers for kind in "qk"):
+        total = torch.zeros(2, dtype=torch.float64)
+        for shard in shards:
+            with safe_open(folder / shard["file"], "pt") as file:
+                total += file.get_tensor(f"{name}.error")
+        found[name] = round(float((total[0] / total[1].clamp_min(1e-300)).sqrt()), 6)
+    return found
+
+
+def _shard_problem(file: Path, shapes: Mapping[str, tuple[int | None, ...]]) -> str | None:
+    """What is wrong with a shard as far as its header tells; None where it holds just these tensors, whole.
+
+    A None in a shape stands for any size.
+    """
+    try:
+        with safe_open(file, "pt") as shard:
+            found = {name: tuple(shard.get_slice(name).get_shape()) for name in list(shard.keys())}
+    except (OSError, SafetensorError) as error:
+        return f"cannot be read ({' '.join(str(error).split())})"
+    for name in sorted(found.keys() | shapes.keys()):
+        have, want = found.get(name, ()), shapes.get(name, ())
+        if len(have) != len(want) or any(b not in (None, a) for a, b in zip(have, want)):
+            return f"{name} has shape {have}, expected {want}"
+    return None
+
+
+@torch.inference_mode()
+def _teacher_pass(
+    model,
+    features: ImageFeatures,
+    samples: Sequence[Sample],
+    kept: Kept,
+    batch_tokens: int,
+) -> dict[str, torch.Tensor]:
+    """Tensors of one shard: logits (N, 2, vocabulary); q.<layer>, k.<layer> (tokens, heads * head_dim)."""
+    device = next(model.parameters()).device
+    found: dict[str, list] = {}
+    order = sorted(range(len(samples)), key=lambda k: len(samples[k].prompt.ids))
+    per_sample: list[dict[str, torch.Tensor]] = [{} for _ in samples]
+    at = 0
+    while at < len(order):
+        batch = [order[at]]
+        while at + len(batch) < len(order):
+            longest = len(samples[order[at + len(batch)]].prompt.ids)
+            if longest * (len(batch) + 1) > batch_tokens:
+                break
+            batch.append(order[at + len(batch)])
+        at += len(batch)
+        inputs = collate(
+            [samples[k].prompt for k in batch], [f for k in batch for f in features.get(samples[k].paths)]
+        ).to(device)
+        logits, caught = teacher_outputs(model, inputs, kept.layers)
+        for row, k in enumerate(batch):
+            length = int(inputs.lengths[row])
+            per_sample[k]["logits"] = logits[row].float().cpu()
+            for layer, qk in caught.items():
+                for name, tensor in (("q", qk.q), ("k", qk.k)):
+                    first = length - kept.query_tokens(samples[k]) if name == "q" else 0
+                    part = tensor[row, :, first:length].transpose(0, 1)
+                    if kept.dtype != "float8":
+                        per_sample[k][f"{name}.{layer}"] = (
+                            part.flatten(1).to(getattr(torch, kept.dtype)).cpu()
+                        )
+                        continue
+                    values, exponents = to_float8(part)
+                    error = torch.stack([from_float8(values, exponents).double() - part, part.double()])
+                    per_sample[k][f"{name}.{layer}"] = values.flatten(1).cpu()
+                    per_sample[k][f"{name}.{layer}.exponent"] = exponents.cpu()
+                    per_sample[k][f"{name}.{layer}.error"] = error.square().sum((1, 2, 3)).cpu()
+    for sample in per_sample:
+        for name, tensor in sample.items():
+            found.setdefault(name, []).append(tensor)
+    joined = {}
+    for name, parts in found.items():
+        if name == "logits":
+            joined[name] = torch.stack(parts)
+        else:
+            joined[name] = sum(parts) if name.endswith(".error") else torch.cat(parts)
+    return {name: tensor.contiguous() for name, tensor in joined.items()}
+
+
+class TeacherCache:
+    """Reads a cache folder; shards are mapped, not loaded.
+
+    questions: the file that is trained on. Raises LaidError when the index or a shard is missing, cut short
+    or of other shapes than the index says, or when `questions` is not the file the cache was made from.
+    """
+
+    def __init__(self, folder: str | Path, questions: str | Path | None = None):
+        self.folder = Path(folder)
+        index = read_json(self.folder / "index.json")
+        if not isinstance(index, dict) or index.get("format") != FORMAT:
+            raise LaidError(
+                f"{self.folder}: not a teacher cache ({FORMAT}); make it with `laid teacher-cache`"
+            )
+        self.index = index
+        try:
+            self.layers, self.lengths = index["layers"], index["lengths"]
+            self.depth, self.labelled = index["model_layers"], index.get("labelled", True)
+            self.heads, self.kv_heads, self.head_dim = (index[k] for k in ("heads", "kv_heads", "head_dim"))
+            self.shards = [(s["file"], s["first"], s["questions"], s["sha256"]) for s in index["shards"]]
+            made_from = index["provenance"]["data"]["questions"]
+            self.queries = "question" if "query_tokens" in index else "all"
+            self.query_tokens = index.get("query_tokens", self.lengths)
+            self.kept = Kept(
+                self.layers, self.heads, self.kv_heads, self.head_dim, None,
+                "float8" if "float8_error" in index else "bfloat16", self.queries,  # float32 is read as bfloat16 is
+            )  # fmt: skip
+        except (KeyError, TypeError) as error:
+            raise LaidError(f"{self.folder}/index.json: broken ({error}); make the cache again") from None
+        if questions is not None and sha256_file(questions) != made_from:
+            read_questions(questions)  # a broken file says so itself
+            raise LaidError(f"{self.folder}: was made from other questions than {questions}: make it again")
+        self.firsts = [first for _, first, _, _ in self.shards]
+        if self.firsts != [0, *(first + count for _, first, count, _ in self.shards)][:-1] or (
+            self.firsts and self.firsts[-1] + self.shards[-1][2] != len(self.lengths)
+        ):
+            raise LaidError(
+                f"{self.folder}/index.json: its shards do not cover its {len(self.lengths)} questions;"
+                " make the cache again"
+            )
+        self.starts: dict[str, list[list[int]]] = {
+            "q": [],
+            "k": [],
+        }  # per shard: where its questions' tokens begin
+        self.open: list[Any] = []
+        for name, first, count, _ in self.shards:
+            for kind, tokens in (("q", self.query_tokens), ("k", self.lengths)):
+                self.starts[kind].append([0, *itertools.accumulate(tokens[first : first + count])])
+            totals = (self.starts[kind][-1][-1] for kind in ("k", "q"))
+            self.open.append(self._checked(safe_join(self.folder, name), self.kept.shapes(*totals, count)))
+
+    def _checked(self, file: Path, shapes: Mapping[str, tuple[int | None, ...]]) -> Any:
+        """The shard, open; LaidError where its header does not fit the index."""
+        problem = _shard_problem(file, shapes)
+        if problem:
+            raise LaidError(f"{file}: {problem}; make the cache again")
+        return safe_open(file, "pt")
+
+    def verify(self) -> None:
+        """Hash every shard. Raises LaidError for the first whose bytes are not those that were written."""
+        for name, _, _, digest in self.shards:
+            if sha256_file(safe_join(self.folder, name)) != digest:
+                raise LaidError(f"{self.folder / name}: changed since it was written; make the cache again")
+
+    def logits(self, indices: Sequence[int]) -> torch.Tensor:
+        """(B, 2, vocabulary) float32 logits at the answer and after it."""
+        return torch.stack([self._rows(k, "logits") for k in indices])
+
+    def queries_keys(
+        self, layer: int, indices: Sequence[int], tokens: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(q, k) of an absolute teacher layer, padded right, in the format they are kept in (float8: bfloat16).
+
+        q: (B, heads, tokens, head_dim), zeros where a token's queries are not kept; k: (B, kv_heads, tokens, head_dim).
+        Raises LaidError for a layer not kept.
+        """
+        if layer not in self.layers:
+            raise LaidError(
+                f"{self.folder}: holds teacher layers {self.layers}, layer {layer} is asked for:"
+                " name it in teacher_cache.layers"
+            )
+        out = []
+        for name, heads in (("q", self.heads), ("k", self.kv_heads)):
+            parts = []
+            for k in indices:
+                found = self._rows(k, f"{name}.{layer}").unflatten(1, (heads, self.head_dim))
+                if self.kept.dtype == "float8":
+                    found = from_float8(found, self._rows(k, f"{name}.{layer}.exponent"))
+                parts.append(found)
+            padded = torch.zeros(len(indices), tokens, heads, self.head_dim, dtype=parts[0].dtype)
+            for row, (k, found) in enumerate(zip(indices, parts, strict=True)):
+                padded[row, self.lengths[k] - len(found) : self.lengths[k]] = found
+            out.append(padded.transpose(1, 2))
+        return out[0], out[1]
+
+    def _rows(self, question: int, name: str) -> torch.Tensor:
+        """A question's part of a tensor: (2, vocabulary) of logits, else (tokens, ...)."""
+        shard = bisect_right(self.firsts, question) - 1
+        at = question - self.firsts[shard]
+        tensor = self.open[shard].get_slice(name)
+        if name == "logits":
+            return tensor[at : at + 1][0]
+        starts = self.starts[name[0]][shard]
+        return tensor[starts[at] : starts[at + 1]]

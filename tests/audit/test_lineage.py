@@ -1,0 +1,278 @@
+"""laid verify and laid explain on a small tree of results whose every file a test may change."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from laid import config, provenance
+from laid.audit.lineage import Lineage, changed_settings
+from laid.cli import main
+from laid.commands.verify import differences
+from laid.data.questions import Question, haystack_file, write_questions
+from laid.evaluation.cells import make_cell, write_cell
+from laid.io import read_json, write_json
+
+TOP = Path(__file__).resolve().parents[1]
+LINK = {"cell": "cells/small/sft/2.json", "run": "runs/small/sft/seed0", "model": "models/small"}
+
+
+@pytest.fixture
+def tree(tmp_path, built, monkeypatch):
+    """A copy of `built`, with the current folder at its top."""
+    shutil.copytree(built, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "results/mini"
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """Results of one student, methods base and sft, one size; records made by the functions that steps call."""
+    tmp_path = tmp_path_factory.mktemp("lineage")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        make_results(tmp_path)
+    return tmp_path
+
+
+def make_results(tmp_path):
+    overlay = {
+        "scale": "mini",
+        "models": {"students": ["small"]},
+        "haystacks": {"test": {"sizes": [2]}},
+        "tables": {"methods": ["base", "sft"], "ablations": ["base"]},
+    }
+    (tmp_path / "over.yaml").write_text(yaml.safe_dump(overlay))
+    settings = config.load([TOP / "config.yaml", tmp_path / "over.yaml"])
+    root = tmp_path / "results/mini"
+    lineage = Lineage(settings)
+    for split in ("train2017", "val2017"):
+        images = [{"id": i, "file_name": f"{i}.png", "width": 4, "height": 4} for i in range(3)]
+        categories = [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}]
+        objects = [
+            {"id": i, "image_id": i, "category_id": 1, "bbox": [0, 0, 2, 2], "area": 4, "iscrowd": 0}
+            for i in range(3)
+        ]
+        write_json(
+            root / f"coco/annotations/instances_{split}.json",
+            {"images": images, "categories": categories, "annotations": objects},
+        )
+        (root / f"coco/{split}").mkdir()
+        for i in range(3):
+            (root / f"coco/{split}/{i}.png").write_bytes(b"picture %d" % i)
+    asked = [
+        Question(
+            str(k),
+            "For the image with a cat, is there a dog?",
+            answer,
+            "cat",
+            "dog",
+            (f"val2017/{k}.png",),
+            ("val2017/2.png",),
+        )
+        for k, answer in enumerate(("yes", "no"))
+    ]
+    write_questions(haystack_file(root / "haystacks/test", 2), asked)
+    write_questions(root / "haystacks/train.json", asked)
+
+    def record(step, names, **wildcards):
+        where = {"train": lineage.run, "evaluate": lineage.cell}
+        made = where[step](*wildcards.values()) if step in where else lineage.member(wildcards["member"])
+        inputs = {name: lineage.inputs_of(made, name)[0] for name in names}
+        return provenance.collect(step, settings, inputs, **wildcards)
+
+    for member in ("teacher", "small"):
+        (root / f"models/{member}").mkdir(parents=True)
+        (root / f"models/{member}/model.safetensors").write_bytes(member.encode())
+        write_json(
+            root / f"models/{member}/laid.json",
+            {"window": 4, "provenance": record("pretrain", ["annotations"], member=member)},
+        )
+    run = root / LINK["run"]
+    (run / "model").mkdir(parents=True)
+    (run / "model/adapter.safetensors").write_bytes(b"adapter")
+    trained = record("train", ["questions", "student"], student="small", method="sft", seed=0)
+    write_json(run / "run.json", {"steps": 7, "final": {"loss": 0.25}, "provenance": trained})
+    for student, method in (("teacher", "base"), ("small", "base"), ("small", "sft")):
+        names = ["questions", "images", "model", "annotations_val2017"] + ["run_seed0"] * (method == "sft")
+        answers = [
+            {"id": str(k), "seed": 0, "label": q.answer, "answer": "yes", "p_yes": 0.75, "needles": [0]}
+            for k, q in enumerate(asked)
+        ]
+        cell = make_cell(
+            scale="mini", student=student, label="1K", role="teacher" if student == "teacher" else "student",
+            method=method, size=2, answers=answers, tokens_mean=9.0, positions_mean=8.0,
+            provenance=record("evaluate", names, student=student, method=method, size=2),
+        )  # fmt: skip
+        write_cell(root / f"cells/{student}/{method}/2.json", cell)
+
+
+def verify(capsys, *words):
+    status = main(["verify", "--config", str(TOP / "config.yaml"), "over.yaml", *words])
+    return status, capsys.readouterr().out
+
+
+def overlay(**changes):
+    values = yaml.safe_load(Path("over.yaml").read_text())
+    Path("over.yaml").write_text(yaml.safe_dump(config.merge(values, changes)))
+
+
+def test_untouched_results_are_sound(tree, capsys):
+    status, said = verify(capsys)
+    assert (status, said) == (0, "3 cells below results/mini/cells: 3 sound\n")
+
+
+@pytest.mark.parametrize(
+    ("file", "sound", "said"),
+    [
+        ("haystacks/test/visual_haystack_2.json", 0, "input questions (results/mini/haystacks/test/visual"),
+        ("coco/val2017/0.png", 0, "input images (results/mini/coco) is"),
+        ("coco/annotations/instances_val2017.json", 0, "input annotations_val2017"),
+        ("models/small/model.safetensors", 1, "input model (results/mini/models/small) is"),
+        ("runs/small/sft/seed0/model/adapter.safetensors", 2, "input run_seed0 (results/mini/runs/small/sft/seed0/model)"),
+        ("haystacks/train.json", 2, "stale: results/mini/cells/small/sft/2.json: results/mini/runs/small/sft/seed0: input questions"),
+        ("coco/annotations/instances_train2017.json", 0, "results/mini/models/small: input annotations"),
+    ],
+)  # fmt: skip
+def test_a_changed_input_makes_the_cells_behind_it_stale(tree, capsys, file, sound, said):
+    with open(tree / file, "ab") as handle:
+        handle.write(b" ")
+    status, output = verify(capsys)
+    assert status == 1 and said in output
+    assert f"3 cells below results/mini/cells: {sound} sound, {3 - sound} stale" in output
+
+
+@pytest.mark.parametrize(
+    "file", ["models/small/model.safetensors", "haystacks/train.json", "coco/val2017/1.png"]
+)
+def test_a_missing_input_is_named(tree, capsys, file):
+    (tree / file).unlink()
+    status, output = verify(capsys, "--", f"results/mini/{LINK['cell']}")
+    assert status == 1 and "1 stale" in output and "Traceback" not in output
+
+
+@pytest.mark.parametrize(
+    ("changes", "sound", "said"),
+    [
+        ({"methods": {"sft": {"lambda_sft": 2.0}}}, 2, "methods.sft.lambda_sft is 2.0 now, was 1.0"),
+        (
+            {"family": {"members": {"small": {"steps": 9}}}},
+            1,
+            "models/small: family.members.small.steps is 9 now",
+        ),
+        ({"training": {"lr": 0.25}}, 2, "runs/small/sft/seed0: training.lr is 0.25 now"),
+        ({"seeds": 1, "tables": {"threshold": 0.7}}, 3, "3 sound"),
+        ({"resources": {"train": {"mem_mb": 999}}, "data": {"rendered": {"val": 9}}}, 3, "3 sound"),
+    ],
+)
+def test_a_changed_value_matters_where_it_matters(tree, capsys, changes, sound, said):
+    overlay(**changes)
+    status, output = verify(capsys)
+    assert status == (0 if sound == 3 else 1)
+    assert said in output and f"cells: {sound} sound" in output
+
+
+def test_a_tampered_cell_and_a_missing_one(tree, capsys):
+    text = (tree / LINK["cell"]).read_text()
+    (tree / LINK["cell"]).write_text(text.replace('"accuracy": 0.5', '"accuracy": 0.9'))
+    (tree / "cells/teacher/base/2.json").unlink()
+    status, output = verify(capsys)
+    assert status == 1 and "1 sound, 1 tampered, 1 missing" in output
+    assert "tampered: results/mini/cells/small/sft/2.json: accuracy says 0.9, its answers give 0.5" in output
+    assert "missing: results/mini/cells/teacher/base/2.json" in output
+
+
+def test_a_half_written_record(tree, capsys):
+    record = tree / LINK["run"] / "run.json"
+    record.write_text(record.read_text()[:100])
+    status, output = verify(capsys)
+    assert status == 1 and "not valid JSON" in output and "2 sound, 1 stale" in output
+
+
+def test_other_records_and_hidden_files_do_not_matter(tree, capsys):
+    (tree / "models/small/.snakemake_timestamp").touch()
+    (tree / "models/small/pretrain.json").write_text("[]")
+    assert verify(capsys)[0] == 0
+
+
+def test_an_overlay_without_its_base_is_pointed_out(tree, capsys):
+    """`snakemake --configfile over.yaml` reads config.yaml below it; `laid --config` reads what it is given."""
+    shutil.copy(TOP / "config.yaml", tree.parents[1])
+    assert main(["verify", "--config", "over.yaml"]) == 1
+    hint = "over.yaml was read alone; over config.yaml, as Snakemake reads it: --config config.yaml over.yaml"
+    assert capsys.readouterr().out.splitlines()[-1] == hint
+    assert main(["verify", "--config", "config.yaml", "over.yaml"]) == 0
+    assert "alone" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "path", ["nowhere.json", "results/mini/cells/small/sft/two.json", "elsewhere/small/sft/2.json"]
+)
+def test_what_is_no_cell(tree, capsys, path):
+    assert main(["verify", "--config", str(TOP / "config.yaml"), "over.yaml", "--", path]) == 2
+    assert "not a cell" in capsys.readouterr().err
+
+
+def test_an_input_of_an_unknown_name(tree, capsys):
+    record = tree / LINK["run"] / "run.json"
+    content = read_json(record)
+    content["provenance"]["data"]["moon"] = "0" * 64
+    write_json(record, content)
+    assert "names an input 'moon' that a train step does not have" in verify(capsys)[1]
+
+
+def test_published_checkpoints_stand_for_themselves(tree):
+    settings = config.load([TOP / "config.yaml", Path("over.yaml")])
+    lineage = Lineage(config.merge(settings, {"models": {"checkpoints": {"small": "Qwen/Some-VL"}}}))
+    assert lineage.inputs_of(lineage.cell("small", "base", 2), "model") == ("hub:Qwen/Some-VL", None)
+
+
+def test_explain_walks_from_the_images_to_the_number(tree, capsys):
+    words = [
+        "explain",
+        "--config",
+        str(TOP / "config.yaml"),
+        "over.yaml",
+        "--",
+        f"results/mini/{LINK['cell']}",
+    ]
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    hashes = read_json(tree / LINK["cell"])["provenance"]["data"]
+    for part in (
+        "50.00 %", "1 of 2 answers right", "3 image files below results/mini/coco", "steps 7", "final loss 0.25",
+        "results/mini/models/small", "3 images", "training.lr=", *(value[:12] for value in hashes.values()),
+    ):  # fmt: skip
+        assert part in said
+    assert said.rstrip().endswith("sound")
+    (tree / "models/small/laid.json").unlink()
+    assert main(words) == 0 and "no such file" in capsys.readouterr().out
+
+
+def test_changed_settings_name_the_key():
+    old, new = {"a": {"b": 1, "c": [1]}, "d": None}, {"a": {"b": 2, "c": [1]}, "e": True}
+    assert list(changed_settings(old, new)) == ["a.b is 2 now, was 1", "e is True now, was None"]
+    assert list(changed_settings(old, json.loads(json.dumps(old)))) == []
+
+
+def testdifferences_of_a_rebuilt_cell():
+    old = {"answers": [1, 2, 3], "provenance": {"code": {"commit": "a"}}, "accuracy": 0.5}
+    new = {"answers": [1, 5, 3], "provenance": {"code": {"commit": "b"}}, "accuracy": 0.25}
+    assert list(differences(old, new)) == [
+        "accuracy was 0.5, is 0.25 rebuilt", "1 of 3 answers differ", "provenance.code.commit was 'a', is 'b' rebuilt",
+    ]  # fmt: skip
+
+
+def test_what_learns_from_long_haystacks_is_followed_there():
+    lineage = Lineage(config.load([TOP / "config.yaml"]), "r")
+    for method, questions, cache in (
+        ("laid", "train", "teacher_cache"),
+        ("laid_long", "long", "teacher_cache_long"),
+    ):
+        run = lineage.run("small", method, 0)
+        assert lineage.inputs_of(run, "questions")[0] == Path(f"r/haystacks/{questions}.json")
+        record, made = lineage.inputs_of(run, "teacher_cache")
+        assert record == Path(f"r/{cache}/index.json")
+        assert lineage.inputs_of(made, "questions")[0] == Path(f"r/haystacks/{questions}.json")

@@ -1,0 +1,226 @@
+"""The parts of equation 8 through the class that the trainer uses, with models of two layouts at hand."""
+
+import pytest
+import torch
+
+from laid.config import fill, merge
+from laid.distill.attention_rows import attention_rows, question_rows
+from laid.distill.joint_rows import joint_divergence
+from laid.errors import LaidError
+from laid.models.capture import QKCapture
+from laid.models.forward import Batch, hidden_states
+from laid.training.losses import Losses
+from laid.training.online import OnlineTeacher
+from tiny_vlm import IMAGE, prompt, tiny_model
+
+TRAINED = {"$ref": "#/$defs/trained_method"}
+ALIGNED = {"lambda_laid": 1.0, "alignment": {"pairs": [[-1, -1]]}}
+
+
+def two(model):
+    """A batch of two prompts of unlike length, the shorter padded at the right."""
+    made = [prompt(model, grids, tail=tail)[:2] for grids, tail in ((((4, 4), (6, 4)), 7), (((4, 4),), 4))]
+    lengths = torch.tensor([ids.shape[1] for ids, _ in made])
+    pads = [int(lengths.max() - n) for n in lengths]
+    ids = torch.cat([torch.nn.functional.pad(i, (0, p)) for (i, _), p in zip(made, pads)])
+    positions = torch.cat([torch.nn.functional.pad(x, (0, p)) for (_, x), p in zip(made, pads)], 1)
+    mask = ids == IMAGE
+    return Batch(
+        ids, positions, lengths, mask, torch.randn(int(mask.sum()), model.config.text_config.hidden_size)
+    )
+
+
+def losses_of(settings, student=None, **teacher):
+    """(Losses, inputs): a student of 4 heads and a teacher of 8."""
+    torch.manual_seed(0)
+    student = student or tiny_model()
+    big = tiny_model(**{"seed": 1, "heads": 8, "hidden": 64, **teacher}).requires_grad_(False)
+    seen = two(big)
+    settings = fill(merge(fill({}, TRAINED), settings), TRAINED)
+    return Losses(student, settings, OnlineTeacher(big, [0, -1], lambda _: seen)), two(student)
+
+
+LABELS = torch.tensor([[7, 8], [9, 8]])
+
+
+def test_before_and_after_rotation_are_the_same_number_and_gradient():
+    found = []
+    for rotation in ("before", "after"):
+        losses, inputs = losses_of(merge(ALIGNED, {"alignment": {"rotation": rotation}}))
+        value = losses(inputs, LABELS, [0, 1], 0.5)["laid"]
+        value.backward()
+        found.append((value, losses.alignments["1-1"].w.grad))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("norm", ["mean", "frobenius"])
+def test_two_pairs_of_layers_by_hand(norm):
+    """Relative errors summed over pairs, queries and keys; tokens weighed by distance up to the reach, padding by 0."""
+    settings = {
+        "alignment": {"pairs": [[0, 0], [-1, -1]], "norm": norm},
+        "distance": {"strength": 4.0, "power": 2.0},
+    }
+    losses, inputs = losses_of({"lambda_laid": 1.0, "gaps": {"reach": 40}, **settings})
+    progress = 0.25
+    weights = torch.zeros(2, inputs.ids.shape[1])
+    for b in range(2):
+        length = int(inputs.lengths[b])
+        answer = inputs.positions[:, b, length - 2]
+        raw = []
+        for n in range(length):
+            distance = max(0, int((answer - inputs.positions[:, b, n]).max()))
+            raw.append(1 + 4 * progress * min(1, distance / 40) ** 2)
+        weights[b, :length] = torch.tensor(raw) / (sum(raw) / length)
+    with torch.no_grad():
+        got = losses(inputs, LABELS, [0, 1], progress)["laid"]
+        seen = []
+        for model, batch in ((losses.model, inputs), (losses.teacher.model, losses.teacher.batch(None))):
+            with QKCapture(model, [0, -1]) as capture:
+                hidden_states(model, batch)
+                seen.append(capture.take())
+        expected = 0.0
+        for layer in (0, 1):
+            for kind in ("q", "k"):
+                own, theirs = (getattr(x[layer], kind) for x in seen)
+                gap = (own - theirs.mean(1, keepdim=True)).square().mean((1, 3))  # w starts uniform
+                size = theirs.square().mean((1, 3))
+                expected = expected + (gap * weights).sum() / (size * weights).sum()
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("opened", [0, 9])
+def test_rows_of_the_question_by_hand(opened):
+    """The mean over both samples' question tokens, each row an attention row of the models; padding counts nowhere.
+    Where gaps were opened for the student, the teacher's rows are still those of its own positions."""
+    losses, inputs = losses_of({"lambda_rows": 1.0, "rows": "question"})
+    plain, inputs.positions = inputs.positions, inputs.positions.clone()
+    inputs.positions[:, :, 5:] += opened
+    with torch.no_grad():
+        got = losses(inputs, LABELS, [0, 1], 0.5, plain)["rows"]
+        seen = []
+        for model, batch in ((losses.model, inputs), (losses.teacher.model, losses.teacher.batch(None))):
+            with QKCapture(model, -1) as capture:
+                hidden_states(model, batch)
+                (qk,) = capture.take().values()
+            every = torch.arange(batch.ids.shape[1]).expand(2, -1)
+            seen.append(attention_rows(*qk.rotated(), every))
+        values = []
+        for b in range(2):
+            last = int(inputs.image_mask[b].nonzero()[-1])
+            for n in range(last + 2, int(inputs.lengths[b]) - 1):
+                target = seen[1][b, :, n, : n + 1].exp().mean(0)  # an even mixture at the start
+                for head in range(4):
+                    own = seen[0][b, head, n, : n + 1]
+                    values.append((target * (target.log() - own)).sum())
+    assert len(values) == 4 * ((7 + 1) + (4 + 1) - 2)
+    torch.testing.assert_close(got, torch.stack(values).mean(), rtol=1e-4, atol=1e-6)
+    answer_only, inputs = losses_of({"lambda_rows": 1.0})
+    with torch.no_grad():
+        assert abs(answer_only(inputs, LABELS, [0, 1], 0.5)["rows"] - got) > 1e-3
+
+
+JOINT = {"lambda_rows": 1.0, "rows": "joint", "distance": {"strength": 3.0}, "gaps": {"reach": 90}}
+
+
+def test_joint_rows_of_one_sample_are_its_own_rows_over_its_images():
+    """Alone in its batch a sample's rows need no second rotation: attention as it is, cut to the visual tokens."""
+    losses, inputs = losses_of(JOINT)
+    one = Batch(
+        inputs.ids[:1], inputs.positions[:, :1], inputs.lengths[:1], inputs.image_mask[:1],
+        inputs.features[: int(inputs.image_mask[0].sum())],
+    )  # fmt: skip
+    big = losses.teacher.batch([0, 1])
+    visual = one.image_mask[0]
+    alone = Batch(
+        big.ids[:1],
+        big.positions[:, :1],
+        big.lengths[:1],
+        big.image_mask[:1],
+        big.features[: int(visual.sum())],
+    )
+    losses.teacher.batch = lambda _: alone
+    gapped = one.positions.clone()
+    at, counted = question_rows(one.image_mask, one.lengths - 2)
+    gapped[:, :, int(at[0, 0]) :] += 40
+    gapped_one = Batch(one.ids, gapped, one.lengths, one.image_mask, one.features)
+    with torch.no_grad():
+        got = losses(gapped_one, LABELS[:1], [0], 1.0, one.positions)["rows"]
+        seen = []
+        for model, batch in ((losses.model, gapped_one), (losses.teacher.model, alone)):
+            with QKCapture(model, -1) as capture:
+                hidden_states(model, batch)
+                (qk,) = capture.take().values()
+            seen.append(attention_rows(*qk.rotated(), at))
+        mass = seen[1].exp()[..., visual].sum(-1).mean(1)
+        student, teacher = (rows[..., visual].log_softmax(-1) for rows in seen)
+        # M-RoPE: the distance of an image is that of its farthest axis, in units of the reach.
+        away = (gapped[:, 0, at[0, 0]][:, None] - gapped[:, 0, visual]).amax(0).float()
+        raw = 1 + 3.0 * (away / 90).clamp(0, 1)
+        wanted = joint_divergence(student, teacher, mass, counted, raw / raw.mean())
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_joint_rows_of_text_alone_are_nothing():
+    losses, inputs = losses_of(JOINT)
+    inputs.image_mask, inputs.features = torch.zeros_like(inputs.image_mask), None
+    loss = losses(inputs, LABELS, [0, 1], 0.5)["rows"]
+    assert loss.item() == 0 and loss.requires_grad
+
+
+def test_joint_rows_know_neither_where_a_sample_begins_nor_its_place_in_the_batch():
+    found = []
+    for case in ("as it is", "moved", "other order"):
+        losses, inputs = losses_of(JOINT)
+        plain = inputs.positions
+        order = [0, 1]
+        if case == "moved":
+            inputs.positions = plain + torch.tensor([0, 50]).view(1, 2, 1)
+        if case == "other order":
+            order = [1, 0]
+            both, parts = losses.teacher.batch(None), []
+            for b in (inputs, both):
+                counts = b.image_mask.sum(1).tolist()
+                features = torch.cat(b.features.split(counts)[::-1])
+                parts.append(
+                    Batch(
+                        b.ids[order], b.positions[:, order], b.lengths[order], b.image_mask[order], features
+                    )
+                )
+            inputs, turned = parts
+            plain = inputs.positions
+            losses.teacher.batch = lambda _, turned=turned: turned
+        with torch.no_grad():
+            found.append(losses(inputs, LABELS[order], order, 0.5, plain)["rows"])
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-4, atol=1e-6)
+    alone, inputs = losses_of({"lambda_rows": 1.0, "rows": "question"})
+    with torch.no_grad():
+        assert abs(alone(inputs, LABELS, [0, 1], 0.5)["rows"] - found[0]) > 1e-3
+
+
+def test_vocabularies_of_different_size():
+    settings = {"lambda_kl": 1.0, "temperature": 2.0}
+    with torch.no_grad():
+        losses, inputs = losses_of(settings, vocab_size=70)
+        common = losses(inputs, LABELS, [0, 1], 0.5)
+        paper, inputs = losses_of({**settings, "kl_vocabulary": "same"}, vocab_size=70)
+        left_out = paper(inputs, LABELS, [0, 1], 0.5)
+        equal, inputs = losses_of({**settings, "kl_vocabulary": "same"})
+        assert equal(inputs, LABELS, [0, 1], 0.5)["kl"] > 0.01
+    assert common["kl"] > 0.01 and left_out["kl"] == 0
+    assert paper.total(left_out, 0.5) == left_out["sft"] == common["sft"]
+    alone, inputs = losses_of({**settings, "lambda_sft": 0.0, "kl_vocabulary": "same"}, vocab_size=70)
+    with pytest.raises(LaidError, match="64 rows of vocabulary and the teacher 70.*set it to common"):
+        alone(inputs, None, [0, 1], 0.5)
+
+
+def test_other_head_dims_need_a_projection_and_no_rotation():
+    wide = {"heads": 4, "hidden": 64, "sections": (2, 3, 3)}  # head_dim 16 against 8
+    with pytest.raises(LaidError, match="head_dim 8 and teacher head_dim 16.*alignment.projection: true"):
+        losses_of(ALIGNED, **wide)
+    for turned in ({"alignment": {"rotation": "after", "projection": True}}, {"lambda_rows": 0.1}):
+        with pytest.raises(LaidError, match="head_dim is 8 in the student and 16 in the teacher"):
+            losses_of(merge(ALIGNED, turned), **wide)
+    losses, inputs = losses_of(merge(ALIGNED, {"alignment": {"projection": True}}), **wide)
+    losses(inputs, LABELS, [0, 1], 0.5)["laid"].backward()
+    assert losses.alignments["1-1"].map_q.grad.abs().max() > 0

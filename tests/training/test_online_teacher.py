@@ -1,0 +1,67 @@
+"""A teacher that answers as training goes, against the same teacher's cache."""
+
+import pytest
+
+from laid.commands.train import own_device
+from laid.errors import LaidError
+from laid.training.teacher_cache import build_cache
+from laid.training.trainer import Trainer
+from trainer_runs import changed
+
+JOINT = {"lambda_rows": 1.0, "rows": "joint"}
+
+
+@pytest.fixture
+def trained(micro, family, coco_root, haystacks, tmp_path):
+    """trained(name, cache=... or teacher=...): the log of a run of LAid with joint rows and gaps."""
+    config = changed(micro, {"epochs": 1}, "laid", **JOINT)
+
+    def run(name, cache=None, **options):
+        trainer = Trainer(
+            config, "laid", 0, "small", family["small"], cache, coco_root, haystacks / "train.json", tmp_path / name,
+            **options,
+        )  # fmt: skip
+        record = trainer.train()
+        return trainer.log, record
+
+    return run
+
+
+def test_the_same_losses_as_from_the_cache(micro, family, coco_root, haystacks, tmp_path, trained):
+    exact = {**micro, "teacher_cache": {**micro["teacher_cache"], "dtype": "float32"}}
+    cache = tmp_path / "cache"
+    build_cache(exact, family["teacher"], coco_root, haystacks / "train.json", cache)
+    (cached, _), (online, record) = trained("cached", cache), trained("online", teacher=family["teacher"])
+    assert len(online) == len(cached) > 1
+    for one, two in zip(cached, online, strict=True):
+        assert one.keys() == two.keys() and one["loss_rows"] > 0 and one["loss_kl"] > 0
+        for key in one:
+            assert two[key] == pytest.approx(one[key], rel=1e-3, abs=1e-3), key
+    assert set(record["provenance"]["data"]) == {"questions", "student", "teacher"}
+
+
+def test_wrong_uses_are_one_line(micro, family, cache, coco_root, haystacks, tmp_path, trained):
+    with pytest.raises(LaidError, match="two sources of one teacher's answers; give one"):
+        trained("both", cache, teacher=family["teacher"])
+    with pytest.raises(LaidError, match="layer 5 does not exist: the model has"):
+        config = changed(
+            micro, None, "laid", alignment={**micro["methods"]["laid"]["alignment"], "pairs": [[0, 5]]}
+        )
+        Trainer(
+            config, "laid", 0, "small", family["small"], None, coco_root, haystacks / "train.json", tmp_path / "o",
+            teacher=family["teacher"],
+        )  # fmt: skip
+    with pytest.raises(LaidError, match="no such checkpoint folder"):
+        trained("none", teacher=tmp_path / "none")
+    assert not (tmp_path / "both").exists()
+
+
+def test_each_process_takes_its_device(monkeypatch):
+    assert own_device(None) is None and own_device("cpu") == "cpu"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert own_device("cpu") == own_device("cpu,cpu") == "cpu"
+    with pytest.raises(LaidError, match="3 devices for 2 processes: give one for all, or one for each"):
+        own_device("cpu,cpu,cpu")
+    with pytest.raises(LaidError, match="--teacher-device gpu: expected auto, cpu, cuda"):
+        own_device("cpu,gpu")
