@@ -15,7 +15,7 @@ from laid.data.questions import Question, haystack_file, write_questions
 from laid.evaluation.cells import make_cell, write_cell
 from laid.io import read_json, write_json
 
-TOP = Path(__file__).resolve().parents[1]
+TOP = Path(__file__).resolve().parents[2]
 LINK = {"cell": "cells/small/sft/2.json", "run": "runs/small/sft/seed0", "model": "models/small"}
 
 
