@@ -124,7 +124,7 @@ def test_published_preprocessing_by_hand(family):
 
 def test_an_exported_folder_is_what_a_loader_of_the_checkpoint_needs(shared, micro, tmp_path):
     """Published files are copied byte for byte beside a model of the published vocabulary; transformers' own loaders
-    read the folder back, generation settings and all, as lmms-eval's do (docs/benchmarks.md)."""
+    read the folder back, generation settings and all, as lmms-eval's do (docs/guides/benchmarks.md)."""
     from transformers import AutoConfig, GenerationConfig, Qwen2_5_VLForConditionalGeneration
 
     published = shared / "qwen2_5_vl/Qwen2.5-VL-7B-Instruct"

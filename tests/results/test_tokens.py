@@ -52,7 +52,7 @@ def test_counts_of_one_question_by_hand(published, photographs):
 
 
 def test_means_of_photographs_beside_the_paper(published, photographs):
-    """Where 206 photographs and 40 questions allow it, within 3 % of the printed figures (all sizes: docs/tokens.md)."""
+    """Where 206 photographs and 40 questions allow it, within 3 % of the printed figures (all sizes: docs/reference/tokens.md)."""
     haystacks = config.validate(ASKED)["haystacks"]
     built = tokens.table(tokens.lengths(published, photographs, haystacks, [1, 100, 150]), photographs)
     rows = {int(row[0]): row for row in built.csv[1:]}

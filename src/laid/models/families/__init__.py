@@ -1,4 +1,4 @@
-"""The model families the code takes, one small file each; docs/families.md says how to add one."""
+"""The model families the code takes, one small file each; docs/guides/families.md says how to add one."""
 
 from __future__ import annotations
 
@@ -26,5 +26,5 @@ def unsupported(model_type: Any) -> LaidError:
     """The error for a model of another family."""
     return LaidError(
         f"model_type {str(model_type)[:60]!r} is not supported; supported: {', '.join(sorted(FAMILIES))}"
-        " (docs/families.md says how to add one)"
+        " (docs/guides/families.md says how to add one)"
     )

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class Family:
-    """One architecture of transformers (docs/families.md).
+    """One architecture of transformers (docs/guides/families.md).
 
     model_type: as in config.json; the decoder's own config has it with "_text".
     sections: frequencies turned by (time, height, width) where a config does not say.
