@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from laid.evaluation.cells import Cells, make_cell
-from laid.results.stats import wilson
+from laid.evaluation.intervals import wilson
 
 PROVENANCE = {
     "code": {"version": "0", "commit": "0" * 40, "dirty": False},

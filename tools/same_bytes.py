@@ -20,7 +20,7 @@ from laid.commands.verify import differences
 from laid.config import load
 from laid.errors import LaidError
 from laid.io import read_json
-from laid.results.tables import needed
+from laid.results.needed import needed
 
 LEFT_OUT = ("logs/", "benchmarks/", "cost.json")
 TOP = Path(__file__).resolve().parents[1]

@@ -13,11 +13,12 @@ from laid.config import merge
 from laid.data.questions import Question, read_questions
 from laid.errors import LaidError
 from laid.evaluation.evaluate import Evaluator, source_of
+from laid.evaluation.intervals import wilson
+from laid.evaluation.scoring import is_right
 from laid.io import dumps, safe_join, sha256_file, sha256_json, write_json, write_text
 from laid.methods.registry import UNTRAINED, load_with_method
 from laid.models.loading import empty_model, parameter_label, parameters, require_weights, resolve
 from laid.models.processing import Processor
-from laid.results.stats import wilson
 from laid.training.teacher_cache import build_cache
 from laid.training.trainer import Trainer
 
@@ -168,7 +169,7 @@ def _answers(
     found = evaluator.answer(evaluator.ask(asked))
     by_size: dict[int, list[int]] = defaultdict(lambda: [0, 0])
     for question, answer in zip(asked, found, strict=True):
-        by_size[question.size][0] += answer["answer"] in (answer["label"], "both")
+        by_size[question.size][0] += is_right(answer)
         by_size[question.size][1] += 1
     return {str(size): by_size[size] for size in sorted(by_size)}
 

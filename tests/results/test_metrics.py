@@ -5,9 +5,9 @@ import io
 import json
 
 import synthetic
-
 from laid.results import metrics
-from laid.results.tables import Grid, needed
+from laid.results.needed import needed
+from laid.results.tables import Grid
 
 
 def grid(tmp_path):

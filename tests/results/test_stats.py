@@ -7,6 +7,7 @@ import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from laid.evaluation import intervals
 from laid.results import stats
 
 quick = settings(max_examples=25, deadline=None)
@@ -17,7 +18,7 @@ quick = settings(max_examples=25, deadline=None)
 def test_wilson_is_scipys(counts):
     right, n = counts
     theirs = scipy.stats.binomtest(right, n).proportion_ci(0.95, method="wilson")
-    assert stats.wilson(right, n) == pytest.approx((theirs.low, theirs.high), abs=1e-9)
+    assert intervals.wilson(right, n) == pytest.approx((theirs.low, theirs.high), abs=1e-9)
 
 
 @quick
@@ -46,7 +47,7 @@ def test_holm_keeps_the_order_and_lies_between_raw_and_bonferroni(p):
 
 def test_cluster_bootstrap_of_one_seed_is_near_the_normal_interval():
     right = (np.arange(400) < 300).astype(int)[None]
-    low, high = stats.cluster_bootstrap(right)
+    low, high = intervals.cluster_bootstrap(right)
     half = 1.96 * math.sqrt(0.75 * 0.25 / 400)
     assert (low, high) == pytest.approx((0.75 - half, 0.75 + half), abs=0.006)
 
@@ -59,7 +60,7 @@ def test_cluster_bootstrap_matches_a_plain_loop():
         seeds = right[:, rng.integers(40, size=40)].mean(axis=1)
         error = seeds.std(ddof=1) / math.sqrt(3) * rng.standard_t(2)
         means.append(seeds.mean() + error)
-    assert stats.cluster_bootstrap(right) == pytest.approx(
+    assert intervals.cluster_bootstrap(right) == pytest.approx(
         np.clip(np.quantile(means, [0.025, 0.975]), 0, 1), abs=0.03
     )
 
@@ -67,7 +68,7 @@ def test_cluster_bootstrap_matches_a_plain_loop():
 def test_the_interval_of_seeds_alone_is_students():
     # All questions alike, so that nothing but the seeds varies: the textbook interval of a mean of three.
     values = np.array([0.5, 0.56, 0.6])
-    draws = stats.joint_draws({"m": [np.repeat(values[:, None], 50, axis=1)]}, resamples=40000)["m"][:, 0]
+    draws = intervals.joint_draws({"m": [np.repeat(values[:, None], 50, axis=1)]}, resamples=40000)["m"][:, 0]
     low, high = scipy.stats.t.interval(0.95, 2, values.mean(), scipy.stats.sem(values))
     assert np.quantile(draws, [0.025, 0.975]) == pytest.approx([low, high], abs=0.01)
     p = scipy.stats.ttest_1samp(values, 0.5).pvalue
@@ -90,7 +91,7 @@ def test_false_alarms_between_models_whose_seeds_differ_stay_below_the_level(spr
 
 
 def compared(first, second, resamples=stats.RESAMPLES):
-    draws = stats.joint_draws({"a": [first], "b": [second]}, resamples)
+    draws = intervals.joint_draws({"a": [first], "b": [second]}, resamples)
     return stats.compare([first], [second], draws["a"], draws["b"])
 
 
@@ -111,7 +112,7 @@ def test_compare_is_paired():
 def test_compare_over_sizes_pools_the_questions_and_means_the_sizes():
     first = [np.array([[1, 0, 0, 0]]), np.array([[0, 0]])]
     second = [np.array([[0, 1, 1, 0]]), np.array([[1, 1]])]
-    draws = stats.joint_draws({"a": first, "b": second}, 200)
+    draws = intervals.joint_draws({"a": first, "b": second}, 200)
     result = stats.compare(first, second, draws["a"], draws["b"])
     assert result.difference == pytest.approx((0.25 + 1.0) / 2)
     assert result.p == pytest.approx(scipy.stats.binomtest(1, 5).pvalue)
@@ -142,13 +143,13 @@ def test_false_alarms_of_the_paired_bootstrap_stay_near_the_level():
 def test_joint_draws_share_questions_between_models_and_seeds_between_sizes():
     rng = np.random.default_rng(5)
     one = [(rng.random((1, 60)) < 0.7).astype(int) for _ in range(2)]
-    draws = stats.joint_draws({"a": one, "b": one}, resamples=50)
+    draws = intervals.joint_draws({"a": one, "b": one}, resamples=50)
     assert draws["a"].shape == (50, 2)
     # The same model twice: pairing makes them equal in every resample.
     assert np.array_equal(draws["a"], draws["b"])
     # A seed that is always wrong and one that is always right: a resample weighs them alike at every size.
     seeds = [np.array([[0] * 60, [1] * 60]) for _ in range(2)]
-    draws = stats.joint_draws({"c": seeds}, resamples=50)["c"]
+    draws = intervals.joint_draws({"c": seeds}, resamples=50)["c"]
     assert np.allclose(draws[:, 0], draws[:, 1]) and 0 <= draws.min() < 0.3 and 0.7 < draws.max() <= 1
 
 

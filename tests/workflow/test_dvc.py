@@ -15,7 +15,7 @@ import yaml
 
 from laid.config import SLICES, load
 from laid.provenance import fingerprint
-from laid.results.tables import needed
+from laid.results.needed import needed
 
 TOP = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent

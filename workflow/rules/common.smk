@@ -6,7 +6,7 @@ from snakemake.exceptions import WorkflowError
 from laid.config import resolved_file, slice_json, validate
 from laid.errors import LaidError
 from laid.io import sha256_json
-from laid.results.tables import needed
+from laid.results.needed import needed
 
 try:
     config = validate(config, workflow.configfiles)

@@ -25,6 +25,7 @@ from laid.data.questions import haystack_file, read_questions
 from laid.distill.gaps import open_gaps
 from laid.errors import LaidError
 from laid.evaluation.evaluate import Asked, Evaluator, source_of
+from laid.evaluation.scoring import is_right
 from laid.methods.registry import load_with_method
 from laid.models.prompts import EncodedPrompt
 from laid.progress import Progress
@@ -136,7 +137,7 @@ def measure(
 def _answers(evaluator: Evaluator, prompts: Sequence[Asked]) -> dict[str, Any]:
     answers = evaluator.answer(prompts)
     return {
-        "right": [int(a["answer"] in (a["label"], "both")) for a in answers],
+        "right": [int(is_right(a)) for a in answers],
         "images": len(prompts[0].paths),
         "span": round(float(np.mean([p.prompt.span for p in prompts])), 3),
     }

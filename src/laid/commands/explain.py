@@ -40,10 +40,11 @@ def run(args: argparse.Namespace) -> int:
 def chain_of_cell(lineage: Lineage, step: Step) -> Tree:
     """The cell, what it was made from, what that was made from, down to the images."""
     from laid.evaluation.cells import read_cell
+    from laid.evaluation.scoring import is_right
 
     cell = read_cell(step.record)
     low, high = (100 * bound for bound in cell["interval"])
-    right = sum(a["answer"] in (a["label"], "both") for a in cell["answers"])
+    right = sum(map(is_right, cell["answers"]))
     head = (
         f"{step.record}: {100 * cell['accuracy']:.2f} % [{low:.1f}, {high:.1f}] ({cell['interval_method']})\n"
         f"{right} of {cell['n']} answers right: {cell['questions']} questions of {cell['size']} images,"

@@ -93,7 +93,7 @@ def absent(lineage: Lineage, step: Step) -> str | None:
 
 def all_cells(lineage: Lineage) -> Iterator[Step]:
     """Every cell that the tables need, then every other one that lies there."""
-    from laid.results.tables import needed
+    from laid.results.needed import needed
 
     seen = set()
     for key in needed(lineage.config):

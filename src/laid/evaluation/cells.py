@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 
 from laid.errors import LaidError
+from laid.evaluation.intervals import cluster_bootstrap, wilson
+from laid.evaluation.scoring import is_right
 from laid.io import read_json, sha256_json, write_json
-from laid.results import stats
 
 FORMAT = "laid-cell/1"
 ROLES = ("teacher", "student")
-# What was found in the response: the official Visual Haystacks runner (utils.py) counts a response as right when
-# the label is among its words, so one that says both is right either way, and one that says neither is wrong.
+# What was found in the response; laid.evaluation.scoring.is_right says what counts as correct.
 ANSWERS = ("yes", "no", "both", "none")
 PROVENANCE = ("code", "config", "data", "libraries")
 _STRINGS = ("scale", "student", "label", "role", "method", "interval_method", "digest")
@@ -41,11 +41,6 @@ ONE_SEED, SEVERAL_SEEDS = "wilson 95%", "bootstrap over questions, Student's t o
 _TINY = 1e-6
 
 Cells = dict[tuple[str, str, int], dict[str, Any]]
-
-
-def is_right(answer: dict[str, Any]) -> bool:
-    """Whether one answer counts as right (see ANSWERS)."""
-    return answer["answer"] in (answer["label"], "both")
 
 
 def right_answers(cell: dict[str, Any]) -> np.ndarray:
@@ -244,9 +239,9 @@ def interval_of(right: np.ndarray) -> tuple[list[float], str]:
     seeds, questions = right.shape
     # Resampling can say nothing where all answers are right, or all wrong; Wilson's interval over the questions can.
     if seeds == 1 or right.min() == right.max():
-        low, high = stats.wilson(int(right[0].sum()), questions)
+        low, high = wilson(int(right[0].sum()), questions)
         return [round(low, 9), round(high, 9)], ONE_SEED
-    low, high = stats.cluster_bootstrap(right)
+    low, high = cluster_bootstrap(right)
     # The percentile interval of very few seeds can miss the mean by a hair; the interval always holds it.
     mean = float(right.mean())
     return [round(min(low, mean), 9), round(max(high, mean), 9)], SEVERAL_SEEDS

@@ -15,7 +15,7 @@ from laid.data.coco import SPLITS, annotation_file
 from laid.data.questions import Question, haystack_file, ordered_images, read_questions
 from laid.errors import LaidError
 from laid.evaluation.cells import make_cell, write_cell
-from laid.evaluation.scoring import answer_tokens, probability_yes, spoken_answer
+from laid.evaluation.scoring import answer_tokens, is_right, probability_yes, spoken_answer
 from laid.io import safe_join, write_json
 from laid.methods.registry import Loaded, load_with_method
 from laid.models.features import ImageFeatures
@@ -235,7 +235,7 @@ def measure(
                 if run in (None, *runs[:1]):
                     tokens[at] = [len(a.prompt.ids) for a in asked]
                     spans[at] = [a.prompt.span for a in asked]
-                right = sum(a["answer"] in (a["label"], "both") for a in found) / len(found)
+                right = sum(map(is_right, found)) / len(found)
                 bar.update(len(found), size=sets[at].size, accuracy=right)
     labelled = {
         f"annotations_{split}": annotation_file(coco_root, split)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from laid.errors import LaidError
+
+if TYPE_CHECKING:  # tables score answers without loading torch
+    import torch
 
 _YES, _NO = ("yes", "Yes", " yes", " Yes", "YES"), ("no", "No", " no", " No", "NO")
 # Where nltk.word_tokenize, which the official runner uses (vhs_benchmark, utils.py), parts words. Marks that
@@ -39,7 +41,7 @@ def answer_tokens(tokenizer) -> tuple[list[int], list[int]]:
 def probability_yes(logits: torch.Tensor, yes: list[int], no: list[int]) -> torch.Tensor:
     """(B,) share of yes among yes and no, summed over spellings; logits: (B, vocabulary)."""
     logits = logits.float()
-    return torch.sigmoid(logits[:, yes].logsumexp(-1) - logits[:, no].logsumexp(-1))
+    return (logits[:, yes].logsumexp(-1) - logits[:, no].logsumexp(-1)).sigmoid()
 
 
 def words(text: str) -> list[str]:
@@ -55,6 +57,15 @@ def spoken_answer(text: str) -> str:
     return "both" if len(found) == 2 else found.pop() if found else "none"
 
 
+def is_right(answer: Mapping[str, Any]) -> bool:
+    """Whether {"answer": yes|no|both|none, "label": yes|no} counts as correct.
+
+    The official runner (vhs_benchmark, utils.py) looks for the label among the words of a response: one that says
+    both is right either way, and one that says neither is wrong.
+    """
+    return answer["answer"] in (answer["label"], "both")
+
+
 def official_bootstrap(
     answers: Sequence[dict[str, Any]], seed: int = 0, resamples: int = 100
 ) -> dict[str, tuple[float, float]]:
@@ -64,7 +75,7 @@ def official_bootstrap(
     There the draws have no seed; here they do, so that the same answers give the same digits.
     """
     drawn = np.random.default_rng(seed).integers(len(answers), size=(resamples, len(answers)))
-    right = np.array([a["answer"] in (a["label"], "both") for a in answers], dtype=float)
+    right = np.array([is_right(a) for a in answers], dtype=float)
     said = np.array([a["answer"] != "none" for a in answers], dtype=float)
     means = {"accuracy": right[drawn].mean(axis=1), "compliance": said[drawn].mean(axis=1)}
     return {name: (float(values.mean()), float(values.std())) for name, values in means.items()}

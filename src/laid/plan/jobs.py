@@ -10,7 +10,7 @@ from laid.models.decoder import geometry
 from laid.models.loading import SPREAD
 from laid.plan.estimate import Estimator, Need
 from laid.plan.gpus import GIB, Gpu
-from laid.results.tables import needed
+from laid.results.needed import needed
 from laid.training.losses import objective_of
 
 PROCESS = int(0.45 * GIB)  # Python and its libraries, where a job's memory is the machine's

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from laid.evaluation.cells import is_right
+from laid.evaluation.scoring import is_right
 from laid.io import dumps, read_json, sha256_json
 from laid.results.tables import METHOD_NAMES, Grid
 

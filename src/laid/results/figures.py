@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from laid.evaluation.cells import interval_of, is_right
+from laid.evaluation.cells import interval_of
+from laid.evaluation.scoring import is_right
 from laid.results.plotting import (
     COLUMN,
     METHOD_LOOKS,

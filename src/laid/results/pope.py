@@ -11,7 +11,8 @@ import numpy as np
 
 from laid.data.pope import STRATEGIES
 from laid.errors import LaidError
-from laid.evaluation.cells import Cells, is_right, load_cells
+from laid.evaluation.cells import Cells, load_cells
+from laid.evaluation.scoring import is_right
 from laid.results import stats
 from laid.results.render import Entry, Table
 from laid.results.tables import METHOD_NAMES
