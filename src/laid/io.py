@@ -91,10 +91,10 @@ def write_json(path: str | Path, value: Any, indent: int | None = 1) -> None:
 
 
 def read_json(path: str | Path) -> Any:
-    """Read a JSON file. Raises LaidError where it is missing, broken or cut short."""
+    """Read a JSON file; a byte-order mark is skipped. Raises LaidError where it is missing, broken or cut short."""
     path = Path(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise LaidError(f"{path}: no such file") from None
     except IsADirectoryError:

@@ -63,13 +63,15 @@ def without(group, at, key):
         ("[]", "expected lists images, annotations, categories"),
         ({k: v for k, v in GOOD.items() if k != "annotations"}, "expected lists"),
         (change("images", 1, id=7), r"image 1 repeats id 7"),
-        (change("images", 1, file_name="b.png"), "share one file_name"),
+        (change("images", 1, file_name="b.png"), "image 1 repeats file_name 'b.png'"),
         (change("images", 0, width="4"), r"images\[0\] has no width of type int \(found '4'\)"),
         (change("images", 0, height=0), "4 x 0 pixels"),
         (change("images", 0, file_name="../../etc/passwd"), "leaves its folder"),
         (change("annotations", 2, image_id=8), "annotation 2 names image 8"),
         (change("annotations", 1, category_id=2), "annotation 1 names category 2"),
-        (change("categories", 1, name="toothbrush"), "repeats id 1 or name 'toothbrush'"),
+        (change("categories", 1, id=90), "category 1 repeats id 90"),
+        (change("categories", 1, name=" "), r"category 1 \(id 1\) has a blank name"),
+        (change("images", 0, file_name="images\\b.png"), "has backslashes in file_name: use /"),
         (without("annotations", 0, "image_id"), r"annotations\[0\] has no image_id"),
         (without("images", 1, "file_name"), r"images\[1\] has no file_name"),
     ],
@@ -140,11 +142,34 @@ def test_image_of_another_size_is_found(copy):
 def test_splits_that_overlap_or_disagree_are_refused(tmp_path):
     put(tmp_path, GOOD)
     put(tmp_path, GOOD, "train2017")
-    with pytest.raises(LaidError, match="image 2 is in train2017 and in val2017"):
+    with pytest.raises(LaidError, match="2 images are in train2017 and in val2017, first a.png"):
         load_labels(tmp_path)
     put(tmp_path, change("categories", 0, name="comb"), "train2017")
-    with pytest.raises(LaidError, match="categories differ"):
+    with pytest.raises(LaidError, match="categories .* differ: 'comb' is in one of them only"):
         load_labels(tmp_path)
+    swapped = json.loads(json.dumps(GOOD))
+    swapped["categories"] = [{"id": 1, "name": "toothbrush"}, {"id": 90, "name": "person"}]
+    put(tmp_path, swapped, "train2017")
+    with pytest.raises(LaidError, match="categories .* differ: their ids give them different orders"):
+        load_labels(tmp_path)
+
+
+def test_what_other_tools_write_is_read(tmp_path):
+    """Ids counted anew in each file, a root category of a class's name, blanks, a byte-order mark, empty addresses."""
+    data = change("images", 0, coco_url=None)
+    data["categories"].insert(0, {"id": 0, "name": "person", "supercategory": "none"})
+    data["categories"][1]["name"] = "toothbrush "
+    put(tmp_path, "\ufeff" + json.dumps(data))
+    data["images"][0]["file_name"], data["images"][1]["file_name"] = "c.png", "d.png"
+    put(tmp_path, data, "train2017")
+    labels, categories = load_labels(tmp_path)
+    assert categories == ("person", "toothbrush")
+    assert labels == {
+        f"{split}2017/{name}.png": held
+        for split, names in {"train": "dc", "val": "ab"}.items()
+        for name, held in zip(names, (frozenset(), {"person", "toothbrush"}))
+    }
+    assert load_coco(tmp_path, "val2017").images["val2017/b.png"].url == ""
 
 
 def test_real_slice_against_pycocotools(shared):

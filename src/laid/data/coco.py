@@ -6,13 +6,17 @@ Haystacks names them, with their split: "val2017/000000000139.jpg".
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import io
 import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from pycocotools.coco import COCO
 
 from laid.errors import LaidError
 from laid.io import read_json, safe_join
@@ -62,90 +66,64 @@ def annotation_file(root: str | Path, split: str) -> Path:
 def load_coco(root: str | Path, split: str, check: str = "none") -> CocoSplit:
     """Read the annotations of "train2017" or "val2017" below `root`.
 
+    Ids count within a file; categories of equal names are one category. Names are stripped.
     check: "none" reads annotations only; "files" also asks that every listed image is there; "sizes" also
     decodes each image to its end and compares its size.
     Raises LaidError, naming file, entry and both numbers, for anything missing, broken or contradictory.
     """
-    source = annotation_file(root, split)
     if not Path(root).is_dir():
         raise LaidError(
             f"{root}: no such folder (expected COCO's layout: annotations/, train2017/, val2017/)"
         )
-    data = _read_large(source)
-    if not isinstance(data, dict) or any(not isinstance(data.get(k), list) for k in _LISTS):
-        raise LaidError(f"{source}: not COCO instances: expected lists {', '.join(_LISTS)}")
-
-    names: dict[int, str] = {}
-    for at, entry in enumerate(data["categories"]):
-        number, name = (
-            _get(entry, "id", int, source, "categories", at),
-            _get(entry, "name", str, source, "categories", at),
+    api = _index(annotation_file(root, split))
+    names = {category["id"]: category["name"] for category in api.loadCats(sorted(api.getCatIds()))}
+    held: dict[int, set[str]] = {number: set() for number in sorted(api.getImgIds())}
+    for number, name in names.items():
+        for image in api.getImgIds(catIds=[number]):
+            held[image].add(name)
+    images = [
+        CocoImage(
+            entry["id"],
+            f"{split}/{entry['file_name']}",
+            entry["width"],
+            entry["height"],
+            str(entry.get("coco_url") or ""),
         )
-        if number in names or name in names.values():
-            raise LaidError(f"{source}: category {at} repeats id {number} or name {name!r}")
-        names[number] = name
-    images: dict[int, CocoImage] = {}
-    for at, entry in enumerate(data["images"]):
-        number = _get(entry, "id", int, source, "images", at)
-        file_name = _get(entry, "file_name", str, source, "images", at)
-        if number in images:
-            raise LaidError(f"{source}: image {at} repeats id {number}")
-        width, height = (_get(entry, key, int, source, "images", at) for key in ("width", "height"))
-        if width < 1 or height < 1:
-            raise LaidError(
-                f"{source}: image {at} ({file_name}) is {width} x {height} pixels, expected at least 1 x 1"
-            )
-        # By its text alone: resolving 118,000 paths on a network disk takes minutes. `file` resolves where it matters.
-        if file_name.startswith("/") or "\\" in file_name or ".." in file_name.split("/"):
-            raise LaidError(f"{source}: image {at} ({file_name!r}) leaves its folder")
-        images[number] = CocoImage(
-            number, f"{split}/{file_name}", width, height, str(entry.get("coco_url", ""))
-        )
-    if len({image.path for image in images.values()}) < len(images):
-        raise LaidError(f"{source}: two images share one file_name")
-    held: dict[int, set[str]] = {number: set() for number in images}
-    for at, entry in enumerate(data["annotations"]):
-        image, category = (
-            _get(entry, key, int, source, "annotations", at) for key in ("image_id", "category_id")
-        )
-        if image not in held:
-            raise LaidError(f"{source}: annotation {at} names image {image}, which the file does not list")
-        if category not in names:
-            raise LaidError(
-                f"{source}: annotation {at} names category {category}, which the file does not list"
-            )
-        held[image].add(names[category])
-    order = sorted(images)
+        for entry in api.loadImgs(list(held))
+    ]
     coco = CocoSplit(
         root=Path(root),
         name=split,
-        images={images[number].path: images[number] for number in order},
-        categories=tuple(names[number] for number in sorted(names)),
-        labels={images[number].path: frozenset(held[number]) for number in order},
+        images={image.path: image for image in images},
+        categories=tuple(dict.fromkeys(names.values())),
+        labels={image.path: frozenset(held[image.id]) for image in images},
     )
     if check != "none":
         check_images(coco, sizes=check == "sizes")
     return coco
 
 
-def load_labels(
-    root: str | Path, splits: tuple[str, ...] = SPLITS
-) -> tuple[dict[str, frozenset[str]], tuple[str, ...]]:
-    """(labels of all images of the splits, category names). Raises LaidError where the splits disagree or overlap."""
-    labels: dict[str, frozenset[str]] = {}
-    categories: tuple[str, ...] | None = None
-    numbers: set[int] = set()
-    for split in splits:
-        coco = load_coco(root, split)
-        if categories is not None and coco.categories != categories:
-            raise LaidError(f"{annotation_file(root, split)}: its categories differ from {splits[0]}'s")
-        categories = coco.categories
-        ids = {image.id for image in coco.images.values()}
-        if numbers & ids:
-            raise LaidError(f"{root}: image {min(numbers & ids)} is in train2017 and in val2017")
-        numbers |= ids
-        labels.update(coco.labels)
-    return labels, categories or ()
+def load_both(root: str | Path) -> tuple[CocoSplit, CocoSplit]:
+    """(train2017, val2017) below `root`. Raises LaidError where their categories differ or a file name is in both."""
+    train, test = (load_coco(root, split) for split in SPLITS)
+    if train.categories != test.categories:
+        odd = sorted(set(train.categories) ^ set(test.categories))
+        how = f"{odd[0]!r} is in one of them only" if odd else "their ids give them different orders"
+        raise LaidError(f"{root}: the categories of train2017 and val2017 differ: {how}")
+    both = {image.path.split("/", 1)[1] for image in train.images.values()}
+    both &= {image.path.split("/", 1)[1] for image in test.images.values()}
+    if both:
+        raise LaidError(
+            f"{root}: {len(both)} images are in train2017 and in val2017, first {min(both)}: take them out of one,"
+            " or, where they are different pictures, give them different names"
+        )
+    return train, test
+
+
+def load_labels(root: str | Path) -> tuple[dict[str, frozenset[str]], tuple[str, ...]]:
+    """(labels of all images of both splits, category names). Raises LaidError as `load_both` does."""
+    train, test = load_both(root)
+    return {**train.labels, **test.labels}, train.categories
 
 
 def check_images(coco: CocoSplit, sizes: bool = True, paths: Iterable[str] | None = None) -> None:
@@ -194,24 +172,76 @@ def image_problem(file: Path, entry: CocoImage) -> str | None:
     return None
 
 
-def _read_large(source: Path) -> Any:
-    """read_json without the collector's repeated walks over millions of live objects (measured: two thirds of the time)."""
-    was_on = gc.isenabled()
-    gc.disable()
+def _index(source: Path) -> COCO:
+    """The instances of one file behind pycocotools' queries, checked first: COCO itself trusts what it is given."""
+    collects = gc.isenabled()
+    gc.disable()  # its repeated walks over millions of live objects take two thirds of the time
     try:
-        return read_json(source)
+        data = read_json(source)
+        _check(source, data)
+        api = COCO()
+        api.dataset = data
+        with contextlib.redirect_stdout(io.StringIO()):
+            api.createIndex()
+        return api
     finally:
-        if was_on:
+        if collects:
             gc.enable()
 
 
 _LISTS = ("images", "annotations", "categories")
 
 
-def _get(entry: Any, key: str, kind: type, source: Path, group: str, at: int) -> Any:
-    value = entry.get(key) if isinstance(entry, dict) else None
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise LaidError(
-            f"{source}: {group}[{at}] has no {key} of type {kind.__name__} (found {str(value)[:40]!r})"
-        )
-    return value
+def _check(source: Path, data: Any) -> None:
+    """Raise LaidError for the first thing that is wrong with the content of an annotation file; strip its names."""
+    if not isinstance(data, dict) or any(not isinstance(data.get(key), list) for key in _LISTS):
+        raise LaidError(f"{source}: not COCO instances: expected lists {', '.join(_LISTS)}")
+    for group, keys in (
+        ("categories", {"id": int, "name": str}),
+        ("images", {"id": int, "file_name": str, "width": int, "height": int}),
+        ("annotations", {"image_id": int, "category_id": int}),
+    ):
+        for at, entry in enumerate(data[group]):
+            for key, kind in keys.items():
+                value = entry.get(key) if isinstance(entry, dict) else None
+                if not isinstance(value, kind) or isinstance(value, bool):
+                    found = str(value)[:40]
+                    raise LaidError(
+                        f"{source}: {group}[{at}] has no {key} of type {kind.__name__} (found {found!r})"
+                    )
+
+    categories: set[int] = set()
+    for at, entry in enumerate(data["categories"]):
+        if entry["id"] in categories:
+            raise LaidError(f"{source}: category {at} repeats id {entry['id']}")
+        categories.add(entry["id"])
+        entry["name"] = " ".join(entry["name"].split())
+        if not entry["name"]:
+            raise LaidError(f"{source}: category {at} (id {entry['id']}) has a blank name")
+    images: set[int] = set()
+    names: set[str] = set()
+    for at, entry in enumerate(data["images"]):
+        number, name, width, height = (entry[key] for key in ("id", "file_name", "width", "height"))
+        if number in images:
+            raise LaidError(f"{source}: image {at} repeats id {number}")
+        images.add(number)
+        if name in names:
+            raise LaidError(f"{source}: image {at} repeats file_name {name!r}")
+        names.add(name)
+        if width < 1 or height < 1:
+            raise LaidError(
+                f"{source}: image {at} ({name}) is {width} x {height} pixels, expected at least 1 x 1"
+            )
+        if "\\" in name:
+            raise LaidError(f"{source}: image {at} ({name!r}) has backslashes in file_name: use /")
+        # By its text alone: resolving 118,000 paths on a network disk takes minutes. `file` resolves where it matters.
+        if name.startswith("/") or ".." in name.split("/"):
+            raise LaidError(f"{source}: image {at} ({name!r}) leaves its folder")
+    for at, entry in enumerate(data["annotations"]):
+        for key, listed in (("image_id", images), ("category_id", categories)):
+            if entry[key] not in listed:
+                raise LaidError(
+                    f"{source}: annotation {at} names {key.removesuffix('_id')} {entry[key]},"
+                    " which the file does not list"
+                )
+        entry["id"] = at  # COCO's index needs one of each; some tools write none, or count anew in each image

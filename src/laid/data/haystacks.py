@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from laid.data.coco import CocoSplit, load_coco
+from laid.data.coco import CocoSplit, load_both, load_coco
 from laid.data.questions import (
     OFFICIAL_ANCHORS,
     OFFICIAL_TARGETS,
@@ -341,14 +341,7 @@ def build_haystacks(
     ]
     if foreign:
         raise LaidError(f"{out}: holds {foreign[0]}, which is no haystack file: choose another folder")
-    train, test = load_coco(coco_root, "train2017"), load_coco(coco_root, "val2017")
-    if train.categories != test.categories:
-        raise LaidError(f"{coco_root}: train2017 and val2017 list different categories")
-    shared = {image.id for image in train.images.values()} & {image.id for image in test.images.values()}
-    if shared:
-        raise LaidError(
-            f"{coco_root}: {len(shared)} images are in train2017 and in val2017, first {min(shared)}"
-        )
+    train, test = load_both(coco_root)
     files = _synthesise_all(settings, train, test)
     labels = {**train.labels, **test.labels}
     scores = {}

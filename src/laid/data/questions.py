@@ -116,8 +116,19 @@ def haystack_file(folder: str | Path, size: int) -> Path:
 
 
 def write_questions(path: str | Path, questions: Sequence[Question]) -> None:
-    """Write the official JSON, atomically."""
-    write_json(path, [question.to_json() for question in questions])
+    """Write the official JSON, atomically. Raises LaidError for a question that could not be read back as it is."""
+    entries = [question.to_json() for question in questions]
+    for question, entry in zip(questions, entries):
+        try:
+            same = _parse(entry) == question
+        except _Wrong as problem:
+            raise LaidError(f"{path}: question {question.id} cannot be written: {problem}") from None
+        if not same:
+            raise LaidError(
+                f"{path}: question {question.id} cannot be written: read back, its needle {question.anchor!r} or"
+                f" target {question.target!r} is another: rename that category"
+            )
+    write_json(path, entries)
 
 
 def read_questions(path: str | Path) -> list[Question]:
