@@ -18,7 +18,7 @@ help:
 	@echo "make demo    install into .venv, run the small scale on all cores, print Tables 1, 2 and 3"
 	@echo "make report  Snakemake's own HTML report beside the results page"
 	@echo "make test    install test tools too, run the tests"
-	@echo "make lint    ruff, snakefmt, snakemake --lint"
+	@echo "make lint    ruff, snakefmt, snakemake --lint, import-linter"
 	@echo "make format  let ruff and snakefmt rewrite the sources"
 	@echo "make clean   remove results; make distclean: .venv and caches too"
 
@@ -43,6 +43,7 @@ lint: $(VENV)/.dev
 	ruff format --check .
 	snakefmt --check Snakefile workflow/rules
 	snakemake --lint
+	lint-imports --no-cache
 
 format: $(VENV)/.dev
 	ruff check --fix .
