@@ -31,7 +31,7 @@ report: $(VENV)/.demo
 	@snakemake all page --report results/snakemake-report.html
 	@echo "results/snakemake-report.html: the run as Snakemake tells it; results/<scale>/report.html: the results page"
 
-# Tables, claims and the figure of README.md, from results/small.
+# docs/results.md and the short table of README.md, from results/small.
 readme: $(VENV)/.demo
 	@python tools/readme.py results/small
 

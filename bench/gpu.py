@@ -1,7 +1,7 @@
 """Real shapes with random weights on one GPU: time, share of peak, and memory beside what `laid plan` says.
 
     PYTHONPATH=src python bench/gpu.py                   one GPU of 141 GB: all cases, within 10 minutes
-    PYTHONPATH=src python bench/gpu.py --write           the same, into bench/GPU.md
+    PYTHONPATH=src python bench/gpu.py --write           the same, on top of bench/GPU.md
     PYTHONPATH=src python bench/gpu.py --toy             the same cases at toy size on a CPU, in seconds
 
 Needs torch and transformers (and peft for LoRA, which is left out without it), no checkpoint, no image and no network. Cases: the teacher's pass of
@@ -433,7 +433,9 @@ def main() -> int:
     text = report(bench, cases, gpu, name, spent)
     print(text)
     if args.write:
-        RESULTS.write_text(f"# Measured on GPUs\n\n{text}", encoding="utf-8")
+        title = "# Measured on GPUs\n\n"
+        before = RESULTS.read_text(encoding="utf-8") if RESULTS.is_file() else title
+        RESULTS.write_text(f"{title}{text}\n{before.removeprefix(title)}", encoding="utf-8")
     if args.json:
         rows = [
             {

@@ -1,5 +1,6 @@
 """Links of the documents lead somewhere, anchors included, and so do the documents that code and settings name."""
 
+import importlib.util
 import re
 import subprocess
 from pathlib import Path
@@ -54,3 +55,16 @@ def test_documents_that_code_names_exist():
             if before not in (":", "/") and not (ROOT / name).is_file():
                 missing.append(line)
     assert not missing
+
+
+def test_the_readme_stays_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
+
+
+def test_the_readme_s_table_follows_from_the_results():
+    """tools/readme.py draws it from docs/results.md; neither is edited by hand."""
+    spec = importlib.util.spec_from_file_location("readme", ROOT / "tools/readme.py")
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    shown = tool.between(tool.README.read_text(encoding="utf-8"), "results")[0]
+    assert shown.strip() == tool.short(tool.RESULTS.read_text(encoding="utf-8")).strip()

@@ -1,0 +1,113 @@
+"""Every command in a fenced block of the documents parses: by the real parsers of laid, Snakemake and DVC."""
+
+import argparse
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from laid.cli import VERBS
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCUMENTS = [
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+    *sorted((ROOT / "bench").glob("*.md")),
+]
+OWN = {"mine.yaml"}  # files that a reader writes
+CELL = re.compile(r"results/\w+/cells/\w+/\w+/\w+/\d+\.json")
+
+
+def commands(program: str) -> list:
+    """(document, words) of each command that starts with `program`, comments off and continued lines joined."""
+    found = []
+    for document in DOCUMENTS:
+        for block in re.findall(
+            r"^ *```\w*\n(.*?)^ *```", document.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
+        ):
+            for line in block.replace("\\\n", " ").splitlines():
+                for part in re.split(r";|&&|\|", line.split(" # ")[0].split("  #")[0]):
+                    words = shlex.split(part)
+                    printed = any(word.endswith(":") for word in words[:2])  # a message, not a command
+                    if words[:1] == [program] and not printed:
+                        found.append(
+                            pytest.param(words[1:], id=f"{document.relative_to(ROOT)}: {part.strip()}"[:100])
+                        )
+    return found
+
+
+def parser_of(verb: str) -> argparse.ArgumentParser:
+    """The parser of a verb of `laid`; what it refuses is a ValueError."""
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message):
+            raise ValueError(message)
+
+    parser = Parser(prog=f"laid {verb}")
+    importlib.import_module(f"laid.commands.{verb.replace('-', '_')}").add_arguments(parser)
+    return parser
+
+
+def files_exist(words: list[str], flag: str) -> None:
+    """The YAML files behind `flag` are in the repository, unless the reader is to write them."""
+    for name in words[words.index(flag) + 1 :] if flag in words else []:
+        if name.startswith("-"):
+            break
+        if name.endswith(".yaml") and Path(name).name not in OWN:
+            assert (ROOT / name).is_file(), name
+
+
+@pytest.mark.parametrize("words", commands("laid"))
+def test_laid(words):
+    verb, *rest = words
+    assert verb in VERBS
+    parser = parser_of(verb)
+    if "..." in rest:  # what the document leaves out may be required: the flags it names must be there
+        flags = {word for word in rest if word.startswith("--")}
+        assert flags <= parser._option_string_actions.keys()
+    else:
+        parser.parse_args(rest)
+    files_exist(rest, "--config")
+
+
+@pytest.mark.parametrize("words", commands("snakemake"))
+def test_snakemake(words):
+    cli = pytest.importorskip("snakemake.cli")
+    if "..." in words:
+        words = [word for word in words if word != "..."]
+    args = cli.get_argument_parser(profiles=None).parse_args(words)
+    files_exist(words, "--configfile")
+    sources = [ROOT / "Snakefile", *(ROOT / "workflow/rules").glob("*.smk")]
+    rules = {name for s in sources for name in re.findall(r"^rule (\w+):", s.read_text(), re.MULTILINE)}
+    for target in args.targets:
+        assert target in rules or target.startswith("results/"), target
+
+
+@pytest.mark.parametrize("words", commands("dvc"))
+def test_dvc(words):
+    parser = pytest.importorskip("dvc.cli.parser")
+    parser.get_main_parser().parse_args(words)
+
+
+@pytest.mark.parametrize("words", commands("make"))
+def test_make(words):
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert {word for word in words if "=" not in word} <= set(targets)
+
+
+@pytest.mark.parametrize("program", ["python", "bash", "tools/slurm/start.sh", "tools/slurm/stop.sh"])
+def test_scripts(program):
+    for words in commands(program):
+        script = program if program.startswith("tools/") else words.values[0][0]
+        assert script.startswith("-") or (ROOT / script).is_file(), script
+
+
+def test_commands_were_found():
+    assert (
+        len(commands("laid")) > 10
+        and len(commands("snakemake")) > 10
+        and commands("dvc")
+        and commands("make")
+    )
