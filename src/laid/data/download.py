@@ -71,7 +71,7 @@ class CocoDownload:
         self.out, self.base = Path(out), base.rstrip("/")
         self.how, self.connections, self.checksums = images, connections, checksums
         self.archives = ARCHIVES if archives is None else archives
-        self.http = Http(retries, timeout, wait)
+        self.http = Http(retries, timeout, wait, connections)
         self.scratch = self.out / ".download"
 
     def annotations(self) -> None:

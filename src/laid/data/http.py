@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import http.client
 import io
 import json
 import os
 import re
-import ssl
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+import requests
+import urllib3
 
 from laid import __version__
 from laid.errors import LaidError
@@ -33,21 +32,31 @@ class _Transient(Exception):
         self.moved, self.after = moved, after
 
 
-class Http:
-    """HTTP GET with retries. A failure that passes (dropped connection, time-out, 429, 5xx) is tried again up to
-    `retries` times in a row without a byte gained, after waits of `wait`, 2 `wait`, 4 `wait` ... seconds (at most 60)."""
+class _Unfit(_Transient):
+    """The part at hand is no beginning of the file that the server has."""
 
-    def __init__(self, retries: int = 5, timeout: float = 60.0, wait: float = 1.0):
+    def __init__(self) -> None:
+        super().__init__("the part at hand does not fit the file any more")
+
+
+class Http:
+    """HTTP GET with retries, over kept connections. A failure that passes (dropped connection, time-out, 429, 5xx) is
+    tried again up to `retries` times in a row without a byte gained, after waits of `wait`, 2 `wait`, 4 `wait` ...
+    seconds (at most 60). Threads may share it; `connections` of them without waiting for one another."""
+
+    def __init__(self, retries: int = 5, timeout: float = 60.0, wait: float = 1.0, connections: int = 1):
         self.retries, self.timeout, self.wait = retries, timeout, wait
+        self.session = requests.Session()
+        self.session.headers = {"User-Agent": f"laid/{__version__}", "Accept-Encoding": "identity"}
+        for scheme in ("http://", "https://"):
+            self.session.mount(scheme, requests.adapters.HTTPAdapter(pool_maxsize=connections))
 
     def length(self, url: str) -> int | None:
         """Size in bytes that the server states for `url`; None where it does not. Raises LaidError where it is not there."""
 
         def ask() -> int | None:
             with self._open(url, {"Range": "bytes=0-0"}) as answer:
-                if answer.status == 206:
-                    return _content_range(answer)[1]
-                return _content_length(answer)
+                return _content_range(answer)[1] if answer.status_code == 206 else _content_length(answer)
 
         return self._persist(url, ask)
 
@@ -56,14 +65,14 @@ class Http:
 
         def ask() -> bytes:
             with self._open(url, {"Range": f"bytes={start}-{start + length - 1}"}) as answer:
-                if answer.status != 206:
+                if answer.status_code != 206:
                     raise LaidError(f"{url}: the server does not serve parts of files")
                 if _content_range(answer)[0] != start:
                     raise _Transient("the server sent another part than asked for")
-                data = answer.read(length)
+                data = b"".join(_chunks(answer))
                 if len(data) < length:
                     raise _Transient(f"the connection closed after {len(data)} of {length} bytes")
-                return data
+                return data[:length]
 
         return self._persist(url, ask)
 
@@ -112,20 +121,18 @@ class Http:
             headers["Range"] = f"bytes={have}-"
             if part.validator:
                 headers["If-Range"] = part.validator
+        gained = 0
         try:
             answer = self._open(url, headers)
-        except urllib.error.HTTPError as error:
-            if error.code != 416:
-                raise
+        except _Unfit:
             part.discard()
-            raise _Transient("the part at hand does not fit the file any more") from None
-        gained = 0
+            raise
         with answer:
-            if answer.status == 206:
+            if answer.status_code == 206:
                 start, total = _content_range(answer)
                 if start != have or (known is not None and total is not None and total != known):
                     part.discard()
-                    raise _Transient("the part at hand does not fit the file any more")
+                    raise _Unfit
             else:
                 total = _content_length(answer)
                 if have:
@@ -139,15 +146,15 @@ class Http:
             part.begin(total, answer.headers)
             try:
                 with open(part.path, "ab") as file:
-                    while chunk := _next_chunk(answer, gained > 0):
+                    for chunk in _chunks(answer):
                         file.write(chunk)
                         gained += len(chunk)
                         part.progress(len(chunk))
                     file.flush()
                     os.fsync(file.fileno())
-            except _Transient:
+            except _Transient as error:
                 part.patched = True
-                raise
+                raise _Transient(str(error), moved=gained > 0) from None
             except OSError as error:
                 raise LaidError(f"{part.path}: cannot be written ({error.strerror})") from None
         if total is not None and have + gained < total:
@@ -156,13 +163,22 @@ class Http:
                 f"the connection closed after {have + gained} of {total} bytes", moved=gained > 0
             )
 
-    def _open(self, url: str, headers: dict[str, str]) -> http.client.HTTPResponse:
+    def _open(self, url: str, headers: Mapping[str, str]) -> requests.Response:
         if not url.startswith(("http://", "https://")):
             raise LaidError(f"{url}: not an http:// or https:// address")
-        fixed = {"User-Agent": f"laid/{__version__}", "Accept-Encoding": "identity"}
-        return urllib.request.urlopen(
-            urllib.request.Request(url, headers=fixed | headers), timeout=self.timeout
-        )
+        try:
+            answer = self.session.get(url, headers=headers, timeout=self.timeout, stream=True)
+        except requests.RequestException as error:
+            raise _Transient(f"no answer ({_reason(error)})") from None
+        if answer.ok:
+            return answer
+        with answer:
+            if answer.status_code == 416 and "Range" in headers:
+                raise _Unfit
+            said = f"the server answers {answer.status_code} {answer.reason}"
+            if answer.status_code not in TRY_AGAIN:
+                raise LaidError(f"{url}: {said}")
+            raise _Transient(said, after=_retry_after(answer))
 
     def _persist(self, url: str, action: Callable[[], Any]) -> Any:
         failures = 0
@@ -171,21 +187,6 @@ class Http:
                 return action()
             except _Transient as error:
                 trouble = error
-            except urllib.error.HTTPError as error:
-                if error.code not in TRY_AGAIN:
-                    raise LaidError(f"{url}: the server answers {error.code} {error.reason}") from None
-                trouble = _Transient(
-                    f"the server answers {error.code} {error.reason}", after=_retry_after(error)
-                )
-            except (
-                urllib.error.URLError,
-                http.client.HTTPException,
-                ConnectionError,
-                TimeoutError,
-                ssl.SSLError,
-            ) as error:
-                reason = getattr(error, "reason", None) or error
-                trouble = _Transient(f"no answer ({reason or type(error).__name__})")
             failures = 0 if trouble.moved else failures + 1
             if failures > self.retries:
                 raise LaidError(
@@ -279,26 +280,36 @@ class RemoteFile(io.RawIOBase):
         return data
 
 
-def _next_chunk(answer: http.client.HTTPResponse, moved: bool) -> bytes:
+def _chunks(answer: requests.Response) -> Iterator[bytes]:
+    """What comes of the body, as it comes; a short body ends without an error. Raises _Transient where the line breaks."""
+    answer.raw.enforce_content_length = False  # else urllib3 keeps back the last bytes before a break
     try:
-        return answer.read(CHUNK)
-    except (http.client.HTTPException, OSError) as error:
-        raise _Transient(f"the connection broke ({type(error).__name__})", moved=moved) from None
+        while chunk := answer.raw.read1(CHUNK):
+            yield chunk
+    except (urllib3.exceptions.HTTPError, OSError) as error:
+        raise _Transient(f"the connection broke ({_reason(error)})") from None
 
 
-def _content_range(answer: http.client.HTTPResponse) -> tuple[int, int | None]:
+def _reason(error: BaseException) -> str:
+    """The innermost cause: requests and urllib3 wrap it several times over."""
+    while inner := error.__cause__ or error.__context__:
+        error = inner
+    return str(error) or type(error).__name__
+
+
+def _content_range(answer: requests.Response) -> tuple[int, int | None]:
     found = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", answer.headers.get("Content-Range", "").strip())
     if not found:
         raise _Transient("the server sent a part without saying which")
     return int(found[1]), None if found[2] == "*" else int(found[2])
 
 
-def _content_length(answer: http.client.HTTPResponse) -> int | None:
+def _content_length(answer: requests.Response) -> int | None:
     text = answer.headers.get("Content-Length", "")
     return int(text) if text.isdigit() else None
 
 
-def _retry_after(error: urllib.error.HTTPError) -> float:
-    with contextlib.suppress(TypeError, ValueError):
-        return float(error.headers.get("Retry-After"))
+def _retry_after(answer: requests.Response) -> float:
+    with contextlib.suppress(ValueError):
+        return float(answer.headers.get("Retry-After", ""))
     return 0.0
