@@ -6,6 +6,8 @@ import contextlib
 import io
 import json
 import shutil
+import struct
+import zlib
 
 import pytest
 from PIL import Image
@@ -130,6 +132,20 @@ def test_half_written_jpeg_and_no_image_at_all_are_found(tmp_path):
         (tmp_path / "val2017/b.jpg").write_bytes(broken)
         with pytest.raises(LaidError, match="b.jpg: not a whole image"):
             load_coco(tmp_path, "val2017", check="sizes")
+
+
+def test_image_too_large_to_open_is_one_line(copy):
+    victim = sorted((copy / "val2017").iterdir())[3]
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = chunk(b"IHDR", struct.pack(">II5B", 20_000, 10_000, 8, 2, 0, 0, 0))
+    victim.write_bytes(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"")))
+    with pytest.raises(
+        LaidError, match=f"{victim.name}: .* more than the 178,956,970 pixels that are opened"
+    ):
+        load_coco(copy, "val2017", check="sizes")
 
 
 def test_image_of_another_size_is_found(copy):

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from laid.errors import LaidError
-from laid.io import read_json
+from laid.io import read_json, write_json
 from laid.models.processing import Processor, image_size, open_image
 
 
@@ -79,6 +79,23 @@ def test_folders_without_tokenizer_preprocessor_or_template(family, tmp_path):
         with pytest.raises(LaidError, match=str(folder)) as caught:
             Processor.load(folder)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["transformers 5", "min_pixels"])
+def test_other_places_of_the_image_processor_are_read(family, tmp_path, kind):
+    """transformers 5 writes it into processor_config.json alone; older tools name the size's ends min and max."""
+    folder = tmp_path / "other"
+    shutil.copytree(family["small"], folder)
+    said = read_json(folder / "preprocessor_config.json")
+    said["size"] = {"shortest_edge": 784, "longest_edge": 1568}
+    if kind == "min_pixels":
+        said["size"] = {"min_pixels": 784, "max_pixels": 1568}
+        write_json(folder / "preprocessor_config.json", said)
+    else:
+        (folder / "preprocessor_config.json").unlink()
+        write_json(folder / "processor_config.json", {"image_processor": said})
+    assert Processor.load(folder).grid(280, 280) == (1, 1)
+    assert Processor.load(folder, max_pixels=16 * 784).grid(280, 280) == (4, 4)
 
 
 def test_an_older_chat_template_file_is_read(family, tmp_path):

@@ -163,6 +163,12 @@ def image_problem(file: Path, entry: CocoImage) -> str | None:
                 picture.mode, (1, 1)
             )  # JPEG: reads the whole stream, but decodes at an eighth of the size
             picture.load()
+    except Image.DecompressionBombError:
+        limit = 2 * Image.MAX_IMAGE_PIXELS
+        return (
+            f"{file}: annotated as {entry.width} x {entry.height}, says to have more than the {limit:,} pixels"
+            " that are opened: shrink it"
+        )
     except (OSError, SyntaxError, ValueError) as error:
         return f"{file}: not a whole image ({error}): replace it"
     if size != (entry.width, entry.height):

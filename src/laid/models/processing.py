@@ -49,7 +49,10 @@ class Processor:
         """From a hub id or a local folder. min_pixels, max_pixels: override what the checkpoint says."""
         source = resolve(source)
         require_family(source)
-        for names in (("tokenizer.json", "vocab.json"), ("preprocessor_config.json",)):
+        for names in (
+            ("tokenizer.json", "vocab.json"),
+            ("preprocessor_config.json", "processor_config.json"),
+        ):
             if Path(source).is_dir() and not any((Path(source) / name).is_file() for name in names):
                 raise LaidError(
                     f"{source}: no {names[0]} in this folder: put the checkpoint's own tokenizer and preprocessor files there"
@@ -59,12 +62,15 @@ class Processor:
             images = Qwen2VLImageProcessorPil.from_pretrained(source)
         if tokenizer.chat_template is None:
             tokenizer.chat_template = _chat_template(source)
-        size = dict(images.size)
-        if min_pixels is not None:
-            size["shortest_edge"] = min_pixels
-        if max_pixels is not None:
-            size["longest_edge"] = max_pixels
-        images.size = size
+        said = dict(images.size)
+        images.size = {
+            "shortest_edge": min_pixels or said.get("shortest_edge") or said.get("min_pixels"),
+            "longest_edge": max_pixels or said.get("longest_edge") or said.get("max_pixels"),
+        }
+        if None in images.size.values():
+            raise LaidError(
+                f"{source}: its image processor says size {said}: expected shortest_edge and longest_edge"
+            )
         as_they_are = min_pixels is None and max_pixels is None
         try:
             processor = cls(tokenizer, images, source if as_they_are else None)
