@@ -96,7 +96,7 @@ def test_json_is_stable_and_comes_back(value):
     assert json.loads(text) == value and io.dumps(json.loads(text)) == text
 
 
-@pytest.mark.parametrize(("content", "said"), [(b'{"a": 1', "cut short or edited"), (b"\xff", "not UTF-8"), (None, "no such file")])  # fmt: skip
+@pytest.mark.parametrize(("content", "said"), [(b'{"a": 1', "cut short or edited"), (b"9" * 5000, "more than 4,300 digits"), (b"\xff", "not UTF-8"), (None, "no such file")])  # fmt: skip
 def test_broken_json_is_one_line(tmp_path, content, said):
     path = tmp_path / "x.json"
     if content is not None:

@@ -108,6 +108,10 @@ def read_json(path: str | Path) -> Any:
             f"{path}: not valid JSON, line {error.lineno} column {error.colno}: {error.msg}"
             " (cut short or edited? make it again)"
         ) from None
+    except ValueError:  # Python reads no number of more than 4,300 digits
+        raise LaidError(
+            f"{path}: holds a number of more than {sys.get_int_max_str_digits():,} digits"
+        ) from None
 
 
 def sha256_file(path: str | Path) -> str:

@@ -6,6 +6,7 @@ import copy
 import json
 import re
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -97,7 +98,9 @@ def said(question=None, answer=None, asker="human"):
         (said(question="Is there a traffic light?"), "not a question about needle 'orange'"),
         (changed(SINGLE, "target", "a cow"), "not a question about needle 'orange' and target 'cow'"),
         (changed(SINGLE, "target", 7), "target is '7', not a name"),
-        (changed(SINGLE, "id", ""), "id is not text"),
+        (changed(SINGLE, "id", ""), "id is '', not a text"),
+        (changed(SINGLE, "id", "a\ud800"), "id is .*, not a text of printable characters"),
+        (changed(SINGLE, "neg_image", ["val2017/\0.jpg"]), "not a path below"),
         (changed(SINGLE, "pos_image", []), "pos_image is empty"),
         (changed(SINGLE, "pos_image", "train2017/1.jpg"), "pos_image is not a list"),
         (changed(SINGLE, "pos_image", MULTI["pos_image"]), "asks about one image and has 2"),
@@ -147,6 +150,20 @@ def test_official_id_twice_becomes_two_ids(tmp_path):
     other = changed(MULTI, "pos_image", ["train2017/000000000004.jpg", "val2017/000000000009.jpg"])
     ids = [q.id for q in read_questions(put(tmp_path / "q.json", MULTI, other))]
     assert ids == [MULTI["id"], MULTI["id"] + ".2"]
+    third = changed(SINGLE, "id", MULTI["id"] + ".2")
+    ids = [q.id for q in read_questions(put(tmp_path / "q.json", MULTI, third, other))]
+    assert ids == [MULTI["id"], MULTI["id"] + ".2", MULTI["id"] + ".3"]
+
+
+def test_what_could_not_be_read_back_is_not_written(tmp_path):
+    good = read_questions(put(tmp_path / "q.json", SINGLE))[0]
+    for bad, says in (
+        (replace(good, anchor="orange  "), "not a question about needle|is another"),
+        (replace(good, needles=("1.jpg",)), "cannot be written: pos_image: '1.jpg' is not a path"),
+    ):
+        with pytest.raises(LaidError, match=says):
+            write_questions(tmp_path / "out.json", [good, bad])
+    assert not (tmp_path / "out.json").exists()
 
 
 def test_articles():

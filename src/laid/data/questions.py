@@ -10,6 +10,7 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +145,6 @@ def read_questions(path: str | Path) -> list[Question]:
     if not isinstance(data, list) or not data:
         raise LaidError(f"{path}: expected a list of questions, found {_kind(data)}")
     questions: list[Question] = []
-    seen: dict[str, int] = {}
     asked: dict[tuple, int] = {}
     for at, entry in enumerate(data):
         try:
@@ -155,10 +155,14 @@ def read_questions(path: str | Path) -> list[Question]:
         if key in asked:
             raise LaidError(f"{path}: question {at} repeats question {asked[key]}: same text, same images")
         asked[key] = at
-        seen[question.id] = seen.get(question.id, 0) + 1
-        if seen[question.id] > 1:
-            question = replace(question, id=f"{question.id}.{seen[question.id]}")
         questions.append(question)
+    taken, used = {question.id for question in questions}, set()
+    for at, question in enumerate(questions):
+        if question.id in used:
+            free = next(name for k in count(2) if (name := f"{question.id}.{k}") not in taken)
+            questions[at] = replace(question, id=free)
+            taken.add(free)
+        used.add(questions[at].id)
     return questions
 
 
@@ -190,8 +194,8 @@ def _parse(entry: Any) -> Question:
     if answer not in ("yes", "no"):
         raise _Wrong(f"the answer is {turns[1]['value'][:40]!r}, not yes or no")
     anchor, target = (_bare(entry[key], key) for key in ("needle", "target"))
-    if not isinstance(entry["id"], str) or not entry["id"]:
-        raise _Wrong("id is not text")
+    if not isinstance(entry["id"], str) or not entry["id"].isprintable() or not entry["id"]:
+        raise _Wrong(f"id is {entry['id']!r:.40}, not a text of printable characters")
     needles, distractors = (_paths(entry[key], key) for key in ("pos_image", "neg_image"))
     if not needles:
         raise _Wrong("pos_image is empty")
@@ -217,7 +221,10 @@ def _paths(value: Any, key: str) -> tuple[str, ...]:
     if not isinstance(value, list) or not all(isinstance(path, str) for path in value):
         raise _Wrong(f"{key} is not a list of image paths")
     for path in value:
-        if path[:1] == "/" or "\\" in path or "/" not in path or (".." in path and ".." in path.split("/")):
+        left = (
+            path[:1] == "/" or "\\" in path or "/" not in path or (".." in path and ".." in path.split("/"))
+        )
+        if left or not path.isprintable():
             raise _Wrong(f"{key}: {path!r} is not a path below the COCO root, like val2017/000000000139.jpg")
     if len(set(value)) < len(value):
         twice = next(path for path in value if value.count(path) > 1)
