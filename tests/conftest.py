@@ -47,9 +47,9 @@ MICRO = {
             "lambda_laid": 0.3,
             "distance": {"strength": 4.0},
             "gaps": {"reach": 120},
-            "gain": {"length_aware": True, "reference": 20, "exponent": 0.2, "export": "attention"},
+            "gain": {"length_aware": True, "reference": 20, "exponent": 0.2},
         },
-        "laid_wo_kl": {"extends": "laid", "lambda_kl": 0.0, "lambda_rows": 0.2, "gain": {"export": "fold"}},
+        "laid_wo_kl": {"extends": "laid", "lambda_kl": 0.0, "lambda_rows": 0.2, "rows": "joint"},
         "laid_wo_laid": {"extends": "laid", "lambda_laid": 0.0, "gain": {"length_aware": False}},
     },
 }  # fmt: skip

@@ -106,26 +106,6 @@ def test_coefficients_are_those_of_the_projections(asked):
     assert np.isfinite(series(found.mean(0), analysis.theta, np.arange(5))).all()
 
 
-def test_length_factor_of_an_exported_student_is_seen(asked):
-    """With an exponent, queries are scaled by (visible keys / reference) ** b before the shares are taken."""
-    analysis, items = asked
-    before, _ = analysis.coefficients(items[:1])
-    text = text_model(analysis.model)
-    tokens = len(items[0].prompt.ids)
-    start = attention.block_of(items[0], 4).stop
-    text.config.laid_length = {"reference": 1.0, "exponent": [[1.0, 0.0], [0.0, 0.0]]}
-    kept = text.config._attn_implementation
-    text.set_attn_implementation("laid_length_sdpa")
-    try:
-        after, _ = analysis.coefficients(items[:1])
-    finally:
-        del text.config.laid_length
-        text.set_attn_implementation(kept)
-    ratio = np.abs(after[0, 0, 0]) / np.abs(before[0, 0, 0])
-    assert (ratio > start / 2).all() and (ratio < 2 * tokens).all()
-    np.testing.assert_allclose(after[0, 0, 1], before[0, 0, 1], atol=1e-6)
-
-
 def test_verb_writes_a_record_that_is_the_same_twice(
     family, haystacks, coco_root, micro_file, tmp_path, capsys
 ):

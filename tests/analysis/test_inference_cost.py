@@ -42,11 +42,10 @@ def test_ratio_interval_of_constant_turns():
 
 
 def test_an_exported_student_does_base_s_products(micro, family, haystacks, coco_root, tmp_path):
-    """A run whose export is the student itself with other weights and a length factor: the same FLOPs, another answer."""
+    """A run whose export is the student itself with other weights: the same FLOPs, another answer."""
     model = load_model(family["small"])
     with torch.no_grad():
         model.model.language_model.layers[0].self_attn.q_proj.weight.mul_(1.1)
-    model.config.text_config.laid_length = {"reference": 20.0, "exponent": [[0.1, 0.2], [0.0, 0.1]]}
     model.save_pretrained(tmp_path / "seed0/model")
     found = cost.measure(
         micro,

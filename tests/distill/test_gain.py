@@ -1,4 +1,4 @@
-"""The gain against scores written out by hand; folding and export against the hooked model."""
+"""The gain against scores written out by hand; folding against the hooked model."""
 
 import accelerate
 import pytest
@@ -6,11 +6,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForImageTextToText, DynamicCache
+from transformers import DynamicCache
 
 from laid.distill.gain import RopeGain, _Scale, visible_keys
 from laid.errors import LaidError
-from laid.methods import length_gain
 from laid.models.capture import QKCapture
 from laid.models.decoder import geometry, rotate
 from tiny_vlm import prompt, tiny_config, tiny_model
@@ -53,32 +52,29 @@ def test_sections_follow_the_rotary_embedding_of_transformers():
         assert torch.equal(sin[0, 0] != 0, torch.cat((axis, axis)) == moved)
 
 
-@pytest.mark.parametrize("granularity, columns", [("frequency", 4), ("section", 3), ("head", 1)])
-def test_scores_by_hand(granularity, columns):
+def test_scores_by_hand():
     """Pair f of a query head is scaled before rotation, so each frequency's part of the score is scaled after it."""
     model = tiny_model()
-    gain = randomised(model, layers=[1], granularity=granularity)
-    assert gain.log_gain.shape == (1, 4, columns)
-    with QKCapture(model, 1) as capture:
+    gain = randomised(model)
+    assert gain.log_gain.shape == (2, 4, 4)
+    with QKCapture(model, 0) as capture:
         logits(model)
-        bare = capture.take()[1]
+        bare = capture.take()[0]
     gain.attach(model)
-    with QKCapture(model, 1) as capture:
+    with QKCapture(model, 0) as capture:
         logits(model)
-        scaled = capture.take()[1]
+        scaled = capture.take()[0]
     q, k = bare.rotated()
     q_scaled, _ = scaled.rotated()
-    sections = [0, 1, 1, 2]
     for head in range(4):
         for a, b in ((0, 3), (9, 2)):
             expected = 0.0
             for f in range(4):
-                column = {"frequency": f, "section": sections[f], "head": 0}[granularity]
                 part = (
                     q[0, head, a, f] * k[0, head // 2, b, f]
                     + q[0, head, a, f + 4] * k[0, head // 2, b, f + 4]
                 )
-                expected += torch.exp(gain.log_gain[0, head, column]).item() * part.item()
+                expected += torch.exp(gain.log_gain[0, head, f]).item() * part.item()
             got = (q_scaled[0, head, a] * k[0, head // 2, b]).sum().item()
             assert got == pytest.approx(expected, rel=1e-4, abs=1e-4)
 
@@ -94,10 +90,9 @@ def test_commutes_with_rotation(seed):
     torch.testing.assert_close(a, rotate(x, angle.cos(), angle.sin()) * gain, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("granularity", ["frequency", "section", "head"])
-def test_folding_equals_the_hooks(granularity):
+def test_folding_equals_the_hooks():
     model = tiny_model(dtype=torch.float64)
-    gain = randomised(model, granularity=granularity).double()
+    gain = randomised(model).double()
     plain = logits(model)
     gain.attach(model)
     hooked = logits(model)
@@ -109,22 +104,22 @@ def test_folding_equals_the_hooks(granularity):
     assert (hooked - plain).abs().max() > 1e-2
 
 
-def test_folding_touches_only_chosen_layers_and_q_proj():
+def test_folding_touches_q_proj_alone():
     model, other = tiny_model(), tiny_model()
-    randomised(model, layers=-1).fold_(model)
+    randomised(model).fold_(model)
     changed = {n for (n, p), q in zip(model.named_parameters(), other.parameters()) if not torch.equal(p, q)}
-    assert changed == {f"model.language_model.layers.1.self_attn.q_proj.{x}" for x in ("weight", "bias")}
+    assert changed == {
+        f"model.language_model.layers.{n}.self_attn.q_proj.{x}" for n in (0, 1) for x in ("weight", "bias")
+    }
 
 
-@pytest.mark.parametrize("granularity", ["frequency", "section"])
-@pytest.mark.parametrize("export", ["attention", "fold"])
-def test_under_lora_with_checkpointing_then_merged_and_folded(granularity, export):
+def test_under_lora_with_checkpointing_then_merged_and_folded():
     torch.manual_seed(1)  # the adapter's own weights
     model = get_peft_model(
         tiny_model(dtype=torch.float64),
         LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False),
     ).double()
-    gain = randomised(model, granularity=granularity, length_aware=True, reference=8).double().attach(model)
+    gain = randomised(model, length_aware=True, reference=8).double().attach(model)
     hooked = logits(model)
     with QKCapture(model, 0) as capture:
         logits(model)
@@ -143,10 +138,6 @@ def test_under_lora_with_checkpointing_then_merged_and_folded(granularity, expor
     with pytest.raises(LaidError, match="merge"):
         gain.fold_(model, tokens=8)
     merged = model.merge_and_unload()
-    if export == "attention":
-        length_gain.export_(merged, gain)
-        torch.testing.assert_close(logits(length_gain.enable(merged)), hooked, rtol=1e-6, atol=1e-6)
-        return
     gain.fold_(merged, tokens=12)  # exact for the query that sees so many keys
     with QKCapture(merged, 0) as capture:
         logits(merged)
@@ -218,7 +209,7 @@ def test_compiled_after_attaching_is_the_same_and_compiled_before_is_refused():
 
 
 def test_length_factor_by_hand():
-    gain = RopeGain(tiny_config(), layers=[0], length_aware=True, reference=40, exponent=0.3)
+    gain = RopeGain(tiny_config(), length_aware=True, reference=40, exponent=0.3)
     with torch.no_grad():
         gain.exponent[0, 1] = -0.5
     factor = gain.length_factor(torch.tensor([40, 10, 160]))[0]
@@ -242,49 +233,6 @@ def padded_batch():
     mask = torch.ones(2, 12, dtype=torch.long)
     mask[0, :4] = 0
     return ids, mask
-
-
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_export_for_all_lengths_equals_training_time(tmp_path, attention):
-    model = tiny_model()
-    gain = randomised(model, layers=[1], length_aware=True, reference=8).attach(model)
-    ids, mask = padded_batch()
-    images = logits(model)
-    hooked = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-    gain.detach()
-    length_gain.export_(model, gain)
-    model.save_pretrained(tmp_path)
-    loaded = length_gain.enable(AutoModelForImageTextToText.from_pretrained(tmp_path), attention).eval()
-    assert loaded.model.language_model.config._attn_implementation == f"laid_length_{attention}"
-    torch.testing.assert_close(logits(loaded), images, rtol=1e-4, atol=1e-4)
-    real = mask.bool()
-    got = loaded(input_ids=ids, attention_mask=mask, use_cache=False).logits
-    torch.testing.assert_close(got[real], hooked[real], rtol=1e-4, atol=1e-4)
-    for m in (model, loaded):  # prefill of 8, then 3 and 1 tokens from the cache
-        if m is model:
-            m = length_gain.enable(model, attention)
-        cache, parts = DynamicCache(config=m.config), []
-        for start, stop in ((0, 8), (8, 11), (11, 12)):
-            out = m(
-                input_ids=ids[:, start:stop],
-                attention_mask=mask[:, :stop],
-                past_key_values=cache,
-                use_cache=True,
-            )
-            parts.append(out.logits)
-        torch.testing.assert_close(torch.cat(parts, 1)[real], hooked[real], rtol=1e-4, atol=1e-4)
-
-
-def test_exported_decoding_without_padding_counts_the_whole_cache():
-    model = tiny_model()
-    length_gain.export_(model, randomised(model, length_aware=True, reference=8))
-    length_gain.enable(model)
-    ids, _ = padded_batch()
-    whole = model(input_ids=ids, use_cache=False).logits
-    cache = DynamicCache(config=model.config)
-    model(input_ids=ids[:, :11], past_key_values=cache)
-    last = model(input_ids=ids[:, 11:], past_key_values=cache).logits
-    torch.testing.assert_close(last[:, 0], whole[:, -1], rtol=1e-4, atol=1e-4)
 
 
 def test_a_capture_attached_first_still_sees_the_gain():
@@ -371,12 +319,8 @@ def test_fold_for_one_length_is_exact_there():
 
 def test_clear_errors():
     model = tiny_model()
-    with pytest.raises(LaidError, match="allowed: frequency, section, head"):
-        RopeGain(model, granularity="axis")
     with pytest.raises(LaidError, match="reference is 0"):
         RopeGain(model, reference=0)
-    with pytest.raises(LaidError, match="layer 5 does not exist: the model has 2"):
-        RopeGain(model, layers=[5])
     gain = RopeGain(model, length_aware=True).attach(model)
     with pytest.raises(LaidError, match="attached already"):
         gain.attach(model)
@@ -387,6 +331,3 @@ def test_clear_errors():
         gain.fold_(model)
     with pytest.raises(LaidError, match="adds up to 5, but head_dim 8 has 4"):
         RopeGain(tiny_config(sections=(1, 2, 2)))
-    model.model.language_model.config.laid_length = {"reference": 8.0, "exponent": [[0.0] * 4]}
-    with pytest.raises(LaidError, match=r"\(1, 4\), the model has \(2, 4\)"):
-        length_gain.enable(model)

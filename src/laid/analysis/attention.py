@@ -21,7 +21,6 @@ from laid.data.questions import Question, haystack_file, read_questions
 from laid.distill.attention_rows import attention_rows
 from laid.errors import LaidError
 from laid.evaluation.evaluate import Asked, Evaluator, source_of
-from laid.methods.length_gain import scaled
 from laid.methods.registry import load_with_method
 from laid.models.capture import LayerQK, QKCapture
 from laid.models.decoder import geometry, text_model
@@ -34,10 +33,7 @@ RESAMPLES = 1000
 
 
 class LayerVisitor(QKCapture):
-    """Hands each layer's queries and keys to `visit(layer, LayerQK)` as soon as the layer is done, and forgets them.
-
-    The queries carry the length factor of an exported length-aware student (laid.methods.length_gain).
-    """
+    """Hands each layer's queries and keys to `visit(layer, LayerQK)` as soon as the layer is done, and forgets them."""
 
     def __init__(self, model: torch.nn.Module, layers: Iterable[int], visit: Callable[[int, LayerQK], None]):
         super().__init__(model, layers)
@@ -52,11 +48,8 @@ class LayerVisitor(QKCapture):
         return self
 
     def _visit_hook(self, layer: int):
-        def hook(attention, *_):
-            qk = LayerQK(**self._caught.pop(layer))
-            if getattr(attention.config, "laid_length", None) is not None:
-                qk.q = scaled(attention, qk.q, qk.k.shape[2], None)
-            self.visit(layer, qk)
+        def hook(*_):
+            self.visit(layer, LayerQK(**self._caught.pop(layer)))
 
         return hook
 

@@ -9,7 +9,6 @@ from laid.errors import LaidError
 
 KEY_WEIGHTS = ("shared", "own")
 NORMS = ("mean", "frobenius")
-INITS = ("uniform", "blocks")
 
 
 class HeadAlignment(nn.Module):
@@ -19,10 +18,9 @@ class HeadAlignment(nn.Module):
         "own" gives keys their own weights, (student_kv_heads, teacher_kv_heads), and sums over KV heads.
     projection: learn a map from the teacher's head_dim to the student's; needed where they differ. It starts by
         picking, for each student frequency, the teacher pair of nearest wavelength.
-    init: "uniform" starts every w_ij at 1/h_t, so that all heads first see the same target. "blocks" starts student
-        head i on its own h_t/h_s consecutive teacher heads. `fit_` starts from the least-squares mixture instead.
 
-    The paper calls w learnable and says neither how it starts nor that rows sum to one: w is free here.
+    The paper calls w learnable and says neither how it starts nor that rows sum to one: w is free here. Every w_ij starts
+    at 1/h_t, so that all heads first see the same target; `fit_` starts from the least-squares mixture instead.
     Passing rotated tensors instead gives the same number when both models share RoPE, because a rotation
     is common to all heads of a token and keeps lengths (not so with a projection, which mixes pairs).
     Parameters: w (student_heads, teacher_heads); w_key if "own"; map_q, map_k (head_dim_s, head_dim_t) if projection.
@@ -39,12 +37,10 @@ class HeadAlignment(nn.Module):
         head_dim_t: int,
         key_weights: str = "shared",
         projection: bool = False,
-        init: str = "uniform",
     ) -> None:
         super().__init__()
-        for name, value, allowed in (("key_weights", key_weights, KEY_WEIGHTS), ("init", init, INITS)):
-            if value not in allowed:
-                raise LaidError(f"alignment: {name} is {value!r}, allowed: {', '.join(allowed)}")
+        if key_weights not in KEY_WEIGHTS:
+            raise LaidError(f"alignment: key_weights is {key_weights!r}, allowed: {', '.join(KEY_WEIGHTS)}")
         if head_dim_s != head_dim_t and not projection:
             raise LaidError(
                 f"student head_dim {head_dim_s} and teacher head_dim {head_dim_t} differ: their heads cannot be"
@@ -53,9 +49,9 @@ class HeadAlignment(nn.Module):
         self.heads_s, self.kv_s = student_heads, student_kv_heads
         self.heads_t, self.kv_t = teacher_heads, teacher_kv_heads
         self.dim_s, self.dim_t, self.key_weights = head_dim_s, head_dim_t, key_weights
-        self.w = nn.Parameter(_start(student_heads, teacher_heads, init))
+        self.w = nn.Parameter(_even(student_heads, teacher_heads))
         if key_weights == "own":
-            self.w_key = nn.Parameter(_start(student_kv_heads, teacher_kv_heads, init))
+            self.w_key = nn.Parameter(_even(student_kv_heads, teacher_kv_heads))
         if projection:
             self.map_q = nn.Parameter(_same_wavelength(head_dim_s, head_dim_t))
             self.map_k = nn.Parameter(_same_wavelength(head_dim_s, head_dim_t))
@@ -231,15 +227,9 @@ class _Error(torch.autograd.Function):
         return of_s, None, of_mix, of_project, None, None, None
 
 
-def _start(rows: int, columns: int, init: str) -> torch.Tensor:
+def _even(rows: int, columns: int) -> torch.Tensor:
     """(rows, columns) of starting weights, each row summing to one."""
-    if init == "uniform":
-        return torch.full((rows, columns), 1.0 / columns)
-    # Row i covers the stretch [i, i+1) / rows of the teacher's heads laid end to end.
-    edge = torch.arange(columns, dtype=torch.float64) / columns
-    low = torch.arange(rows, dtype=torch.float64)[:, None] / rows
-    overlap = torch.minimum(edge + 1 / columns, low + 1 / rows) - torch.maximum(edge, low)
-    return (overlap.clamp_min(0) * rows).float()
+    return torch.full((rows, columns), 1.0 / columns)
 
 
 def _same_wavelength(dim_s: int, dim_t: int) -> torch.Tensor:

@@ -1,18 +1,11 @@
-"""Matching of attention rows: where question and answer tokens look, student against mixed teacher heads.
+"""Chosen rows of attention: where the tokens of the question and of the answer look.
 
-Our second reading of "distance-weighted attention matching". Only chosen query rows are compared, (rows x tokens) per
-head and never (tokens x tokens). The teacher's row for student head i is sum_j a_ij P^t_j, a_i = softmax over teacher
-heads of a learned row, so that it stays a distribution. The divergence sums, over keys n,
-
-    weight_n * ( P^t log(P^t / P^s) - P^t + P^s )
-
-Each term is at least 0 and 0 only at equality, so weights cannot turn it negative; with all weights 1 the sum is KL(P^t || P^s).
+(rows x tokens) per head and never (tokens x tokens). `laid.distill.joint_rows` matches such rows.
 """
 
 from __future__ import annotations
 
 import torch
-from torch import nn
 
 from laid.errors import LaidError
 
@@ -67,48 +60,3 @@ def question_rows(image_mask: torch.Tensor, answer: torch.Tensor) -> tuple[torch
     first = torch.where(image_mask.any(-1), (image_mask * at).amax(-1) + 2, 0)
     rows = first[:, None] + torch.arange(int((answer - first).max()) + 1, device=image_mask.device)
     return torch.minimum(rows, answer[:, None]), rows <= answer[:, None]
-
-
-class RowMatching(nn.Module):
-    """Weighted divergence of student rows from learned mixtures of teacher rows, for one pair of layers.
-
-    Parameter: mixture (student_heads, teacher_heads), logits of the mixture, 0 at the start (an even mixture).
-    """
-
-    def __init__(self, student_heads: int, teacher_heads: int) -> None:
-        super().__init__()
-        self.mixture = nn.Parameter(torch.zeros(student_heads, teacher_heads))
-
-    def forward(
-        self,
-        student: torch.Tensor,
-        teacher: torch.Tensor,
-        key_weights: torch.Tensor | None = None,
-        row_mask: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Mean over batch, student heads and rows of the weighted divergence: a scalar in nats.
-
-        student: (batch, student_heads, rows, tokens), teacher: (batch, teacher_heads, rows, tokens): log-probabilities
-        from `attention_rows`. key_weights: (batch, tokens), not negative, e.g. DistanceSchedule.weights.
-        row_mask: (batch, rows), true where a row counts (None: all).
-        Raises LaidError when rows or heads do not fit.
-        """
-        heads = (student.shape[1], teacher.shape[1])
-        if heads != tuple(self.mixture.shape) or student.shape[2:] != teacher.shape[2:]:
-            raise LaidError(
-                f"attention rows: student {tuple(student.shape)} and teacher {tuple(teacher.shape)} do not fit a mixture of"
-                f" {tuple(self.mixture.shape)} heads over the same rows and tokens"
-            )
-        weights = self.mixture.softmax(-1).to(teacher.dtype)
-        target = torch.einsum("ij,bjrn->birn", weights, teacher.exp())
-        seen = target > 0
-        log_target = torch.where(seen, target, torch.ones_like(target)).log()
-        log_student = torch.where(seen, student, torch.zeros_like(student))
-        terms = target * (log_target - log_student) - target + student.exp()
-        if key_weights is not None:
-            terms = terms * key_weights.to(terms.dtype)[:, None, None]
-        sums = terms.sum(-1)
-        if row_mask is None:
-            return sums.mean()
-        counted = row_mask[:, None].to(sums.dtype).expand_as(sums)
-        return (sums * counted).sum() / counted.sum()

@@ -14,79 +14,57 @@ own causal index + 1, padding left out), so that prefill, decoding with a cache 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import nn
 
 from laid.errors import LaidError
-from laid.models.decoder import geometry, layer_indices, refuse_compiled, text_model
+from laid.models.decoder import geometry, refuse_compiled, text_model
 from laid.models.families import family_of
-
-GRANULARITIES = ("frequency", "section", "head")
 
 
 class RopeGain(nn.Module):
-    """Gains for the query heads of chosen layers, applied by hooks; it is no part of the model's own state.
+    """Gains for the query heads of every layer, applied by hooks; it is no part of the model's own state.
 
     Give its parameters to the optimiser beside the model's. Under DistributedDataParallel wrap it too, or reduce its
     gradients: the model's own wrapper does not know them.
 
-    model: a model or its config, for the sizes. layers: numbers, negative from the end; None is all.
-    granularity: one gain per "frequency" (head_dim / 2 of them), per M-RoPE "section" (time, height, width), or per
-        "head".
+    model: a model or its config, for the sizes.
     length_aware: learn b. reference: tokens at which the length factor is 1. exponent: where b starts.
-    Parameters: log_gain (layers, heads, frequencies | 3 | 1), starting at 0, with 1 for heads where the family normalises
+    Parameters: log_gain (layers, heads, head_dim / 2), starting at 0, with 1 for heads where the family normalises
         queries; exponent (layers, heads) if length_aware.
-    Raises LaidError on unknown layers or granularity, or a reference that is not positive.
+    Raises LaidError on a reference that is not positive.
     """
 
     def __init__(
         self,
         model,
-        layers: int | Iterable[int] | None = None,
-        granularity: str = "frequency",
         length_aware: bool = False,
         reference: float = 1024.0,
         exponent: float = 0.0,
     ) -> None:
         super().__init__()
-        if granularity not in GRANULARITIES:
-            raise LaidError(f"gain: granularity is {granularity!r}, allowed: {', '.join(GRANULARITIES)}")
         if not reference > 0:
             raise LaidError(f"gain: reference is {reference} tokens, must be above 0")
         self.geometry = geometry(model)
-        self.layers = layer_indices(layers, self.geometry.layers)
-        self.granularity, self.length_aware, self.reference = granularity, length_aware, float(reference)
-        axis = self.geometry.axis_of_frequency()
-        column = {"frequency": torch.arange(len(axis)), "section": axis, "head": torch.zeros_like(axis)}[
-            granularity
-        ]
-        self.register_buffer("column", column, persistent=False)
-        rows, heads = len(self.layers), self.geometry.heads
+        self.length_aware, self.reference = length_aware, float(reference)
+        layers, heads = self.geometry.layers, self.geometry.heads
         own = 1 if self.geometry.query_norm else heads
-        self.log_gain = nn.Parameter(torch.zeros(rows, own, int(column.max()) + 1))
+        self.log_gain = nn.Parameter(torch.zeros(layers, own, self.geometry.frequencies))
         if length_aware:
-            self.exponent = nn.Parameter(torch.full((rows, heads), float(exponent)))
+            self.exponent = nn.Parameter(torch.full((layers, heads), float(exponent)))
         self._handles: list = []
         self._counts: dict[int, torch.Tensor] = {}
 
     def gains(self) -> torch.Tensor:
         """(layers, heads, frequencies): the factor of each rotation pair, without the length factor."""
-        return self.log_gain[..., self.column].exp().expand(-1, self.geometry.heads, -1)
-
-    def by_section(self) -> torch.Tensor:
-        """(layers, heads, 3): geometric mean of the gains over time, height and width frequencies, for reading."""
-        logs = self.log_gain.detach()[..., self.column].expand(-1, self.geometry.heads, -1)
-        axis = self.geometry.axis_of_frequency().to(logs.device)
-        return torch.stack([logs[..., axis == a].mean(-1) for a in range(3)], dim=-1).exp()
+        return self.log_gain.exp().expand(-1, self.geometry.heads, -1)
 
     def length_factor(self, counts: torch.Tensor) -> torch.Tensor:
         """(counts / reference) ** b for counts (...) of visible keys -> (layers, ..., heads), float32. Ones without b."""
         if not self.length_aware:
-            return torch.ones(len(self.layers), *counts.shape, self.geometry.heads, device=counts.device)
+            return torch.ones(self.geometry.layers, *counts.shape, self.geometry.heads, device=counts.device)
         logs = self._logs(counts)
-        exponent = self.exponent.view(len(self.layers), *[1] * counts.dim(), -1)
+        exponent = self.exponent.view(self.geometry.layers, *[1] * counts.dim(), -1)
         return (exponent * logs[None, ..., None]).exp()
 
     def attach(self, model: nn.Module) -> RopeGain:
@@ -100,12 +78,12 @@ class RopeGain(nn.Module):
         self._require_same_sizes(model)
         text = text_model(model)
         family = family_of(text.config)
-        hooked = [text.layers[layer].self_attn.q_proj for layer in self.layers]
+        hooked = [layer.self_attn.q_proj for layer in text.layers]
         self._handles.append(text.register_forward_pre_hook(self._same_projections_hook(hooked)))
         if self.length_aware:
             self._handles.append(text.register_forward_pre_hook(_pass_counts, with_kwargs=True))
-        for row, layer in enumerate(self.layers):
-            attention = text.layers[layer].self_attn
+        for row, layer in enumerate(text.layers):
+            attention = layer.self_attn
             if self.length_aware:
                 self._handles.append(
                     attention.register_forward_pre_hook(self._counts_hook(row), with_kwargs=True)
@@ -124,8 +102,8 @@ class RopeGain(nn.Module):
     def fold_(self, model: nn.Module, tokens: float | None = None) -> None:
         """Multiply q_proj's weight rows and bias (or q_norm's weight) by the gains, in place: no hook is needed then.
 
-        tokens: for a length-aware gain, the one visible-key count whose factor is folded in for every query
-        (`laid.methods.length_gain.export_` keeps all lengths instead). The fold is exact for queries at that count.
+        tokens: for a length-aware gain, the one visible-key count whose factor is folded in for every query. The fold
+        is exact for queries at that count.
         Raises LaidError while attached, with unmerged adapters, without `tokens` where it is needed, and where heads
         that share a q_norm would need different factors.
         """
@@ -133,20 +111,18 @@ class RopeGain(nn.Module):
             raise LaidError("the gain is still attached: detach() before folding, or it would act twice")
         self._require_same_sizes(model)
         if self.length_aware and tokens is None:
-            raise LaidError(
-                "a length-aware gain folds for one length: pass tokens=, or use length_gain.export_"
-            )
+            raise LaidError("a length-aware gain folds for one length: pass tokens=")
         if tokens is not None and not tokens > 0:
             raise LaidError(f"gain: tokens is {tokens}, must be above 0")
         scale = self._per_output(self.gains())
         if self.length_aware:
             factor = self.length_factor(torch.tensor(float(tokens), device=scale.device))
             scale = scale * factor.repeat_interleave(self.geometry.head_dim, dim=-1)
-        for row, layer in enumerate(self.layers):
+        for layer, module in enumerate(text_model(model).layers):
             if self.geometry.query_norm:
-                self._fold_norm(text_model(model).layers[layer].self_attn.q_norm, scale[row], layer)
+                self._fold_norm(module.self_attn.q_norm, scale[layer], layer)
                 continue
-            projection = text_model(model).layers[layer].self_attn.q_proj
+            projection = module.self_attn.q_proj
             if not isinstance(projection, nn.Linear):
                 raise LaidError(
                     f"layer {layer}: q_proj is a {type(projection).__name__}, not a plain Linear:"
@@ -155,7 +131,7 @@ class RopeGain(nn.Module):
             wide = torch.promote_types(projection.weight.dtype, torch.float32)
             for tensor in (projection.weight, projection.bias):
                 if tensor is not None:
-                    factor = scale[row].to(tensor.device, wide).view(-1, *[1] * (tensor.dim() - 1))
+                    factor = scale[layer].to(tensor.device, wide).view(-1, *[1] * (tensor.dim() - 1))
                     tensor.copy_(tensor.to(wide) * factor)
 
     def _fold_norm(self, norm: nn.Module, scale: torch.Tensor, layer: int) -> None:
@@ -164,7 +140,7 @@ class RopeGain(nn.Module):
         if not torch.equal(by_head, by_head[:1].expand_as(by_head)):
             raise LaidError(
                 f"layer {layer}: heads have different length factors, but share one q_norm into which they cannot fold:"
-                ' export the gain with "attention" (methods.<name>.gain.export)'
+                " set methods.<name>.gain.length_aware to false"
             )
         wide = torch.promote_types(norm.weight.dtype, torch.float32)
         norm.weight.copy_(norm.weight.to(wide) * by_head[0].to(norm.weight.device, wide))
@@ -175,7 +151,7 @@ class RopeGain(nn.Module):
 
     def _same_projections_hook(self, hooked: list[nn.Module]):
         def hook(text, _args):
-            for layer, projection in zip(self.layers, hooked, strict=True):
+            for layer, projection in enumerate(hooked):
                 if text.layers[layer].self_attn.q_proj is not projection:
                     raise LaidError(
                         f"layer {layer}: q_proj was replaced after the gain was attached (an adapter?), which the gain"
@@ -189,7 +165,7 @@ class RopeGain(nn.Module):
             logs = self._logs(self._counts[row]) if self.length_aware else None
             exponent = self.exponent[row] if self.length_aware else None
             heads = output.view(*output.shape[:2], self.geometry.heads, 2, -1)
-            scaled = _Scale.apply(heads, self.log_gain[row][:, self.column], exponent, logs)
+            scaled = _Scale.apply(heads, self.log_gain[row], exponent, logs)
             return scaled.view(output.shape)
 
         return hook

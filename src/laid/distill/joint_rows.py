@@ -13,7 +13,11 @@ out), normalised over the N visual tokens:
 
 m_r: the teacher's mean mass on the sample's own images times what P*_r tells: rows that find something count. share_ir: the
 student's heads divide a row among them by squared overlap (sum_n sqrt(P*_n P^s_n)) ** 2, so that the head that finds the needle
-learns to find it far away, and the others are left to their work. D weighs keys by distance, as `RowMatching` does.
+learns to find it far away, and the others are left to their work. D weighs keys by distance:
+
+    D(P* || P^s) = sum_n weight_n ( P*_n log(P*_n / P^s_n) - P*_n + P^s_n )
+
+Each term is at least 0 and 0 only at equality, so weights cannot turn it negative; with all weights 1 it is KL(P* || P^s).
 This is our reading of the "distance-weighted attention matching" that the paper's abstract names without a formula.
 """
 

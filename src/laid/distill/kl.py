@@ -1,4 +1,4 @@
-"""Divergences between teacher and student answers (paper, eq. 8), at answer positions only."""
+"""L_KL: the divergence of the student's answers from the teacher's (paper, eq. 8), at answer positions only."""
 
 from __future__ import annotations
 
@@ -37,28 +37,6 @@ def forward_kl(
     """
     log_s, log_t = _log_probabilities(student, teacher, temperature)
     return temperature**2 * _mean(_kl(log_t, log_s), weights)
-
-
-def generalised_jsd(
-    student: torch.Tensor,
-    teacher: torch.Tensor,
-    beta: float = 0.5,
-    temperature: float = 1.0,
-    weights: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """tau^2 * (beta KL(p^t || m) + (1 - beta) KL(p^s || m)) with m = beta p^t + (1 - beta) p^s (Agarwal et al. 2024).
-
-    beta in (0, 1): divided by beta, the limit beta -> 0 is forward KL, and by 1 - beta, beta -> 1 is reverse KL.
-    Shapes and errors as forward_kl; beta outside (0, 1) is a LaidError.
-    """
-    if not 0 < beta < 1:
-        raise LaidError(
-            f"generalised JSD needs beta between 0 and 1, got {beta}; use forward_kl for the limit at 0"
-        )
-    log_s, log_t = _log_probabilities(student, teacher, temperature)
-    bias = torch.tensor(beta, dtype=log_s.dtype, device=log_s.device)
-    middle = torch.logaddexp(log_t + bias.log(), log_s + torch.log1p(-bias))
-    return temperature**2 * _mean(beta * _kl(log_t, middle) + (1 - beta) * _kl(log_s, middle), weights)
 
 
 def _log_probabilities(student, teacher, temperature):

@@ -10,6 +10,8 @@ import torch
 from laid.distill.schedule import LambdaSchedule
 from laid.errors import LaidError
 
+PARTS = ("laid", "kl", "sft", "rows")
+
 
 @dataclass(frozen=True)
 class Objective:
@@ -24,38 +26,17 @@ class Objective:
     sft: LambdaSchedule = field(default_factory=lambda: LambdaSchedule(1.0))
     rows: LambdaSchedule = field(default_factory=lambda: LambdaSchedule(0.0))
 
-    @classmethod
-    def of(cls, laid: float = 0.0, kl: float = 0.0, sft: float = 1.0, rows: float = 0.0) -> Objective:
-        """Constant lambdas."""
-        return cls(LambdaSchedule(laid), LambdaSchedule(kl), LambdaSchedule(sft), LambdaSchedule(rows))
-
-    @classmethod
-    def from_alpha(cls, alpha: float = 0.3, use_laid: bool = True, use_kl: bool = True) -> Objective:
-        """Lambdas from the paper's one "distillation alpha", 0.3.
-
-        The paper never says how alpha maps to eq. 8. Our reading, after Hinton et al. (2015): alpha weighs what comes
-        from the teacher, 1 - alpha the labels: lambda_LAid = lambda_KL = alpha, lambda_SFT = 1 - alpha. Leaving a part
-        out (the ablations; the 3B student without L_KL) sets its lambda to 0 and changes no other.
-        """
-        if not 0 <= alpha <= 1:
-            raise LaidError(f"distillation alpha is {alpha}, must lie in 0 to 1")
-        return cls.of(laid=alpha * use_laid, kl=alpha * use_kl, sft=1 - alpha)
-
     def needs(self, part: str) -> bool:
         """Whether `part` ever has weight: whether the teacher's tensors for it are needed at all."""
-        schedule = getattr(self, part)
-        return schedule.value > 0 or (schedule.shape != "constant" and schedule.final > 0)
+        return getattr(self, part).value > 0
 
     def total(self, parts: Mapping[str, torch.Tensor], progress: float = 0.0) -> torch.Tensor:
         """Weighted sum of scalar losses named "laid", "kl", "sft", "rows".
 
-        Raises LaidError when a part has weight now and is missing, when a part is unknown, or when none has weight.
+        Raises LaidError when a part has weight now and is missing, or when none has weight.
         """
-        unknown = set(parts) - {"laid", "kl", "sft", "rows"}
-        if unknown:
-            raise LaidError(f"objective: unknown parts {sorted(unknown)}, allowed: laid, kl, sft, rows")
         total = None
-        for part in ("laid", "kl", "sft", "rows"):
+        for part in PARTS:
             weight = getattr(self, part)(progress)
             if weight == 0:
                 continue

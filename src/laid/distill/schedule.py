@@ -3,8 +3,7 @@
 One clock: progress = optimiser step / all steps, in [0, 1]. The paper's abstract says that longer position differences
 are "emphasised more and more"; it gives no formula. Our reading, one rule for every part that knows distance:
 
-    emphasis(p) = 0 before `start`, 1 after `end`, linear between
-    weight(d, p) = (1 + strength * emphasis(p) * (d / d_max) ** power) / (its mean over the counted tokens)
+    weight(d, p) = (1 + strength * p * d / d_max) / (its mean over the counted tokens)
 
 At p = 0 all tokens count alike (eq. 7 as printed). At the end a token at the far end counts 1 + strength times one at the
 answer. The mean stays 1, so lambda keeps its meaning while the emphasis grows. d is the M-RoPE distance.
@@ -27,26 +26,10 @@ class DistanceSchedule:
     """Weights of tokens by distance, growing with progress. strength 0 switches it off."""
 
     strength: float = 4.0
-    power: float = 1.0
-    start: float = 0.0
-    end: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.strength < 0 or self.power <= 0:
-            raise LaidError(
-                f"distance schedule: strength {self.strength} must be at least 0 and power {self.power} above 0"
-            )
-        if not 0 <= self.start <= self.end <= 1:
-            raise LaidError(
-                f"distance schedule: 0 <= start {self.start} <= end {self.end} <= 1 does not hold"
-            )
-
-    def emphasis(self, progress: float) -> float:
-        """In [0, 1], never falling."""
-        progress = _progress(progress)
-        if progress >= self.end:
-            return 1.0
-        return max(0.0, (progress - self.start) / (self.end - self.start))
+        if self.strength < 0:
+            raise LaidError(f"distance schedule: strength is {self.strength}, must be at least 0")
 
     def weights(
         self,
@@ -68,7 +51,7 @@ class DistanceSchedule:
         else:
             span = max(float(d_max), 1.0)
         share = (distance / span).clamp(0.0, 1.0)
-        raw = (1.0 + self.strength * self.emphasis(progress) * share**self.power) * counted
+        raw = (1.0 + self.strength * _progress(progress) * share) * counted
         return (
             raw
             * counted.sum(-1, keepdim=True)
@@ -87,32 +70,27 @@ def distance_to_answer(position_ids: torch.Tensor, answer: torch.Tensor) -> torc
     return (at - position_ids).amax(0).clamp_min(0).float()
 
 
-def reach(progress: float, short: float, long: float, start: float = 0.0, end: float = 1.0) -> float:
-    """The largest span in positions that gapped samples may have now: `short` until `start`, `long` from `end` on."""
-    share = DistanceSchedule(strength=0.0, start=start, end=end).emphasis(progress)
+def reach(progress: float, short: float, long: float, end: float = 1.0) -> float:
+    """The largest span in positions that gapped samples may have now: `short` at the start, `long` from `end` on."""
+    share = 1.0 if _progress(progress) >= end else progress / end
     return short + (long - short) * share
 
 
 @dataclass(frozen=True)
 class LambdaSchedule:
-    """A loss weight over progress: `value` throughout ("constant"), or falling to `final` by "linear" or "cosine"."""
+    """A loss weight over progress: `value` throughout ("constant"), or falling to 0 at the end ("linear")."""
 
     value: float
     shape: str = "constant"
-    final: float = 0.0
-    end: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.shape not in SHAPES:
-            raise LaidError(f"lambda schedule: shape is {self.shape!r}, allowed: {', '.join(SHAPES)}")
-        if self.value < 0 or self.final < 0:
-            raise LaidError(f"lambda schedule: {self.value} to {self.final}: loss weights cannot be negative")
-        if not 0 < self.end <= 1:
-            raise LaidError(f"lambda schedule: end is {self.end}, must be above 0 and at most 1")
+        if self.shape not in ("constant", "linear"):
+            raise LaidError(f"lambda schedule: shape is {self.shape!r}, allowed: constant, linear")
+        if self.value < 0:
+            raise LaidError(f"lambda schedule: {self.value}: loss weights cannot be negative")
 
     def __call__(self, progress: float) -> float:
-        share = min(1.0, _progress(progress) / self.end)
-        return self.final + (self.value - self.final) * _fall(self.shape, share)
+        return self.value * _fall(self.shape, _progress(progress))
 
 
 def learning_rate_factor(step: int, steps: int, warmup: float = 0.05, shape: str = "linear") -> float:

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from laid.errors import LaidError
-from laid.methods.length_gain import enable as enable_length_gain
 from laid.methods.self_extend import apply_self_extend
 from laid.methods.yarn import apply_yarn
 from laid.models.loading import load_model, resolve, source_errors
@@ -63,7 +62,7 @@ def load_run(
     if not folder.is_dir():
         raise LaidError(f"{folder}: no such folder: this run did not finish; make it again with `laid train`")
     if not (folder / "adapter_config.json").is_file():
-        return enable_length_gain(load_model(folder, dtype, attention, device), attention)
+        return load_model(folder, dtype, attention, device)
     if not (folder / "adapter_model.safetensors").is_file():  # peft would read a pickled one instead
         raise LaidError(
             f"{folder}: no adapter_model.safetensors beside adapter_config.json; make the run again"

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from laid.distill.objective import PARTS
 from laid.errors import LaidError
 from laid.io import dumps
 from laid.models.decoder import geometry, text_model
@@ -22,7 +23,7 @@ from laid.plan.shapes import member_config, meta_model
 from laid.plan.steps import reading, teacher_pass, training_step
 from laid.plan.tokens import lengths_of
 from laid.plan.vision import BATCH, image_flops, pass_bytes, tower
-from laid.training.losses import PARTS, objective_of
+from laid.training.losses import objective_of
 from laid.training.teacher_cache import Kept
 
 STANDING = ("weights", "gradients", "optimizer")

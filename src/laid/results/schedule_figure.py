@@ -22,14 +22,14 @@ def draw_schedule(method: Mapping[str, Any], span: float, name: str = "distance_
     method: a trained method's section of the configuration. span: positions of a training sample without gaps.
     Returns the figure with its numbers as CSV rows; None for a method that uses neither.
     """
-    schedule, gaps = DistanceSchedule(**method["distance"]), method["gaps"]
+    schedule, gaps = DistanceSchedule(method["distance"]["strength"]), method["gaps"]
     far = max(span, gaps["reach"])
     if schedule.strength == 0 and far == span:
         return None
     distance = torch.linspace(0, 1, 101)
     weights = [schedule.weights(distance[None], p, d_max=1.0)[0] for p in MOMENTS]
     progress = np.linspace(0, 1, 101)
-    spans = [reach(float(p), span, far, gaps["start"], gaps["end"]) for p in progress]
+    spans = [reach(float(p), span, far, gaps["end"]) for p in progress]
     with plotting.style():
         figure = plotting.new_figure(plotting.PAGE, 2.4)
         left, right = figure.subplots(1, 2)
@@ -47,9 +47,8 @@ def draw_schedule(method: Mapping[str, Any], span: float, name: str = "distance_
     ]
     rows += [["reach", f"{p:.2f}", f"{p:.2f}", f"{s:.1f}"] for p, s in zip(progress, spans, strict=True)]
     caption = (
-        f"Progressive distance emphasis. Left: weight of a token over its distance (strength {schedule.strength:g}, power"
-        f" {schedule.power:g}, growing from progress {schedule.start:g} to {schedule.end:g}). Right: the positions that a"
-        f" training sample of {span:.0f} may span once gaps are opened (to {far:.0f}, from progress {gaps['start']:g} to"
-        f" {gaps['end']:g})."
+        f"Progressive distance emphasis. Left: weight of a token over its distance (strength {schedule.strength:g},"
+        f" growing with progress). Right: the positions that a training sample of {span:.0f} may span once gaps are opened"
+        f" (to {far:.0f}, up to progress {gaps['end']:g})."
     )
     return Drawing(name=name, title="Distance schedule", caption=caption, figure=figure, csv=rows)

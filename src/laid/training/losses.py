@@ -11,10 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from laid.distill.alignment import HeadAlignment
-from laid.distill.attention_rows import RowMatching, attention_rows, question_rows
 from laid.distill.gain import RopeGain
 from laid.distill.joint_rows import joint_rows
-from laid.distill.kl import forward_kl, generalised_jsd
+from laid.distill.kl import forward_kl
 from laid.distill.objective import Objective
 from laid.distill.schedule import DistanceSchedule, LambdaSchedule, distance_to_answer
 from laid.errors import LaidError
@@ -22,8 +21,6 @@ from laid.models.capture import LayerQK, QKCapture
 from laid.models.decoder import geometry, layer_indices, rotate, text_model
 from laid.models.forward import Batch, hidden_states, logits_at, with_features
 from laid.training.parallel import Alone
-
-PARTS = ("laid", "kl", "sft", "rows")
 
 
 class Teacher(Protocol):
@@ -76,32 +73,24 @@ class Losses(nn.Module):
         self.model, self.settings, self.teacher = model, settings, teacher
         self.parallel, self.autocast = parallel or Alone(), None
         self.objective = objective_of(settings)
-        self.distance = DistanceSchedule(**settings["distance"])
+        self.distance = DistanceSchedule(settings["distance"]["strength"])
         self.pairs: list[tuple[int, int]] = []
-        self.alignments, self.rows = nn.ModuleDict(), nn.ModuleDict()
+        self.alignments = nn.ModuleDict()
         self.gain: RopeGain | None = None
         self.to_fit = False
         device = next(model.parameters()).device
         gain = settings["gain"]
         if gain is not None:
-            self.gain = RopeGain(
-                model,
-                gain["layers"],
-                gain["granularity"],
-                gain["length_aware"],
-                gain["reference"],
-                gain["exponent"],
-            )
-            if self.gain.geometry.query_norm and gain["length_aware"] and gain["export"] == "fold":
+            self.gain = RopeGain(model, gain["length_aware"], gain["reference"], gain["exponent"])
+            if self.gain.geometry.query_norm and gain["length_aware"]:
                 raise LaidError(
-                    "gain.export: a length-aware gain cannot fold into this student, whose heads share one norm of their"
-                    ' queries: set it to "attention", or length_aware to false'
+                    "gain.length_aware: such a gain cannot fold into this student, whose heads share one norm of their"
+                    " queries: set it to false"
                 )
             self.gain.to(device).attach(model)
         if self.objective.needs("laid") or self.objective.needs("rows"):
             self._pair_layers()
             self.alignments.to(device)
-            self.rows.to(device)
 
     def _pair_layers(self) -> None:
         a, g, t = self.settings["alignment"], geometry(self.model), self.teacher
@@ -123,15 +112,12 @@ class Losses(nn.Module):
             key = f"{pair[0]}-{pair[1]}"
             self.alignments[key] = HeadAlignment(
                 g.heads, g.kv_heads, t.heads, t.kv_heads, g.head_dim, t.head_dim, a["key_weights"], a["projection"],
-                "uniform" if a["init"] == "fit" else a["init"],
             )  # fmt: skip
-            if self.objective.needs("rows") and self.settings["rows"] != "joint":
-                self.rows[key] = RowMatching(g.heads, t.heads)
         self.to_fit = a["init"] == "fit" and self.objective.needs("laid")
 
     def learned(self) -> dict[str, nn.Module]:
-        """What is learned beside the student: {"alignments", "rows"} and "gain" where there is one."""
-        found: dict[str, nn.Module] = {"alignments": self.alignments, "rows": self.rows}
+        """What is learned beside the student: {"alignments"} and "gain" where there is one."""
+        found: dict[str, nn.Module] = {"alignments": self.alignments}
         return found | ({"gain": self.gain} if self.gain is not None else {})
 
     def total(self, parts: Mapping[str, Tensor], progress: float) -> Tensor:
@@ -159,7 +145,9 @@ class Losses(nn.Module):
                 raise LaidError("lambda_sft has weight, but these samples have no labels")
             parts["sft"] = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
         if self.objective.needs("kl"):
-            parts["kl"] = self._divergence(logits, self.teacher.logits(indices).to(logits.device))
+            parts["kl"] = forward_kl(
+                logits, self.teacher.logits(indices).to(logits.device), self.settings["temperature"]
+            )
         if self.pairs:
             parts |= self._teacher_parts(inputs, caught, indices, progress, plain)
         if self.parallel.sharded and not parts.keys() & {"sft", "kl"}:
@@ -182,19 +170,6 @@ class Losses(nn.Module):
             rows = torch.arange(len(inputs.ids), device=hidden.device).repeat_interleave(2)
             columns = torch.stack([inputs.lengths - 2, inputs.lengths - 1], 1).flatten()
             return logits_at(self.model, hidden, rows, columns).view(len(inputs.ids), 2, -1), caught
-
-    def _divergence(self, student: Tensor, teacher: Tensor) -> Tensor:
-        m = self.settings
-        if m["kl_vocabulary"] == "same" and student.shape[-1] != teacher.shape[-1]:
-            if not any(self.objective.needs(part) for part in PARTS if part != "kl"):
-                raise LaidError(
-                    f"kl_vocabulary is same, the student has {student.shape[-1]} rows of vocabulary and the teacher"
-                    f" {teacher.shape[-1]}: without L_KL nothing is left to train; set it to common"
-                )
-            return student.new_zeros(())
-        if m["divergence"] == "jsd":
-            return generalised_jsd(student, teacher, m["jsd_beta"], m["temperature"])
-        return forward_kl(student, teacher, m["temperature"])
 
     def _teacher_parts(
         self,
@@ -227,28 +202,10 @@ class Losses(nn.Module):
                 parts["laid"] = parts.get("laid", 0.0) + loss
             if self.objective.needs("rows"):
                 positions = inputs.positions if plain is None else plain.to(inputs.ids.device)
-                if self.settings["rows"] == "joint":
-                    loss = self._joint_rows(own, q_t, k_t, inputs, positions, progress)
-                else:
-                    loss = self._rows(key, own, q_t, k_t, inputs, positions, weights)
+                loss = self._joint_rows(own, q_t, k_t, inputs, positions, progress)
                 parts["rows"] = parts.get("rows", 0.0) + loss
         self.to_fit = False
         return parts
-
-    def _rows(
-        self, key: str, own: LayerQK, q_t: Tensor, k_t: Tensor, inputs: Batch, plain: Tensor, weights: Tensor
-    ) -> Tensor:
-        """Rows of the answer or the whole question over each sample's own tokens."""
-        mask, answer = inputs.token_mask, inputs.lengths - 2
-        at, counted = answer[:, None], None
-        if self.settings["rows"] == "question":
-            at, counted = question_rows(inputs.image_mask, answer)
-        student = attention_rows(*own.rotated(), at, mask)
-        with torch.no_grad():
-            # The teacher's rows are those of its own positions, without gaps.
-            turn = text_model(self.model).rotary_emb(own.q, plain)
-            teacher = attention_rows(rotate(q_t, *turn), rotate(k_t, *turn), at, mask)
-        return self.rows[key](student, teacher, weights, counted)
 
     def _joint_rows(
         self, own: LayerQK, q_t: Tensor, k_t: Tensor, inputs: Batch, plain: Tensor, progress: float

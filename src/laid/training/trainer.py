@@ -18,24 +18,24 @@ from laid import provenance
 from laid.config import slice_for
 from laid.data.questions import read_questions
 from laid.distill.gaps import open_gaps
+from laid.distill.objective import PARTS
 from laid.distill.schedule import learning_rate_factor, reach
 from laid.errors import LaidError
 from laid.io import atomic_path, read_json, safe_join, sha256_json, write_json
-from laid.methods import length_gain
 from laid.models.features import ImageFeatures
 from laid.models.forward import Batch, collate
 from laid.models.loading import load_model
 from laid.models.processing import Processor
 from laid.progress import Progress
 from laid.training.checkpoint import Checkpoint
-from laid.training.losses import PARTS, Losses, objective_of
+from laid.training.losses import Losses, objective_of
 from laid.training.online import OnlineTeacher
 from laid.training.parallel import Alone
 from laid.training.samples import Sample, batches_of, build_samples
 from laid.training.student import make_trainable
 from laid.training.teacher_cache import TeacherCache
 
-LEARNED = {"alignments": "alignment", "rows": "rows", "gain": "gain"}  # module -> prefix in learned.json
+LEARNED = {"alignments": "alignment", "gain": "gain"}  # module -> prefix in learned.json
 
 
 class Trainer:
@@ -213,7 +213,7 @@ class Trainer:
             ("lr", [p for p in self.model.parameters() if p.requires_grad], m["lr"] or s["lr"]),
             (
                 "lr_weights",
-                [*self.losses.alignments.parameters(), *self.losses.rows.parameters()],
+                [*self.losses.alignments.parameters()],
                 s["lr_weights"],
             ),
             ("lr_gain", list(gain.parameters()) if gain is not None else [], s["lr_gain"]),
@@ -257,7 +257,7 @@ class Trainer:
         if rng.random() >= gaps["share"]:
             return positions
         span = sample.prompt.span
-        far = reach(step / self.steps, span, max(span, gaps["reach"]), gaps["start"], gaps["end"])
+        far = reach(step / self.steps, span, max(span, gaps["reach"]), gaps["end"])
         starts = sample.prompt.block_starts.tolist()
         return open_gaps(positions, starts, sample.text_start, far, rng, draw=gaps["draw"])
 
@@ -356,7 +356,7 @@ class Trainer:
             **{k: round(v, 6) for k, v in sums.items()},
             "grad_norm": round(norm, 6),
         }
-        line |= {"lr": self.peaks[0] * factor, "distance_emphasis": self.losses.distance.emphasis(progress)}
+        line |= {"lr": self.peaks[0] * factor, "distance_emphasis": progress}
         for part in ("laid", "kl", "sft", "rows"):
             if self.objective.needs(part):
                 line[f"lambda_{part}"] = getattr(self.objective, part)(progress)
@@ -472,11 +472,7 @@ class Trainer:
             model = model.merge_and_unload()
         if gain is not None:
             gain.detach()
-            about = self.method_settings["gain"]
-            if gain.length_aware and about["export"] == "fold":
-                # One length stands for all: by default that of the longest prompt it was trained on.
-                gain.fold_(model, about["fold_tokens"] or max(len(s.prompt.ids) for s in self.samples))
-            else:
-                length_gain.export_(model, gain)
+            # A length-aware gain folds for one length: that of the longest prompt it was trained on.
+            gain.fold_(model, max(len(s.prompt.ids) for s in self.samples))
         model.to(self.parallel.dtype).save_pretrained(str(folder))
         self.processor.save(folder)
