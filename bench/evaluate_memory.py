@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 
-from laid import config
 from laid.data.haystacks import build_haystacks
 from laid.errors import LaidError
 from laid.evaluation.evaluate import evaluate_cells
@@ -24,6 +23,7 @@ from laid.plan.estimate import Estimator
 from laid.plan.measure import peak_bytes
 from laid.plan.shapes import meta_model, published_config
 from laid.plan.tokens import DELIMITERS, TEXT
+from laid.settings import load
 
 TOP = Path(__file__).resolve().parents[1]
 
@@ -54,20 +54,26 @@ def main() -> None:
 
 def compare(args: argparse.Namespace, folder: Path) -> None:
     checkpoint = model_of(args.processor, folder / "model")
-    settings = config.load([TOP / "config.yaml"])
-    settings["models"] |= {"checkpoints": {name: str(checkpoint) for name in ("teacher", "small", "medium")}}
-    settings["data"] |= {"source": "local", "root": str(args.coco)}
-    settings["evaluation"] |= {"chunk_tokens": args.chunk, "batch_tokens": 1, "scoring": "logits"}
-    settings["haystacks"] |= {
-        "train": {**settings["haystacks"]["train"], "questions": 20, "min_size": 2, "max_size": 5},
-        "validation": {"share": 0.25, "questions": 4, "sizes": [5]},
-        "test": {"questions": args.questions, "sizes": [args.images]},
-    }
+    settings = load([TOP / "config.yaml"])
+    settings = settings.changed(
+        {
+            "models": {"checkpoints": {name: str(checkpoint) for name in ("teacher", "small", "medium")}},
+            "data": {"source": "local", "root": str(args.coco)},
+            "evaluation": {"chunk_tokens": args.chunk, "batch_tokens": 1, "scoring": "logits"},
+            "haystacks": {
+                "train": {"questions": 20, "min_size": 2, "max_size": 5},
+                "validation": {"share": 0.25, "questions": 4, "sizes": [5]},
+                "test": {"questions": args.questions, "sizes": [args.images]},
+            },
+        }
+    )
     build_haystacks(settings, args.coco, folder / "haystacks")
 
     def plan(spread: float | None, tokens: float | None = None):
-        settings["plan"]["images"] = {"tokens": tokens, "spread": spread}
-        return Estimator(settings).evaluate("small", "base", [args.images])
+        images = {"tokens": tokens, "spread": spread}
+        return Estimator(settings.changed({"plan": {"images": images}})).evaluate(
+            "small", "base", [args.images]
+        )
 
     cells: list[dict] = []
 

@@ -30,7 +30,6 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedConfig
 
-from laid.config import fill
 from laid.models.decoder import geometry
 from laid.models.forward import last_logits
 from laid.plan.gpus import GIB, GPUS, Gpu
@@ -39,6 +38,7 @@ from laid.plan.rehearsal import Cost
 from laid.plan.shapes import meta_model, published_config
 from laid.plan.steps import meta_batch, reading, teacher_pass, training_step
 from laid.plan.tokens import DELIMITERS, TEXT, VISUAL
+from laid.settings import TrainedMethod
 from laid.training.losses import Losses
 from laid.training.online import teacher_outputs
 from laid.training.parallel import Alone
@@ -97,11 +97,10 @@ class Bench:
         self.lengths = TOY_LENGTHS if toy else LENGTHS
         self.longest, self.chunk = (TOY_LONGEST, TOY_CHUNK) if toy else (LONGEST, CHUNK)
         self.configs = {m: toy_config(m) if toy else published_config(name) for m, name in MEMBERS.items()}
-        trained = {"$ref": "#/$defs/trained_method"}
         self.kinds = ("train", "lora") if importlib.util.find_spec("peft") else ("train",)
         self.methods = {
-            "train": fill(LAID, trained),
-            "lora": fill({**LAID, "gain": None, "lora": {"rank": 8}}, trained),
+            "train": TrainedMethod(**LAID),
+            "lora": TrainedMethod(**LAID | {"gain": None, "lora": {"rank": 8}}),
         }
         self.training = {
             "dtype": self.dtype, "per_device_batch": 1, "batch_size": BATCH, "gradient_checkpointing": True,

@@ -8,10 +8,10 @@
 import argparse
 from pathlib import Path
 
-from laid import config
 from laid.analysis.inference_cost import measure
 from laid.commands.shared import config_argument, deterministic, device_arguments, pick_device
 from laid.io import write_json
+from laid.settings import load
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 config_argument(parser)
@@ -30,7 +30,7 @@ device_arguments(parser)
 args = parser.parse_args()
 deterministic(args.threads)
 found = measure(
-    config.load(args.config), args.student_name, args.method, args.model, args.run, args.coco, args.questions, args.sizes,
+    load(args.config), args.student_name, args.method, args.model, args.run, args.coco, args.questions, args.sizes,
     args.repeats, pick_device(args.device),
 )  # fmt: skip
 write_json(args.out, found)

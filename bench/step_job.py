@@ -12,11 +12,11 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from laid.config import fill, merge
 from laid.io import write_json
 from laid.models.decoder import text_model
 from laid.models.forward import collate, embed
 from laid.models.prompts import EncodedPrompt, mrope_positions
+from laid.settings import TrainedMethod
 from laid.training.losses import Losses
 from laid.training.online import OnlineTeacher, teacher_outputs
 from laid.training.teacher_cache import FORMAT, TeacherCache
@@ -33,8 +33,7 @@ class Job:
     """
 
     def __init__(self, shape, settings, kind, counts, dtype, device, folder, checkpointing):
-        trained = {"$ref": "#/$defs/trained_method"}
-        self.settings = fill(merge(fill({}, trained), settings), trained)
+        self.settings = TrainedMethod().changed(settings)
         self.kind, self.device, self.folder = kind, device, folder
         eager = kind == "naive"
         self.teacher_model = None

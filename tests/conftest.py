@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from laid.settings import Settings, validate
+
 TRAINED = {"alignment": {"pairs": [[-1, -1]], "init": "fit"}, "lr": 0.01}
 # Everything the tests of models, evaluation and training rely on stands here, so that config.yaml may change.
 MICRO = {
@@ -36,6 +38,13 @@ MICRO = {
     "training": {"epochs": 2, "batch_size": 8, "log_every": 1, "checkpoint_minutes": 0, "lr_weights": 0.01},
     "teacher_cache": {"layers": [-1], "dtype": "float32"},
     "evaluation": {"max_new_tokens": 3},
+    "tables": {
+        "methods": ["base", "yarn", "self_extend", "sft", "kd", "laid"],
+        "ablations": ["base", "laid_wo_kl", "laid_wo_laid", "laid"],
+    },
+    "analysis": {"methods": ["base", "sft", "kd", "laid"]},
+    "beyond": {"methods": ["base", "kd", "laid"]},
+    "pope": {"methods": ["base", "sft", "kd", "laid"]},
     "methods": {
         "yarn": {"factor": 2.0},
         "self_extend": {"group": 2, "window": 16},
@@ -77,11 +86,9 @@ def shared() -> Path:
 
 
 @pytest.fixture(scope="session")
-def micro() -> dict:
+def micro() -> Settings:
     """The validated micro configuration."""
-    from laid import config
-
-    return config.validate(MICRO)
+    return validate(MICRO)
 
 
 @pytest.fixture(scope="session")

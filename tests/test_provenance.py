@@ -8,15 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from laid import config, provenance
+from laid import provenance
 from laid.errors import LaidError
+from laid.settings import load
 
 TOP = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
 def settings():
-    return config.load([TOP / "config.yaml"])
+    return load([TOP / "config.yaml"])
 
 
 def test_same_inputs_same_record_and_json_ready(settings, tmp_path):
@@ -30,7 +31,7 @@ def test_same_inputs_same_record_and_json_ready(settings, tmp_path):
 
 def test_config_hash_follows_what_matters_only(settings):
     def record(changes):
-        return provenance.collect("haystacks", config.merge(settings, changes), {})["config"]
+        return provenance.collect("haystacks", settings.changed(changes), {})["config"]
 
     assert record({"seeds": 3, "scale": "other"}) == record({})
     assert record({"haystacks": {"seed": 9}}) != record({})

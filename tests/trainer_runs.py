@@ -1,6 +1,5 @@
 """Trainings that several test files look at."""
 
-import copy
 import json
 
 import torch
@@ -12,11 +11,7 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
 
 def changed(config, training=None, method=None, **settings):
-    config = copy.deepcopy(config)
-    config["training"] |= training or {}
-    if method:
-        config["methods"][method] |= settings
-    return config
+    return config.changed({"training": training or {}, "methods": {method: settings} if method else {}})
 
 
 class Run:

@@ -13,7 +13,7 @@ import json
 import math
 from pathlib import Path
 
-from laid.config import load
+from laid.settings import load
 
 
 def check(name: str, root: Path, rows_expected: list[tuple[str, str]], sizes: list[int]) -> int:

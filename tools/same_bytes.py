@@ -17,10 +17,10 @@ import tempfile
 from pathlib import Path
 
 from laid.commands.verify import differences
-from laid.config import load
 from laid.errors import LaidError
 from laid.io import read_json
 from laid.results.needed import needed
+from laid.settings import load
 
 LEFT_OUT = ("logs/", "benchmarks/", "cost.json")
 TOP = Path(__file__).resolve().parents[1]

@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from laid import __version__
-from laid.config import slice_for
 from laid.errors import LaidError
 from laid.io import safe_join, sha256_file, sha256_json
+from laid.settings import slice_for
 
 PACKAGE = Path(__file__).resolve().parent
 RECORDS = ("laid.json", "run.json", "pretrain.json", "log.jsonl", "cost.json")
@@ -44,7 +44,7 @@ def collect(step: str, config: Mapping[str, Any], inputs: Mapping[str, Input], *
     Wildcards (student, method, seed, size, member) choose the slice and are recorded. Raises LaidError for an input
     that is missing.
     """
-    settings = slice_for(step, dict(config), **wildcards)
+    settings = slice_for(step, config, **wildcards)
     data = {name: fingerprint(value) for name, value in sorted(inputs.items())}
     return {
         "step": step,

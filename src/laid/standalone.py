@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from laid import __version__, provenance
-from laid.config import merge
 from laid.data.questions import Question, read_questions
 from laid.errors import LaidError
 from laid.evaluation.evaluate import Evaluator, source_of
@@ -19,6 +18,7 @@ from laid.io import dumps, safe_join, sha256_file, sha256_json, write_json, writ
 from laid.methods.registry import UNTRAINED, load_with_method
 from laid.models.loading import empty_model, parameter_label, parameters, require_weights, resolve
 from laid.models.processing import Processor
+from laid.settings import plain
 from laid.training.teacher_cache import build_cache
 from laid.training.trainer import Trainer
 
@@ -100,7 +100,7 @@ def distill(
             "student": provenance.fingerprint(source_of(student)),
             "exported": provenance.fingerprint(out / "model"),
         },
-        "settings": {method: settings, "training": config["training"]},
+        "settings": plain({method: settings, "training": config["training"]}),
         "libraries": provenance.libraries(),
         "code": provenance.code(),
     }
@@ -145,12 +145,12 @@ def _cache(config, settings, teacher, coco_root, data, out: Path, device: str) -
     aligned = settings["lambda_laid"] > 0 or settings["lambda_rows"] > 0
     layers = sorted({teacher_layer for _, teacher_layer in settings["alignment"]["pairs"]}) if aligned else []
     queries = "all" if settings["lambda_laid"] > 0 else "question"
-    config = merge(dict(config), {"teacher_cache": {"layers": layers, "queries": queries}})
+    config = config.changed({"teacher_cache": {"layers": layers, "queries": queries}})
     key = sha256_json(
         [
             provenance.fingerprint(source_of(teacher)),
             sha256_file(data),
-            config["teacher_cache"],
+            plain(config["teacher_cache"]),
         ]
     )
     folder = out.parent / f".{out.name}.teacher-{key[:12]}"

@@ -158,9 +158,8 @@ def test_verbs_from_models_to_words(family, haystacks, coco_root, micro_file, tm
 
 
 def test_few_must_be_a_test_size(micro, family, haystacks, coco_root):
-    from laid.config import merge
     from laid.errors import LaidError
 
-    wrong = merge(micro, {"beyond": {"few": 3}})
+    wrong = micro.changed({"beyond": {"few": 3}})
     with pytest.raises(LaidError, match="beyond.few is 3: it must be a test size"):
         why.measure(wrong, "small", family["small"], {"base": None}, coco_root, haystacks / "test")

@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from laid import config, provenance
+from laid import provenance
 from laid.audit.lineage import Lineage, changed_settings
 from laid.cli import main
 from laid.commands.verify import differences
 from laid.data.questions import Question, haystack_file, write_questions
 from laid.evaluation.cells import make_cell, write_cell
 from laid.io import read_json, write_json
+from laid.settings import load, merge
 
 TOP = Path(__file__).resolve().parents[2]
 LINK = {"cell": "cells/small/sft/2.json", "run": "runs/small/sft/seed0", "model": "models/small"}
@@ -42,10 +43,11 @@ def make_results(tmp_path):
         "scale": "mini",
         "models": {"students": ["small"]},
         "haystacks": {"test": {"sizes": [2]}},
+        "methods": {"sft": {}},
         "tables": {"methods": ["base", "sft"], "ablations": ["base"]},
     }
     (tmp_path / "over.yaml").write_text(yaml.safe_dump(overlay))
-    settings = config.load([TOP / "config.yaml", tmp_path / "over.yaml"])
+    settings = load([TOP / "config.yaml", tmp_path / "over.yaml"])
     root = tmp_path / "results/mini"
     lineage = Lineage(settings)
     for split in ("train2017", "val2017"):
@@ -116,7 +118,7 @@ def verify(capsys, *words):
 
 def overlay(**changes):
     values = yaml.safe_load(Path("over.yaml").read_text())
-    Path("over.yaml").write_text(yaml.safe_dump(config.merge(values, changes)))
+    Path("over.yaml").write_text(yaml.safe_dump(merge(values, changes)))
 
 
 def test_untouched_results_are_sound(tree, capsys):
@@ -224,8 +226,8 @@ def test_an_input_of_an_unknown_name(tree, capsys):
 
 
 def test_published_checkpoints_stand_for_themselves(tree):
-    settings = config.load([TOP / "config.yaml", Path("over.yaml")])
-    lineage = Lineage(config.merge(settings, {"models": {"checkpoints": {"small": "Qwen/Some-VL"}}}))
+    settings = load([TOP / "config.yaml", Path("over.yaml")])
+    lineage = Lineage(settings.changed({"models": {"checkpoints": {"small": "Qwen/Some-VL"}}}))
     assert lineage.inputs_of(lineage.cell("small", "base", 2), "model") == ("hub:Qwen/Some-VL", None)
 
 
@@ -266,7 +268,7 @@ def testdifferences_of_a_rebuilt_cell():
 
 
 def test_what_learns_from_long_haystacks_is_followed_there():
-    lineage = Lineage(config.load([TOP / "config.yaml"]), "r")
+    lineage = Lineage(load([TOP / "config.yaml"]), "r")
     for method, questions, cache in (
         ("laid", "train", "teacher_cache"),
         ("laid_long", "long", "teacher_cache_long"),

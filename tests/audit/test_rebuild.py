@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from laid import config
 from laid.audit.lineage import Lineage
 from laid.cli import main
 from laid.io import read_json
+from laid.settings import load, merge
 
 CELL = "results/micro/cells/small/laid/2.json"
 
@@ -154,9 +154,9 @@ def test_a_comment_and_an_unrelated_key_change_nothing(tree, capsys):
 def test_a_setting_of_the_questions_makes_stale_just_what_it_changes(tree, capsys, changes):
     """What verify says of a setting, against the bytes of the questions that are made with it."""
     values = yaml.safe_load(Path("config.yaml").read_text())
-    Path("config.yaml").write_text(yaml.safe_dump(config.merge(values, {"haystacks": changes})))
+    Path("config.yaml").write_text(yaml.safe_dump(merge(values, {"haystacks": changes})))
     assert main(["haystacks", "--coco", str(tree / "coco"), "--out", "anew"]) == 0
-    lineage = Lineage(config.load(["config.yaml"]))
+    lineage = Lineage(load(["config.yaml"]))
     for part, name in (("train", "train.json"), ("test", "test/visual_haystack_2.json")):
         same = Path("anew", name).read_bytes() == (tree / "haystacks" / name).read_bytes()
         assert same == (lineage.problems(lineage.haystacks(part)) == []), (part, changes)
@@ -168,7 +168,7 @@ def test_a_setting_of_the_questions_makes_stale_just_what_it_changes(tree, capsy
 
 def test_a_setting_of_the_images_makes_the_cells_stale(tree, capsys):
     values = yaml.safe_load(Path("config.yaml").read_text())
-    Path("config.yaml").write_text(yaml.safe_dump(config.merge(values, {"data": {"rendered": {"seed": 9}}})))
+    Path("config.yaml").write_text(yaml.safe_dump(merge(values, {"data": {"rendered": {"seed": 9}}})))
     assert main(["verify", CELL]) == 1
     assert "results/micro/coco: data.rendered.seed is 9 now, was 0" in capsys.readouterr().out
 

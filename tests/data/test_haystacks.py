@@ -19,14 +19,11 @@ from laid.data.haystacks import HaystackSampler, build_haystacks, read_questions
 from laid.data.questions import OFFICIAL_ANCHORS, OFFICIAL_TARGETS
 from laid.errors import LaidError
 from laid.io import sha256_folder
+from laid.settings import validate
 
 CONFIG = {
     "haystacks": {
-        "needles": "single",
-        "seed": 0,
         "hard_negatives": 0.8,
-        "vocabulary": "all",
-        "min_needles": 1,
         "train": {"questions": 400, "min_size": 2, "max_size": 20},
         "validation": {"share": 0.25, "questions": 40, "sizes": [5, 20]},
         "test": {"questions": 60, "sizes": [1, 2, 5, 10, 50]},
@@ -35,13 +32,13 @@ CONFIG = {
 
 
 def with_settings(**changes):
-    return {"haystacks": {**CONFIG["haystacks"], **changes}}
+    return validate({"haystacks": {**CONFIG["haystacks"], **changes}})
 
 
 @pytest.fixture(scope="module")
 def built(coco_root, tmp_path_factory):
     out = tmp_path_factory.mktemp("built") / "haystacks"
-    build_haystacks(CONFIG, coco_root, out)
+    build_haystacks(with_settings(), coco_root, out)
     return out
 
 
@@ -170,7 +167,7 @@ def test_share_of_hard_negatives(coco_root, share):
 
 
 def test_same_seed_same_bytes(built, coco_root, tmp_path):
-    build_haystacks(CONFIG, coco_root, tmp_path / "again")
+    build_haystacks(with_settings(), coco_root, tmp_path / "again")
     build_haystacks(with_settings(seed=1), coco_root, tmp_path / "other")
     assert sha256_folder(tmp_path / "again") == sha256_folder(built) != sha256_folder(tmp_path / "other")
     # More questions of one size leave the other sizes as they are.
@@ -187,10 +184,8 @@ def test_too_few_images_is_one_error_with_both_numbers(coco_root, tmp_path):
     assert not (tmp_path / "h").exists()
     with pytest.raises(LaidError, match="1 images cannot hold 2 needles"):
         build_haystacks(with_settings(needles="multi"), coco_root, tmp_path / "h")
-    with pytest.raises(LaidError, match="min_size 5 is above max_size 4"):
-        build_haystacks(
-            with_settings(train={"questions": 4, "min_size": 5, "max_size": 4}), coco_root, tmp_path / "h"
-        )
+    with pytest.raises(LaidError, match="min_size: 5 is above max_size 4"):
+        with_settings(train={"questions": 4, "min_size": 5, "max_size": 4})
     with pytest.raises(LaidError, match="no category of 1 can be an anchor"):
         synthesise({"v/1": frozenset("a"), "v/2": frozenset()}, ["a"], [1, 1], seed=[0])
     with pytest.raises(LaidError, match="no images"):
@@ -201,7 +196,7 @@ def test_foreign_files_are_never_replaced(coco_root, tmp_path):
     (tmp_path / "h").mkdir()
     (tmp_path / "h/thesis.tex").write_text("precious")
     with pytest.raises(LaidError, match="thesis.tex"):
-        build_haystacks(CONFIG, coco_root, tmp_path / "h")
+        build_haystacks(with_settings(), coco_root, tmp_path / "h")
     assert (tmp_path / "h/thesis.tex").read_text() == "precious"
 
 

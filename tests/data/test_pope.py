@@ -8,11 +8,11 @@ from collections import Counter
 
 import pytest
 
-from laid import config
 from laid.cli import main
 from laid.data.coco import load_coco
 from laid.data.pope import STRATEGIES, build_pope, is_pope, poll, pope_file, questions_of, read_pope
 from laid.errors import LaidError
+from laid.settings import validate
 
 CATEGORIES = ("person", "car", "dog", "cat", "bus", "cup")
 # person 4, car 3, dog 3, cat 2, bus 1, cup 1 times; a sixth image holds too little to be asked about
@@ -132,7 +132,7 @@ def test_too_few(more, says):
 
 
 def test_files_are_read_back(coco_root, tmp_path):
-    settings = config.validate({"scale": "x", "pope": {"images": 20, "wording": "pope"}})
+    settings = validate({"scale": "x", "pope": {"images": 20, "wording": "pope"}})
     made = build_pope(settings, coco_root, tmp_path / "questions")
     for strategy in STRATEGIES:
         file = pope_file(tmp_path / "questions", strategy)
@@ -191,8 +191,8 @@ def test_broken_files_are_one_line(tmp_path, text, says):
 def test_one_object_has_no_anchor():
     settings = {"scale": "x", "pope": {"objects": 1}}
     with pytest.raises(LaidError, match="pope.objects: 1: the wording 'haystack' names a second object"):
-        config.validate(settings)
-    config.validate({"scale": "x", "pope": {"objects": 1, "wording": "pope"}})
+        validate(settings)
+    validate({"scale": "x", "pope": {"objects": 1, "wording": "pope"}})
 
 
 def test_images_of_the_questions_are_checked(coco_root, tmp_path, capsys):

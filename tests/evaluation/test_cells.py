@@ -3,10 +3,10 @@ import json
 
 import numpy as np
 import pytest
-import synthetic
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import synthetic
 from laid.errors import LaidError
 from laid.evaluation import cells
 from laid.io import sha256_json

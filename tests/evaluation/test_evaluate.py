@@ -15,9 +15,7 @@ from laid.methods.registry import load_with_method
 
 
 def changed(config, **evaluation):
-    config = copy.deepcopy(config)
-    config["evaluation"] |= evaluation
-    return config
+    return config.changed({"evaluation": evaluation})
 
 
 @pytest.fixture(scope="module")
@@ -176,8 +174,7 @@ def test_labels_of_tables(micro, family, coco_root, haystacks, tmp_path):
         cell["label"] == parameter_label(parameters(load_model(family["small"])))
         and cell["role"] == "student"
     )
-    named = copy.deepcopy(micro)
-    named["models"]["labels"] = {"teacher": "32B"}
+    named = micro.changed({"models": {"labels": {"teacher": "32B"}}})
     (cell,) = evaluate_cells(
         named,
         "teacher",

@@ -1,7 +1,5 @@
 """What a configuration asks for is what is put on the student."""
 
-import copy
-
 import pytest
 import torch
 
@@ -18,8 +16,7 @@ from laid.models.loading import load_model
 )
 @torch.no_grad()
 def test_variants_of_the_baselines(micro, family, method, axes):
-    config = copy.deepcopy(micro)
-    config["methods"][method]["axes"] = axes
+    config = micro.changed({"methods": {method: {"axes": axes}}})
     ids = torch.arange(40)[None]
     # an image of 4 x 4 tokens in the middle, so that the axes differ
     at = torch.cat((torch.arange(12), torch.full((16,), 12), torch.arange(16, 28))).expand(3, 1, -1).clone()

@@ -284,9 +284,8 @@ def cache(other, micro, coco_root, haystacks):
 
 
 def trainer(other, cache, micro, method, coco_root, haystacks, out):
-    config = copy.deepcopy(micro)
-    config["training"]["epochs"] = 1
-    config["methods"]["laid"]["gain"]["length_aware"] = False
+    change = {"training": {"epochs": 1}, "methods": {"laid": {"gain": {"length_aware": False}}}}
+    config = micro.changed(change)
     student = other[1] / "student"
     return Trainer(config, method, 0, "student", student, cache, coco_root, haystacks / "train.json", out)
 

@@ -6,13 +6,13 @@ import sys
 
 import torch
 import torch.distributed as dist
-from test_steps import METHODS, TRAINED, FixedTeacher, settings, shrunk
+from test_steps import METHODS, FixedTeacher, settings, shrunk
 
-from laid.config import fill
 from laid.plan.estimate import Member, Need, shard
 from laid.plan.measure import peak_bytes
 from laid.plan.shapes import meta_model
 from laid.plan.steps import meta_batch, training_step
+from laid.settings import TrainedMethod
 from laid.training.losses import Losses
 from laid.training.parallel import join
 from laid.training.student import make_trainable
@@ -35,7 +35,7 @@ def compare(name, dtype, words, checkpointing):
     """{"measured", "planned"}: bytes of one process in a step, gradients of an earlier one in place."""
     student = shrunk(hidden=256, layers=4, heads=8, kv=8, mlp=1024, words=words)
     teacher = shrunk(hidden=256, layers=2, heads=8, kv=4, mlp=256, words=words)
-    method, training = fill(METHODS[name], TRAINED), settings(checkpointing) | {"dtype": dtype}
+    method, training = TrainedMethod(**METHODS[name]), settings(checkpointing) | {"dtype": dtype}
     number = getattr(torch, dtype)
     parallel = join("fsdp2", "cpu", number)
     model = make_trainable(meta_model(student, dtype, device="cpu"), method["lora"], training).train()

@@ -1,6 +1,5 @@
 """`laid plan` as its user meets it: the table, what it refuses, what it advises, and whether the advice is right."""
 
-import copy
 import io
 import json
 import subprocess
@@ -12,13 +11,14 @@ import pytest
 import yaml
 from rich.console import Console
 
-from laid import cli, config
+from laid import cli
 from laid.plan.estimate import Estimator
 from laid.plan.fit import refusal, ways_out
 from laid.plan.gpus import GIB, GPUS
 from laid.plan.jobs import jobs_of, need_of
 from laid.plan.table import job_tables, record
 from laid.results.render import column_parts, rich_table
+from laid.settings import load, merge
 
 TOP = Path(__file__).resolve().parents[2]
 
@@ -69,7 +69,7 @@ def test_every_job_of_the_small_scale(plan):
 
 def test_the_paper_offline_as_typed(plan):
     """No network, no checkpoint: a table, the paper's hours beside it, and what one A800 cannot hold."""
-    code, out, err, found = plan(config.merge(PAPER, LESS))
+    code, out, err, found = plan(merge(PAPER, LESS))
     lines = err.splitlines()
     assert code == 1 and len(lines) == len(found["refused"]) >= 1
     assert all("needs " in line and " GiB, has " in line and "would fit" in line for line in lines)
@@ -101,12 +101,14 @@ SMALL_GPU = GPUS["RTX4090-24GB"]
 @pytest.fixture(scope="module")
 def tight():
     """A 3B student and a 7B teacher on a 24 GB GPU, nothing spared: neither training nor evaluation of 7B fits."""
-    settings = config.load([TOP / "config.yaml", TOP / "configs/paper.yaml"])
-    settings = config.merge(settings, LESS)
-    settings["models"]["teacher"] = "qwen7b"
-    settings["training"] |= {"gradient_checkpointing": False, "per_device_batch": 2}
-    settings["evaluation"] |= {"chunk_tokens": 0}
-    settings = config.validate(settings)
+    settings = load([TOP / "config.yaml", TOP / "configs/paper.yaml"]).changed(LESS)
+    settings = settings.changed(
+        {
+            "models": {"teacher": "qwen7b"},
+            "training": {"gradient_checkpointing": False, "per_device_batch": 2},
+            "evaluation": {"chunk_tokens": 0},
+        }
+    )
     estimator = Estimator(settings)
     return estimator, list(jobs_of(estimator, SMALL_GPU))
 
@@ -126,14 +128,13 @@ def test_each_way_out_is_one(tight, rule, student):
             assert GPUS[way[4:]].usable >= job.need.bytes
             continue
         key, _, value = way.partition(" with ")[0].partition(": ")
-        changed = copy.deepcopy(dict(estimator.config))
-        section = changed
-        for part in key.split(".")[:-1]:
-            section = section[part]
-        section[key.split(".")[-1]] = yaml.safe_load(value)
+        change = yaml.safe_load(value)
+        for part in reversed(key.split(".")):
+            change = {part: change}
+        changed = estimator.config.changed(change)
         if " with " in way:
-            changed["resources"]["train"]["gpu"] = int(way.rpartition(": ")[2])
-        other = estimator.under(config.validate(changed))
+            changed = changed.changed({"resources": {"train": {"gpu": int(way.rpartition(": ")[2])}}})
+        other = estimator.under(changed)
         assert need_of(other, SMALL_GPU, job.rule, job.student, job.method, job.sizes).bytes <= job.has, way
 
 
@@ -171,7 +172,7 @@ def test_a_large_model_is_laid_over_the_gpus_of_its_job(tight):
     estimator, jobs = tight
     job = next(job for job in jobs if (job.rule, job.student) == ("evaluate", "qwen7b"))
     assert job.need.memory["weights"] > 0.5 * SMALL_GPU.gib * GIB
-    two = config.merge(dict(estimator.config), {"resources": {"evaluate": {"gpu": 2}}})
+    two = estimator.config.changed({"resources": {"evaluate": {"gpu": 2}}})
     need = need_of(estimator.under(two), SMALL_GPU, "evaluate", "qwen7b", "base", job.sizes)
     assert need.memory["weights"] == pytest.approx(job.need.memory["weights"] / 2, rel=0.1)
     assert (need.flops, need.devices) == (job.need.flops, 1)

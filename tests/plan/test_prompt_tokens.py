@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from laid import config
 from laid.data.questions import haystack_file, read_questions
 from laid.models.processing import Processor, image_size
 from laid.plan.tokens import SPREAD, TEXT, VISUAL, lengths_of
+from laid.settings import validate
 
 
 def test_constants_are_what_real_photographs_have(shared):
@@ -19,7 +19,7 @@ def test_constants_are_what_real_photographs_have(shared):
     assert len(prompt.ids) - 2 * (352 + 2) == TEXT
     # The paper's Table 2 prints 7,401 tokens at 20 images and 53,653 at 150; ours are 6 % and 3 % below.
     lengths = lengths_of(
-        config.validate({"models": {"checkpoints": {"small": "a/b"}}, "data": {"source": "download"}})
+        validate({"models": {"checkpoints": {"small": "a/b"}}, "data": {"source": "download"}})
     )
     assert lengths.prompt(20) == pytest.approx(7401.08, rel=0.07)
     assert lengths.prompt(150) == pytest.approx(53653.22, rel=0.03)
@@ -34,7 +34,7 @@ def test_prompts_of_rendered_scenes_to_the_token(micro, family, haystacks):
 
 
 def test_distinct_images():
-    lengths = lengths_of(config.validate({"data": {"rendered": {"train": 100, "val": 10}}}))
+    lengths = lengths_of(validate({"data": {"rendered": {"train": 100, "val": 10}}}))
     rng = np.random.default_rng(0)
     drawn = [len(np.unique(rng.integers(0, 75, 60))) for _ in range(2000)]  # a quarter is kept for validation
     assert lengths.distinct("train", 60) == pytest.approx(np.mean(drawn), rel=0.01)
@@ -42,5 +42,5 @@ def test_distinct_images():
 
 def test_given_lengths_are_taken():
     given = {"plan": {"images": {"tokens": 500, "spread": 10}}, "models": {"checkpoints": {"small": "a/b"}}}
-    lengths = lengths_of(config.validate(given))
+    lengths = lengths_of(validate(given))
     assert lengths.prompt(4) == TEXT + 4 * 502 and lengths.longest(4) == (TEXT + 4 * 502 + 60, 2060)

@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from laid import config
 from laid.errors import LaidError
 from laid.models.loading import parameters
 from laid.plan.shapes import PUBLISHED, member_config, meta_model, published_config, text_tokens
+from laid.settings import validate
 
 # Half the bytes that the published weight indices state (3B, 7B); models built from the published configs (all three).
 WEIGHTS = {"3B": 3_754_622_976, "7B": 8_292_166_656, "32B": 33_452_718_336}
@@ -32,7 +32,7 @@ def test_built_in_shapes_have_the_published_number_of_weights(name):
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_built_in_shapes_are_those_of_the_published_files(name, shared):
     built = meta_model(published_config(name))
-    settings = config.validate({"models": {"checkpoints": {"teacher": name}}})
+    settings = validate({"models": {"checkpoints": {"teacher": name}}})
     found, source = member_config(settings, "teacher", shared / "qwen2_5_vl")
     assert source.endswith(name.partition("/")[2])
     theirs = meta_model(found)
@@ -44,18 +44,18 @@ def test_a_folder_with_only_a_config_is_enough(tmp_path, offline):
     folder = tmp_path / "qwen"
     folder.mkdir()
     published_config("Qwen/Qwen2.5-VL-3B-Instruct").save_pretrained(folder)
-    settings = config.validate({"models": {"checkpoints": {"small": str(folder)}}})
+    settings = validate({"models": {"checkpoints": {"small": str(folder)}}})
     found, source = member_config(settings, "small")
     assert (source, found.get_text_config().hidden_size) == (str(folder), 2048)
     renamed = tmp_path / "configs" / "medium"
     renamed.mkdir(parents=True)
     (folder / "config.json").rename(renamed / "config.json")
-    settings = config.validate({"models": {"checkpoints": {"medium": "someone/else"}}})
+    settings = validate({"models": {"checkpoints": {"medium": "someone/else"}}})
     assert member_config(settings, "medium", tmp_path / "configs")[1] == str(renamed)
 
 
 def test_known_checkpoints_need_no_network_and_others_say_what_to_do(offline):
-    settings = config.validate(
+    settings = validate(
         {"models": {"checkpoints": {"small": "Qwen/Qwen2.5-VL-7B-Instruct", "medium": "nobody/nothing"}}}
     )
     found, source = member_config(settings, "small")
@@ -69,7 +69,7 @@ def test_a_broken_config_is_one_line(tmp_path):
     folder = tmp_path / "broken"
     folder.mkdir()
     (folder / "config.json").write_text('{"model_type": ')
-    settings = config.validate({"models": {"checkpoints": {"small": str(folder)}}})
+    settings = validate({"models": {"checkpoints": {"small": str(folder)}}})
     with pytest.raises(LaidError, match=r"broken/config.json: not valid JSON") as caught:
         member_config(settings, "small")
     assert "\n" not in str(caught.value)

@@ -8,12 +8,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
 from laid.analysis.inference_cost import COUNTED
-from laid.config import fill
 from laid.models.decoder import geometry
 from laid.models.forward import last_logits
 from laid.plan import steps
 from laid.plan.measure import peak_bytes
 from laid.plan.shapes import meta_model, published_config
+from laid.settings import TrainedMethod
 from laid.training.losses import Losses
 from laid.training.online import teacher_outputs
 from laid.training.parallel import Alone
@@ -22,7 +22,6 @@ from laid.training.student import make_trainable
 TOKENS, VISUAL = 512, 400
 # Without bfloat16 instructions a processor takes 25 times as long in it: fewer tokens there.
 FEW = {"float32": (TOKENS, VISUAL), "bfloat16": (96, 70)}
-TRAINED = {"$ref": "#/$defs/trained_method"}
 METHODS = {
     "sft": {},
     "lora": {"lora": {"rank": 4}},
@@ -98,7 +97,7 @@ def test_training_step(student, teacher, name, checkpointing, dtype):
 
     bfloat16: under autocast, over weights of which the trained ones are float32.
     """
-    method, number = fill(METHODS[name], TRAINED), getattr(torch, dtype)
+    method, number = TrainedMethod(**METHODS[name]), getattr(torch, dtype)
     training = settings(checkpointing) | {"dtype": dtype}
     model = make_trainable(meta_model(student, dtype, device="cpu"), method["lora"], training).train()
     losses = Losses(model, method, FixedTeacher(teacher, 2))
@@ -140,7 +139,7 @@ def test_training_step_with_the_vision_tower(student, teacher, checkpointing, dt
     side, images = {"float32": (8, 6), "bfloat16": (4, 2)}[dtype]
     number = getattr(torch, dtype)
     tokens = FEW[dtype][0]
-    method = fill({}, TRAINED)
+    method = TrainedMethod()
     training = settings(checkpointing) | {"dtype": dtype, "train_vision": True}
     wide = copy.deepcopy(student)
     vision = wide.vision_config
@@ -220,7 +219,7 @@ def test_depth_is_extrapolated_to_the_byte(student, teacher, what, monkeypatch):
     deep = copy.deepcopy(student)
     text = deep.get_text_config()
     text.num_hidden_layers, text.layer_types = 8, [text.layer_types[0]] * 8
-    method = fill({**METHODS["laid"], "alignment": {"pairs": [[7, -1], [0, 0]]}}, TRAINED)
+    method = TrainedMethod(**METHODS["laid"] | {"alignment": {"pairs": [[7, -1], [0, 0]]}})
 
     def rehearse():
         if what == "step":
@@ -252,7 +251,7 @@ def test_flops_by_hand(teacher):
 
 def test_a_longer_prompt_costs_more_memory_and_a_checkpoint_less(teacher):
     config = published_config("Qwen/Qwen2.5-VL-3B-Instruct")
-    method = fill({}, TRAINED)
+    method = TrainedMethod()
 
     def peak(tokens, checkpointing):
         training = {**settings(checkpointing), "dtype": "bfloat16", "per_device_batch": 1}

@@ -3,9 +3,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import synthetic
 from safetensors.numpy import save_file
 
+import synthetic
 from laid.errors import LaidError
 from laid.results import claim_tests, claims, tables
 from laid.results.claim_tests import NOT, NOT_MEASURED, SUPPORTED, UNDECIDED, Statement

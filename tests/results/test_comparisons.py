@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 import scipy.stats
-import synthetic
 
+import synthetic
 from laid.results import comparisons, render, stats, tables
 
 SIZES = [1, 5, 20, 50, 150]

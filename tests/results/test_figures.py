@@ -5,10 +5,10 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-import synthetic
 from matplotlib.text import Text
 from PIL import Image
 
+import synthetic
 from laid.errors import LaidError
 from laid.results import curves, figures, learned, plotting, tables
 

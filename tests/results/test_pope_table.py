@@ -6,8 +6,8 @@ import csv
 
 import numpy as np
 import pytest
-import synthetic
 
+import synthetic
 from laid.cli import main
 from laid.data.pope import STRATEGIES, pope_file, read_pope
 from laid.errors import LaidError

@@ -5,8 +5,8 @@ import re
 import chromium
 import numpy as np
 import pytest
-import synthetic
 
+import synthetic
 from laid.cli import main
 from laid.errors import LaidError
 from laid.evaluation.cells import write_cell
@@ -24,7 +24,7 @@ def root(tmp_path_factory):
         f"scale: test\nresults: {folder}\nmodels: {{teacher: big, students: [mid, tiny]}}\n"
         f"haystacks: {{test: {{sizes: {SIZES}}}}}\n"
         "tables: {methods: [base, sft, laid], ablations: [base, laid]}\n"
-        "methods: {laid: {distance: {strength: 4.0}}}\n"
+        "methods: {sft: {}, laid: {distance: {strength: 4.0}}}\n"
     )
     root = folder / "test"
     rng = np.random.default_rng(0)

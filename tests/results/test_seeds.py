@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import scipy.stats
-import synthetic
 
+import synthetic
 from laid.cli import main
 from laid.evaluation.cells import read_cell, write_cell
 from laid.io import write_json
@@ -26,6 +26,7 @@ def root(tmp_path_factory):
     (folder / "config.yaml").write_text(
         f"scale: test\nseeds: 3\nresults: {folder}\nmodels: {{teacher: big, students: [tiny]}}\n"
         f"haystacks: {{test: {{sizes: {SIZES}}}}}\n"
+        "methods: {sft: {}, laid: {}}\n"
         "tables: {methods: [base, yarn, sft, laid], ablations: [base, laid]}\n"
     )
     for student, method, shares in (

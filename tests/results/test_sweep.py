@@ -5,8 +5,8 @@ import io
 
 import numpy as np
 import pytest
-import synthetic
 
+import synthetic
 from laid.errors import LaidError
 from laid.results import stats
 from laid.results.render import csv_text, markdown

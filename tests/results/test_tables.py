@@ -2,9 +2,9 @@ import csv
 import io
 
 import pytest
-import synthetic
 from rich.console import Console
 
+import synthetic
 from laid.errors import LaidError
 from laid.evaluation.cells import write_cell
 from laid.io import write_json
@@ -170,6 +170,7 @@ def test_the_verb_prints_and_writes(tmp_path, capsys):
     (tmp_path / "config.yaml").write_text(
         "models: {teacher: big, students: [s]}\n"
         "haystacks: {test: {sizes: [1, 50]}}\n"
+        "methods: {laid: {}}\n"
         "tables: {methods: [base, laid], ablations: [base, laid]}\n"
     )
     curves = {

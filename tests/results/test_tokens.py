@@ -6,13 +6,13 @@ import csv
 
 import pytest
 
-from laid import config
 from laid.cli import main
 from laid.data.coco import load_coco
 from laid.data.haystacks import haystack_file, questions_of_size, read_questions
 from laid.models.processing import Processor, image_size
 from laid.models.prompts import OFFICIAL_PROMPT
 from laid.results import tokens
+from laid.settings import validate
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ ASKED = {
 def test_counts_of_one_question_by_hand(published, photographs):
     """COCO's photographs lie between the processor's least and most pixels, so a side is rounded to whole tokens of
     28 pixels; the sizes are read from the files here. Text: counted by the tokenizer on the template's own rendering."""
-    haystacks = config.validate(ASKED)["haystacks"]
+    haystacks = validate(ASKED)["haystacks"]
     found = tokens.lengths(published, photographs, haystacks, [5])[5]
     for question, (count, positions) in zip(
         questions_of_size(haystacks, photographs, 5)[:5], found, strict=False
@@ -53,7 +53,7 @@ def test_counts_of_one_question_by_hand(published, photographs):
 
 def test_means_of_photographs_beside_the_paper(published, photographs):
     """Where 206 photographs and 40 questions allow it, within 3 % of the printed figures (all sizes: docs/reference/tokens.md)."""
-    haystacks = config.validate(ASKED)["haystacks"]
+    haystacks = validate(ASKED)["haystacks"]
     built = tokens.table(tokens.lengths(published, photographs, haystacks, [1, 100, 150]), photographs)
     rows = {int(row[0]): row for row in built.csv[1:]}
     assert {size: row[4] for size, row in rows.items()} == {1: "393.46", 100: "35418.29", 150: "53653.22"}

@@ -1,5 +1,3 @@
-import copy
-
 import numpy as np
 import pytest
 import torch
@@ -174,17 +172,15 @@ def test_two_runs_give_the_same_bytes_and_a_checkpoint_that_loads(micro, coco_ro
 
 def test_another_seed_gives_other_weights(micro, coco_root, tmp_path, monkeypatch):
     monkeypatch.setattr(Pretraining, "vision", lambda self: 1.0)
-    config = copy.deepcopy(micro)
     weights = []
     for seed in (0, 1):
-        config["family"]["members"]["small"]["seed"] = seed
+        config = micro.changed({"family": {"members": {"small": {"seed": seed}}}})
         weights.append(made(config, coco_root, tmp_path / str(seed))["model.safetensors"])
     assert weights[0] != weights[1]
 
 
 def test_an_unreached_window_is_an_error_and_nothing_is_written(micro, coco_root, tmp_path):
-    config = copy.deepcopy(micro)
-    config["family"]["pretrain"]["threshold"] = 0.99
+    config = micro.changed({"family": {"pretrain": {"threshold": 0.99}}})
     with pytest.raises(LaidError, match="stopped at 3 of 4 images after 3 steps") as caught:
         make_member(config, "small", coco_root, tmp_path / "small")
     assert "\n" not in str(caught.value) and list(tmp_path.iterdir()) == []
@@ -227,9 +223,8 @@ def test_validation_images_are_never_trained_on(micro, coco_root, coco, tmp_path
 
 def test_the_losses_fall(micro, coco, processor):
     """On one-image haystacks listing the needle's objects and ending the turn are soon learned."""
-    family = copy.deepcopy(micro["family"])
-    family["pretrain"] |= {"start_size": 1, "warmup_steps": 5, "lr_adamw": 0.01}
-    member = {**family["members"]["small"], "window": 1, "steps": 75}
+    family = micro.family.changed({"pretrain": {"start_size": 1, "warmup_steps": 5, "lr_adamw": 0.01}})
+    member = family.members["small"].changed({"window": 1, "steps": 75})
     training = Pretraining(processor, coco, family, member, "small")
     training.language()
     first, last = training.log[0], training.log[-1]

@@ -1,6 +1,5 @@
 """Two real processes (gloo, CPU) against one: one start of the two that does every training listed in `cases`."""
 
-import copy
 import json
 import shutil
 import signal
@@ -26,9 +25,8 @@ STEPS = 3
 
 
 def case(micro, out, method, stop=None, settings=None, student="student", online=False, **training):
-    config = copy.deepcopy(micro)
-    config["training"] |= {"per_device_batch": 2, "epochs": 1, "checkpoint_minutes": 1e9, **training}
-    config["methods"][method] |= settings or {}
+    training = {"per_device_batch": 2, "epochs": 1, "checkpoint_minutes": 1e9, **training}
+    config = micro.changed({"training": training, "methods": {method: settings or {}}})
     named = {"stop": stop, "student": student, "online": online}
     return {"config": config, "method": method, "out": str(out), **named}
 

@@ -3,17 +3,16 @@
 import pytest
 import torch
 
-from laid.config import fill, merge
 from laid.distill.attention_rows import attention_rows, question_rows
 from laid.distill.joint_rows import joint_divergence
 from laid.errors import LaidError
 from laid.models.capture import QKCapture
 from laid.models.forward import Batch, hidden_states
+from laid.settings import TrainedMethod, merge
 from laid.training.losses import Losses
 from laid.training.online import OnlineTeacher
 from tiny_vlm import IMAGE, prompt, tiny_model
 
-TRAINED = {"$ref": "#/$defs/trained_method"}
 ALIGNED = {"lambda_laid": 1.0, "alignment": {"pairs": [[-1, -1]]}}
 
 
@@ -36,7 +35,7 @@ def losses_of(settings, student=None, **teacher):
     student = student or tiny_model()
     big = tiny_model(**{"seed": 1, "heads": 8, "hidden": 64, **teacher}).requires_grad_(False)
     seen = two(big)
-    settings = fill(merge(fill({}, TRAINED), settings), TRAINED)
+    settings = TrainedMethod().changed(settings)
     return Losses(student, settings, OnlineTeacher(big, [0, -1], lambda _: seen)), two(student)
 
 

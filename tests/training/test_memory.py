@@ -5,9 +5,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from laid.config import fill, merge
 from laid.methods.self_extend import apply_self_extend
 from laid.models.forward import Batch, hidden_states, last_logits
+from laid.settings import TrainedMethod
 from laid.training.losses import Losses
 from laid.training.online import OnlineTeacher
 from tiny_vlm import IMAGE, prompt, tiny_model
@@ -59,8 +59,7 @@ def a_step(settings, images):
     """(what a training step makes, tokens): forward, losses, backward, AdamW."""
     student = tiny_model(vocab_size=WORDS)
     teacher = tiny_model(seed=1, heads=8, hidden=64, vocab_size=WORDS).requires_grad_(False)
-    trained = {"$ref": "#/$defs/trained_method"}
-    settings = fill(merge(fill({}, trained), settings), trained)
+    settings = TrainedMethod().changed(settings)
     losses = Losses(student, settings, OnlineTeacher(teacher, [0, -1], lambda _: batch_of(teacher, images)))
     optimizer = torch.optim.AdamW(student.parameters())
     inputs, labels = batch_of(student, images), torch.tensor([[7, 8]])

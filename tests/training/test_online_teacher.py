@@ -28,7 +28,7 @@ def trained(micro, family, coco_root, haystacks, tmp_path):
 
 
 def test_the_same_losses_as_from_the_cache(micro, family, coco_root, haystacks, tmp_path, trained):
-    exact = {**micro, "teacher_cache": {**micro["teacher_cache"], "dtype": "float32"}}
+    exact = micro.changed({"teacher_cache": {"dtype": "float32"}})
     cache = tmp_path / "cache"
     build_cache(exact, family["teacher"], coco_root, haystacks / "train.json", cache)
     (cached, _), (online, record) = trained("cached", cache), trained("online", teacher=family["teacher"])

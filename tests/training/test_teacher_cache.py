@@ -1,4 +1,3 @@
-import copy
 import json
 import shutil
 
@@ -23,9 +22,7 @@ from laid.training.teacher_cache import TeacherCache, build_cache, from_float8, 
 
 
 def with_cache(config, **options):
-    config = copy.deepcopy(config)
-    config["teacher_cache"] |= options
-    return config
+    return config.changed({"teacher_cache": options})
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """Wrong inputs and broken runs are told in one line."""
 
-import copy
 import json
 
 import pytest
@@ -34,11 +33,9 @@ def test_wrong_inputs_are_one_line(micro, start, cache, haystacks, tmp_path, fam
     nothing = changed(micro, None, "sft", lambda_sft=0.0)
     refused("every lambda is 0, there is nothing to train", start, nothing, "sft", out)
     refused("24 questions do not fill one batch of 32", start, changed(micro, {"batch_size": 32}), "sft", out)
-    deep = copy.deepcopy(micro)
-    deep["methods"]["laid"]["alignment"]["pairs"] = [[5, -1]]
+    deep = changed(micro, None, "laid", alignment={"pairs": [[5, -1]]})
     refused("layer 5 does not exist: the model has 2 layers", start, deep, "laid", out)
-    absent = copy.deepcopy(micro)
-    absent["methods"]["laid"]["alignment"]["pairs"] = [[0, 0]]
+    absent = changed(micro, None, "laid", alignment={"pairs": [[0, 0]]})
     trainer = start(absent, "laid", out)
     with pytest.raises(LaidError, match="holds teacher layers \\[2\\], layer 0 is asked for"):
         trainer.train()

@@ -5,10 +5,10 @@ import json
 import pytest
 from safetensors.torch import load_file
 
-from laid import config as configuration
 from laid.data.haystacks import build_haystacks, build_long
 from laid.data.questions import read_questions
 from laid.errors import LaidError
+from laid.settings import merge, validate
 from laid.training.teacher_cache import build_cache
 from laid.training.trainer import Trainer
 
@@ -17,9 +17,7 @@ from laid.training.trainer import Trainer
 def settings(micro):
     own = {"extends": "laid", "questions": "long", "lambda_sft": 0.0}
     laid = micro["methods"]["laid"]
-    return configuration.validate(
-        configuration.merge(micro, {"methods": {"laid_long": {**laid, **own}}, "training": {"epochs": 1}})
-    )
+    return micro.changed({"methods": {"laid_long": {**laid, **own}}, "training": {"epochs": 1}})
 
 
 @pytest.fixture(scope="module")
@@ -93,8 +91,8 @@ def test_labels_would_change_the_cache(settings, questions, cached, trained):
 
 
 def test_labels_are_refused(settings, questions, trained):
-    weighed = configuration.merge(settings, {"methods": {"laid_long": {"lambda_sft": 0.5}}})
+    weighed = merge(settings, {"methods": {"laid_long": {"lambda_sft": 0.5}}})
     with pytest.raises(LaidError, match="lambda_sft is 0.5, but questions: long are used without"):
         trained(weighed, questions, None)
     with pytest.raises(LaidError, match="methods.laid_long.lambda_sft: 0.5 weighs labels"):
-        configuration.validate(weighed)
+        validate(weighed)

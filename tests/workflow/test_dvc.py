@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from laid.config import SLICES, load
 from laid.provenance import fingerprint
 from laid.results.needed import needed
+from laid.settings import SLICES, load
 
 TOP = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent

@@ -3,13 +3,16 @@ from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 
-from laid.config import resolved_file, slice_json, validate
+from laid.settings import TrainedMethod, load, resolved_file, slice_json
 from laid.errors import LaidError
 from laid.io import sha256_json
 from laid.results.needed import needed
 
 try:
-    config = validate(config, workflow.configfiles)
+    # Read again as laid reads YAML, config.yaml first: a message then says where a value stands.
+    overlays = workflow.overwrite_configfiles
+    base = [file for file in workflow.configfiles if file not in overlays]
+    config = load([*base, *overlays], workflow.config_settings.config)
     CELLS = [
         f"{student}/{method}/{size}.json" for student, method, size in needed(config)
     ]
@@ -34,7 +37,9 @@ SIZES = sorted(config["haystacks"]["test"]["sizes"])
 LEDGER = next(
     p for p in ("claims.yaml", f"{workflow.basedir}/claims.yaml") if Path(p).is_file()
 )
-TRAINED = [name for name, method in config["methods"].items() if "lambda_sft" in method]
+TRAINED = [
+    name for name, method in config.methods.items() if isinstance(method, TrainedMethod)
+]
 ABLATED = [method for method in TRAINED if method.startswith("laid")]
 
 

@@ -18,7 +18,7 @@ rule plan:
         mem_mb=2000,
         runtime=20,
     params:
-        config=sha256_json(config),
+        config=sha256_json(config.model_dump()),
         out=lambda wildcards, output: above(output[0]),
     # The table is printed and stays in the log even where `laid plan` refuses and Snakemake takes the files away.
     shell:

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from laid import provenance
-from laid.config import slice_for
 from laid.data.questions import Question, read_questions
 from laid.errors import LaidError
 from laid.io import read_json
+from laid.settings import slice_for
 
 # One step makes all questions: of its settings, what those of one part do not depend on.
 OTHER_PARTS = {

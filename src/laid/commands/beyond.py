@@ -18,12 +18,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from laid import config
     from laid.errors import LaidError
     from laid.evaluation.cells import load_cells
     from laid.results import beyond, plotting
+    from laid.settings import load
 
-    settings = config.load(args.config)
+    settings = load(args.config)
     root = places.root_of(settings)
     out = args.out or root / "beyond"
     records = beyond.load_why(args.why or out / "why")

@@ -14,14 +14,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from laid import config
     from laid.evaluation.cells import load_cells
     from laid.io import dumps
     from laid.results import claims, tables
     from laid.results.sources import CellSource, PublishedSource
     from laid.results.terminal import show
+    from laid.settings import load
 
-    settings = config.load(args.config)
+    settings = load(args.config)
     root = places.root_of(settings)
     cells, out = args.cells or root / "cells", args.out or root / "claims"
     grid = tables.Grid(load_cells(cells), settings, cells)

@@ -10,6 +10,11 @@ from laid.commands.shared import config_argument
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     config_argument(parser)
+    parser.add_argument(
+        "--schema",
+        action="store_true",
+        help="print the JSON schema of configuration files, for editors, and stop",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of YAML")
     parser.add_argument(
         "--out",
@@ -22,17 +27,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     import yaml
 
-    from laid import config
     from laid.errors import LaidError
     from laid.io import dumps, write_text
+    from laid.settings import json_schema, load, merged
 
+    if args.schema:
+        print(dumps(json_schema()))
+        return 0
     base = args.config[0]
     # The shell empties the file behind `> config.yaml` before it is read.
     if base.is_file() and not base.stat().st_size:
         raise LaidError(f"{base}: is empty; to write over what is read, restore it and use --out {base}")
-    values = config.load(args.config)
+    values = load(args.config).model_dump()
     if args.out:  # as written, so that a method that extends another still follows it
-        values = config.merged(args.config)
+        values = merged(args.config)
     text = dumps(values) + "\n" if args.json else yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     if args.out:
         write_text(args.out, text)

@@ -31,14 +31,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from laid import config, provenance
+    from laid import provenance
     from laid.data.coco import SPLITS, check_images, load_coco, load_labels
     from laid.data.pope import is_pope, read_pope
     from laid.data.questions import read_questions
     from laid.errors import LaidError
     from laid.io import write_json
+    from laid.settings import load
 
-    everything = config.load(args.config)
+    everything = load(args.config)
     settings = everything["data"]
     out: Path = args.out
     source = None

@@ -34,11 +34,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from laid import config
     from laid.commands.shared import deterministic, pick_device
+    from laid.settings import load
     from laid.standalone import distill, image_root, name_of, summary
 
-    settings = config.load(args.config)
+    settings = load(args.config)
     out = args.out or Path(f"{name_of(args.student)}-{args.method}")
     deterministic(args.threads)
     record = distill(

@@ -25,12 +25,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from laid import config
     from laid.commands.shared import deterministic, pick_device
     from laid.evaluation.evaluate import evaluate_cells
     from laid.evaluation.scoring import official_bootstrap
+    from laid.settings import load
 
-    settings = config.load(args.config)
+    settings = load(args.config)
     deterministic(args.threads)
     cells = evaluate_cells(
         settings, args.student_name, args.method, args.model, args.runs, args.coco, args.questions, args.sizes,

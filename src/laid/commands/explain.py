@@ -22,12 +22,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from laid import config
     from laid.audit.lineage import Lineage
     from laid.commands.verify import absent, judge, locate
     from laid.errors import LaidError
+    from laid.settings import load
 
-    lineage = Lineage(config.load(args.config))
+    lineage = Lineage(load(args.config))
     step = locate(lineage, args.cell)
     if reason := absent(lineage, step):
         raise LaidError(f"{step.record}: {reason}")

@@ -16,14 +16,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from laid import config
     from laid.errors import LaidError
     from laid.evaluation.cells import load_cells
     from laid.results import curves, figures, heads, learned, plotting, tables
     from laid.results.schedule_figure import draw_schedule
     from laid.results.terminal import show
+    from laid.settings import load
 
-    settings = config.load(args.config)
+    settings = load(args.config)
     root = places.root_of(settings)
     cells, out = args.cells or root / "cells", args.out or root / "figures"
     grid = tables.Grid(load_cells(cells), settings, cells)

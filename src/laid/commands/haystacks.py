@@ -20,12 +20,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from laid import config, provenance
+    from laid import provenance
     from laid.data.haystacks import build_beyond, build_haystacks, build_long
     from laid.data.shortcuts import markdown
     from laid.io import write_json
+    from laid.settings import load
 
-    settings = config.load(args.config)
+    settings = load(args.config)
     splits = ("train2017", "val2017")
     labels = {
         f"annotations_{split}": args.coco / "annotations" / f"instances_{split}.json" for split in splits

@@ -25,7 +25,6 @@ def run(args: argparse.Namespace) -> int:
     import sys
     import warnings
 
-    from laid import config
     from laid.errors import LaidError
     from laid.io import dumps, write_text
     from laid.plan import table
@@ -35,8 +34,9 @@ def run(args: argparse.Namespace) -> int:
     from laid.plan.jobs import jobs_of
     from laid.results.render import markdown
     from laid.results.terminal import show
+    from laid.settings import load
 
-    settings = config.load(args.config)
+    settings = load(args.config)
     given = settings["plan"]
     utilisation = given["utilisation"] if args.utilisation is None else args.utilisation
     if not 0 < utilisation <= 1:

@@ -34,9 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from laid import config
+    from laid.settings import load
 
-    settings = config.load(args.config)
+    settings = load(args.config)
     {"questions": _questions, "evaluate": _evaluate, "table": _table}[args.step](args, settings)
     return 0
 

@@ -21,12 +21,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from laid import config
     from laid.commands.shared import deterministic
     from laid.io import alone
+    from laid.settings import load
     from laid.toy.pretrain import make_member
 
-    settings = config.load(args.config)
+    settings = load(args.config)
     deterministic(args.threads)
     with alone(args.out):
         record = make_member(settings, args.member, args.coco, args.out)

@@ -19,12 +19,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from laid import config
     from laid.commands.tables import shortcuts_line
     from laid.evaluation.cells import load_cells
     from laid.results import report, tables
+    from laid.settings import load
 
-    settings = config.load(args.config)
+    settings = load(args.config)
     cells = args.cells or places.root_of(settings) / "cells"
     root = cells.parent
     figures = args.figures or _if_there(root / "figures" / "captions.json", root / "figures")

@@ -20,13 +20,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from laid import config
     from laid.evaluation.cells import load_cells
     from laid.results import places, tables
     from laid.results.sweep import SweepGrid, sweep_table
     from laid.results.terminal import show
+    from laid.settings import load
 
-    settings = config.load(args.config)
+    settings = load(args.config)
     root = places.root_of(settings) / "sweep"
     cells = args.cells or root / "cells"
     table = sweep_table(SweepGrid(load_cells(cells), settings, cells, args.only))

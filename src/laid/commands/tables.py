@@ -16,12 +16,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from laid import config
     from laid.evaluation.cells import load_cells
     from laid.results import metrics, tables
     from laid.results.terminal import show
+    from laid.settings import load
 
-    settings = config.load(args.config)
+    settings = load(args.config)
     root = places.root_of(settings)
     cells = args.cells or root / "cells"
     grid = tables.Grid(load_cells(cells), settings, cells)

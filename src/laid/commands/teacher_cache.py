@@ -26,14 +26,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from laid import config, provenance
+    from laid import provenance
     from laid.commands.shared import deterministic, pick_device
     from laid.errors import LaidError
     from laid.io import alone, write_json
+    from laid.settings import load
     from laid.training.teacher_cache import build_cache, cache_size
 
     start = time.perf_counter()
-    settings = config.load(args.config)
+    settings = load(args.config)
     if args.size:
         print(cache_size(settings, args.teacher, args.coco, args.questions, labelled=not args.without_labels))
         return 0

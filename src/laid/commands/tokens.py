@@ -25,13 +25,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from laid import config
     from laid.data.coco import load_coco
     from laid.models.processing import Processor
     from laid.results import tables, tokens
     from laid.results.terminal import show
+    from laid.settings import load
 
-    settings = config.load(args.config)["haystacks"]
+    settings = load(args.config)["haystacks"]
     coco = load_coco(args.coco, args.split)
     sizes = args.sizes or settings["test"]["sizes"]
     built = tokens.table(tokens.lengths(Processor.load(args.model), coco, settings, sizes), coco)

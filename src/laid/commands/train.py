@@ -66,9 +66,9 @@ def own_device(listed: str | None) -> str | None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from laid import config
+    from laid.settings import load
 
-    settings = config.load(args.config)
+    settings = load(args.config)
     if args.teacher_device and not args.teacher:
         raise LaidError(
             "--teacher-device says where --teacher computes: give --teacher as well, or leave it out"

@@ -25,13 +25,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from laid import config
     from laid.audit.lineage import Lineage
     from laid.errors import LaidError
+    from laid.settings import load
 
     if args.rebuild and args.cells:
         raise LaidError(f"{args.cells[0]}: give cells to check, or one cell to --rebuild, not both")
-    lineage = Lineage(config.load(args.config))
+    lineage = Lineage(load(args.config))
     if args.rebuild:
         step = locate(lineage, args.rebuild)
         if reason := absent(lineage, step):

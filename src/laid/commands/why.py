@@ -15,13 +15,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     import time
 
-    from laid import config, provenance
+    from laid import provenance
     from laid.analysis.why import measure
     from laid.commands.shared import deterministic, pick_device, runs_by_method
     from laid.io import write_json
+    from laid.settings import load
 
     start = time.perf_counter()
-    settings = config.load(args.config)
+    settings = load(args.config)
     deterministic(args.threads)
     found = measure(
         settings, args.student_name, args.model, runs_by_method(args.methods, args.runs), args.coco,

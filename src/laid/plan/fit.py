@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from laid.config import merge
 from laid.plan.estimate import Estimator
 from laid.plan.gpus import GIB, GPUS
 from laid.plan.jobs import Job, need_of
@@ -32,7 +31,7 @@ def ways_out(estimator: Estimator, job: Job) -> list[str]:
     for text, change in _candidates(estimator, job):
         if len(found) == ENOUGH:
             return found
-        other = estimator.under(merge(estimator.config, change))
+        other = estimator.under(estimator.config.changed(change))
         need = need_of(other, job.gpu or GPUS["A800-80GB"], job.rule, job.student, method, job.sizes)
         if need.bytes + job.need.memory["process"] <= job.has:
             found.append(text)

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from laid import provenance
-from laid.config import slice_for
 from laid.data.questions import read_questions
 from laid.distill.gaps import open_gaps
 from laid.distill.objective import PARTS
@@ -27,6 +26,7 @@ from laid.models.forward import Batch, collate
 from laid.models.loading import load_model
 from laid.models.processing import Processor
 from laid.progress import Progress
+from laid.settings import TrainedMethod, slice_for
 from laid.training.checkpoint import Checkpoint
 from laid.training.losses import Losses, objective_of
 from laid.training.online import OnlineTeacher
@@ -67,7 +67,7 @@ class Trainer:
     ):
         self.start = time.perf_counter()
         if "lambda_sft" not in config["methods"].get(method, {}):
-            trained = [m for m, v in config["methods"].items() if "lambda_sft" in v]
+            trained = [m for m, v in config["methods"].items() if isinstance(v, TrainedMethod)]
             raise LaidError(f"{method!r} is not a trained method; trained methods: {', '.join(trained)}")
         self.config, self.method, self.seed, self.name = config, method, seed, name
         self.method_settings, self.settings = config["methods"][method], config["training"]
@@ -317,7 +317,7 @@ class Trainer:
         return sha256_json(
             {
                 "settings": slice_for(
-                    "train", dict(self.config), method=self.method, student=self.name, seed=self.seed
+                    "train", self.config, method=self.method, student=self.name, seed=self.seed
                 ),
                 "inputs": {
                     k: provenance.fingerprint(Path(v)) for k, v in self.inputs.items() if Path(v).exists()

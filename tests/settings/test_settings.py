@@ -2,6 +2,7 @@
 
 import copy
 import json
+import typing
 from pathlib import Path
 
 import jsonschema
@@ -10,23 +11,36 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from laid import config
 from laid.cli import main
 from laid.errors import LaidError
+from laid.settings import (
+    SLICES,
+    Section,
+    Settings,
+    json_schema,
+    load,
+    merge,
+    resolved_file,
+    slice_for,
+    slice_json,
+    validate,
+)
+from laid.settings.slices import LATER, _lookup, _nest
 
-TOP = Path(__file__).resolve().parents[1]
+TOP = Path(__file__).resolve().parents[2]
 BASE = TOP / "config.yaml"
 SWEEP = TOP / "configs/sweep.yaml"  # an overlay of any scale, the others make one
 OVERLAYS = sorted(set((TOP / "configs").glob("*.yaml")) - {SWEEP})
 
 
-def described(node, path=()):
-    """(path, schema) of every key the schema knows, at any depth."""
-    node = config._resolve(node)
-    for key, child in node.get("properties", {}).items():
-        child = config._resolve(child)
-        yield (*path, key), child
-        yield from described(child, (*path, key))
+def sections(model=Settings):
+    """Every class of the settings' tree."""
+    yield model
+    for field in model.model_fields.values():
+        for kind in {field.annotation, *typing.get_args(field.annotation)}:
+            for inner in {kind, *typing.get_args(kind)}:
+                if isinstance(inner, type) and issubclass(inner, Section):
+                    yield from sections(inner)
 
 
 def write(folder, text, name="overlay.yaml"):
@@ -37,63 +51,46 @@ def write(folder, text, name="overlay.yaml"):
 
 def complaint(*paths):
     with pytest.raises(LaidError) as caught:
-        config.load(paths)
+        load(paths)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
-def test_schema_is_a_valid_schema():
-    jsonschema.Draft202012Validator.check_schema(config.schema())
+def test_the_schema_is_one_and_agrees_on_what_ships():
+    schema = json_schema()
+    jsonschema.Draft202012Validator.check_schema(schema)
+    checker = jsonschema.Draft202012Validator(schema)
+    for file in (BASE, *OVERLAYS, SWEEP):
+        checker.validate(yaml.safe_load(file.read_text()))
+        checker.validate(load([BASE, file]).model_dump())
+    assert not checker.is_valid({"seeds": 0}) and not checker.is_valid({"sead": 1})
+    assert not checker.is_valid({"tables": {"omit": [2, 2]}})
 
 
-def test_every_key_is_described_and_closed_and_has_a_default():
-    for path, node in described(config.schema()):
-        name = ".".join(path)
-        assert node.get("description"), f"{name}: no description"
-        if node.get("type") == "object":
-            assert "additionalProperties" in node, f"{name}: would accept any key"
-        else:
-            assert "default" in node, f"{name}: no default"
-
-
-def test_defaults_are_valid_against_their_own_schema():
-    assert config.validate({}) == config.fill({}, config.schema())
-
-
-def test_config_yaml_shows_the_defaults():
-    """config.yaml is the embedded default: what it says and what the schema fills in must not drift apart.
-
-    Where several keys share one description ($ref: methods, members), only config.yaml tells them apart.
-    """
-
-    def compare(shown, node, path=()):
-        for key, value in shown.items():
-            child = node["properties"].get(key, {})
-            if "properties" in child:
-                compare(value, child, (*path, key))
-            elif "default" in child and not isinstance(child.get("additionalProperties"), dict):
-                name, default = ".".join((*path, key)), config.fill(child["default"], child)
-                assert value == default, (
-                    f"{name}: config.yaml says {value!r}, the schema's default is {default!r}"
-                )
-
-    compare(yaml.safe_load(BASE.read_text()), config.schema())
+def test_every_key_is_described_and_has_a_default():
+    found = set(sections())
+    assert len(found) > 30
+    for model in found:
+        assert model.__doc__, model
+        for name, field in model.model_fields.items():
+            described = field.description or getattr(field.annotation, "__doc__", None)
+            assert described and not field.is_required(), f"{model.__name__}.{name}"
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda p: p.stem)
 def test_overlays_load_and_name_their_scale(overlay):
-    assert config.load([BASE, overlay])["scale"] == overlay.stem
+    assert load([BASE, overlay]).scale == overlay.stem
 
 
 def test_overlay_merges_deeply_and_replaces_lists(tmp_path):
     over = write(tmp_path, "haystacks: {test: {sizes: [1, 5]}}\nseeds: 3\n")
-    merged, base = config.load([BASE, over]), config.load([BASE])
+    merged, base = load([BASE, over]), load([BASE])
     assert merged["haystacks"]["test"] == {**base["haystacks"]["test"], "sizes": [1, 5]}
     assert merged["haystacks"]["train"] == base["haystacks"]["train"] and merged["seeds"] == 3
 
 
 def test_empty_overlay_changes_nothing(tmp_path):
-    assert config.load([BASE, write(tmp_path, "# nothing\n")]) == config.load([BASE])
+    assert load([BASE, write(tmp_path, "# nothing\n")]) == load([BASE])
 
 
 @pytest.mark.parametrize(
@@ -142,20 +139,9 @@ def test_missing_and_unreadable_files(tmp_path):
 
 
 def test_a_value_from_the_command_line_is_not_blamed_on_a_file():
-    values = {**config.load([BASE]), "seeds": -1}
+    values = load([BASE]).model_dump() | {"seeds": -1}
     with pytest.raises(LaidError, match="^command line: seeds = -1: must be at least 1"):
-        config.validate(values, [BASE])
-
-
-def test_schema_missing_is_said(monkeypatch, tmp_path):
-    monkeypatch.setattr(config, "SCHEMA", Path("nowhere.json"))
-    config.schema.cache_clear()
-    try:
-        with pytest.raises(LaidError, match="pip install -e"):
-            config.schema()
-    finally:
-        monkeypatch.undo()
-        config.schema.cache_clear()
+        validate(values, [BASE])
 
 
 # ------------------------------------------------------------------ slices
@@ -163,11 +149,11 @@ def test_schema_missing_is_said(monkeypatch, tmp_path):
 
 def test_slices_name_keys_that_exist():
     """A misspelt entry would silently make a step blind to a value."""
-    full = config.load([BASE])
-    for step, entries in config.SLICES.items():
+    full = load([BASE]).model_dump()
+    for step, entries in SLICES.items():
         for entry in entries:
             keys = entry.lstrip("-").partition(".{")[0].split(".")
-            assert config._lookup(full, keys) is not None, f"{step}: {entry}"
+            assert _lookup(full, keys) is not None, f"{step}: {entry}"
 
 
 def wildcards_for(step, full):
@@ -196,45 +182,45 @@ def wildcards_for(step, full):
     ],
 )
 def test_slice_changes_exactly_when_a_value_matters(step, key, value, matters):
-    full = config.load([BASE])
-    changed = config.merge(full, config._nest(key.split("."), value))
+    full = load([BASE])
+    changed = full.changed(_nest(key.split("."), value))
     assert changed != full
     wildcards = wildcards_for(step, full)
-    before, after = (config.slice_json(step, c, **wildcards) for c in (full, changed))
+    before, after = (slice_json(step, c, **wildcards) for c in (full, changed))
     assert (before != after) is matters
 
 
-@pytest.mark.parametrize("key", config.LATER)
+@pytest.mark.parametrize("key", LATER)
 def test_a_key_that_came_later_is_in_no_slice_until_it_is_set(key):
     """What was made before the key came is what its default makes, and stays."""
-    full, found, at_default = config.load([BASE]), 0, 0
-    for step in config.SLICES:
+    full, found, at_default = load([BASE]).model_dump(), 0, 0
+    for step in SLICES:
         for method in full["methods"]:
             wildcards = wildcards_for(step, full) | {"method": method}
             keys = key.replace("*", method).split(".")
-            if config._lookup(full, keys) is None:
+            if _lookup(full, keys) is None:
                 continue
-            if config._lookup(full, keys) != config.LATER[key]:
+            if _lookup(full, keys) != LATER[key]:
                 continue  # a method of today's configuration that sets it
             at_default += 1
-            before = config.slice_for(step, full, **wildcards)
-            assert config._lookup(before, keys) is None
-            changed = config.merge(full, config._nest(keys, "another"))
-            after = config.slice_for(step, changed, **wildcards)
-            found += after == config.merge(before, config._nest(keys, "another")) != before
+            before = slice_for(step, full, **wildcards)
+            assert _lookup(before, keys) is None
+            changed = merge(full, _nest(keys, "another"))
+            after = slice_for(step, changed, **wildcards)
+            found += after == merge(before, _nest(keys, "another")) != before
     assert found and at_default
 
 
 def test_slice_of_an_unknown_step():
     with pytest.raises(LaidError, match="no step 'trian'; steps: data"):
-        config.slice_for("trian", {})
+        slice_for("trian", {})
 
 
 def test_slice_takes_away_and_adds_one_member(monkeypatch):
-    monkeypatch.setitem(config.SLICES, "demo", ["a", "-a.members", "a.members.{member}", "b.{member}.x"])
+    monkeypatch.setitem(SLICES, "demo", ["a", "-a.members", "a.members.{member}", "b.{member}.x"])
     full = {"a": {"k": 1, "members": {"s": {"w": 1}, "t": {"w": 2}}}, "b": {"s": {"x": 0, "y": 1}}, "c": 3}
     untouched = copy.deepcopy(full)
-    assert config.slice_for("demo", full, member="s") == {
+    assert slice_for("demo", full, member="s") == {
         "a": {"k": 1, "members": {"s": {"w": 1}}},
         "b": {"s": {"x": 0}},
     }
@@ -255,10 +241,10 @@ mappings = st.dictionaries(st.sampled_from("abcd"), plain, max_size=4)
 @given(mappings, mappings)
 def test_merge_keeps_both_and_lets_the_overlay_win(base, over):
     before = copy.deepcopy((base, over))
-    merged = config.merge(base, over)
+    merged = merge(base, over)
     assert (base, over) == before
     assert merged.keys() == base.keys() | over.keys()
-    assert config.merge(merged, over) == merged and config.merge(base, {}) == base
+    assert merge(merged, over) == merged and merge(base, {}) == base
     for key in merged:
         if key not in over:
             assert merged[key] == base[key]
@@ -270,21 +256,21 @@ def test_merge_keeps_both_and_lets_the_overlay_win(base, over):
 
 
 def test_resolved_file_is_named_by_content_and_loads_to_the_same(tmp_path):
-    full = config.load([BASE])
-    path = config.resolved_file(full, tmp_path / "x")
-    assert config.load([path]) == full
+    full = load([BASE])
+    path = resolved_file(full, tmp_path / "x")
+    assert load([path]) == full
     stamp = path.stat().st_mtime_ns
-    assert config.resolved_file(dict(reversed(full.items())), tmp_path / "x") == path
+    assert resolved_file(validate(dict(reversed(full.model_dump().items()))), tmp_path / "x") == path
     assert path.stat().st_mtime_ns == stamp
-    assert config.resolved_file({**full, "seeds": 2}, tmp_path / "x") != path
+    assert resolved_file(full.changed({"seeds": 2}), tmp_path / "x") != path
 
 
 def test_config_verb_prints_what_load_gives(capsys, tmp_path):
     over = write(tmp_path, "seeds: 4\n")
     assert main(["config", "--json", "--config", str(BASE), str(over)]) == 0
-    assert json.loads(capsys.readouterr().out) == config.load([BASE, over])
+    assert json.loads(capsys.readouterr().out) == load([BASE, over])
     assert main(["config", "--config", str(BASE), str(over)]) == 0
-    assert yaml.safe_load(capsys.readouterr().out) == config.load([BASE, over])
+    assert yaml.safe_load(capsys.readouterr().out) == load([BASE, over])
     assert main(["config", "--config", str(tmp_path / "none.yaml")]) == 2
     assert capsys.readouterr().err.startswith("laid config: error: ")
 
@@ -294,9 +280,9 @@ def test_one_file_can_stand_for_base_and_overlay(name, tmp_path):
     """What dvc.yaml asks for at another scale: config.yaml becomes the whole of it, over the file it was read from."""
     own = write(tmp_path, BASE.read_text(), "config.yaml")
     assert main(["config", "--config", str(own), str(TOP / "configs" / name), "--out", str(own)]) == 0
-    assert config.load([own]) == config.load([BASE, TOP / "configs" / name])
+    assert load([own]) == load([BASE, TOP / "configs" / name])
     # What extends another method still follows it.
-    other = config.load([own, write(tmp_path, "methods: {laid: {lambda_laid: 0.7}}\n")])
+    other = load([own, write(tmp_path, "methods: {laid: {lambda_laid: 0.7}}\n")])
     assert other["methods"]["laid_wo_kl"]["lambda_laid"] == 0.7
 
 
@@ -310,15 +296,15 @@ def test_a_configuration_redirected_onto_itself_is_said(capsys, tmp_path):
 
 def test_variants_of_the_sweep_are_methods_to_every_step():
     """In the order written, inheriting like methods; validating the resolved configuration again changes nothing."""
-    full = config.load([BASE, SWEEP])
+    full = load([BASE, SWEEP])
     written = yaml.safe_load(SWEEP.read_text())["sweep"]["variants"]
     assert [name for name in full["methods"] if name in written] == list(written)
     alone, tokens = full["methods"]["alignment"], full["methods"]["distance_tokens"]
     assert tokens == alone | {"extends": "alignment", "distance": alone["distance"] | {"strength": 4.0}}
     assert full["methods"]["without_kl"] == full["methods"]["laid"] | {"extends": "laid", "lambda_kl": 0.0}
     assert full["methods"]["without_gain"]["gain"] is None and full["methods"]["labels"]["lambda_kl"] == 0
-    assert config.validate(full) == full
-    assert config.slice_for("train", full, method="gain")["methods"].keys() == {"gain"}
+    assert validate(full) == full
+    assert slice_for("train", full, method="gain")["methods"].keys() == {"gain"}
 
 
 @pytest.mark.parametrize(

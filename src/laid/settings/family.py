@@ -1,0 +1,112 @@
+"""Which models play which role, and the small-scale family: sections models and family."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from laid.settings.base import Count, Distinct, Natural, NonNegative, Positive, Section, Share, Text
+
+ModelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+
+
+class Models(Section):
+    """Which members of the family play which role."""
+
+    teacher: ModelName = "teacher"
+    """Name of the teacher."""
+    students: Annotated[Distinct[ModelName], Field(min_length=1)] = ["medium", "small"]
+    """Names of the students."""
+    checkpoints: dict[str, Text] = {}
+    """Published checkpoints, by member: a hub id (owner/name) or a local folder. A member without one is trained from nothing (family)."""
+    labels: dict[str, Text] = {}
+    """Names in tables, by member (paper scale: 32B, 7B, 3B); without one, the number of weights."""
+
+
+class Member(Section):
+    """One member: its sizes, how far its window reaches, how long it trains."""
+
+    hidden_size: Annotated[int, Field(ge=8)] = 64
+    """Width of the language model."""
+    layers: Annotated[int, Field(ge=2)] = 3
+    """Decoder layers; finding the needle takes at least 2, answering 3."""
+    heads: Count = 2
+    """Query heads."""
+    kv_heads: Count = 1
+    """Key and value heads (grouped-query attention); divides heads."""
+    intermediate_size: Count = 128
+    """Width of the MLP."""
+    window: Count = 4
+    """Largest haystack (images) seen in pretraining: what makes a short or a long window."""
+    steps: Annotated[int, Field(ge=2)] = 1200
+    """Optimiser steps of the language phase."""
+    seed: Natural = 0
+    """Seed of weights and data order."""
+
+
+class Vision(Section):
+    """The vision tower."""
+
+    depth: Count = 2
+    """Blocks."""
+    hidden_size: Annotated[int, Field(ge=8)] = 64
+    """Width."""
+    intermediate_size: Count = 128
+    """Width of its MLP."""
+    heads: Count = 2
+    """Heads."""
+
+
+class PretrainVision(Section):
+    """Alignment of the vision tower."""
+
+    steps: Count = 300
+    """Optimiser steps."""
+    batch: Count = 64
+    """Images per step."""
+    lr: Positive = 0.002
+    """AdamW's learning rate."""
+
+
+class Pretrain(Section):
+    """How members are pretrained."""
+
+    batch: Count = 8
+    """Haystacks per step."""
+    targets: Count = 5
+    """Yes/no questions per haystack."""
+    hard_negatives: Share = 0.8
+    """Share of targets taken from what distractors hold."""
+    noise: NonNegative = 0.1
+    """Noise on visual tokens, relative to their spread, so that the vision tower's errors are survived."""
+    lr_muon: Positive = 0.004
+    """Muon's learning rate, matrices of the decoder layers."""
+    lr_adamw: Positive = 0.003
+    """AdamW's learning rate, everything else."""
+    warmup_steps: Count = 50
+    """Steps of linear warm-up."""
+    decay: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Share of the steps, at the end, over which the learning rate falls to 0."""
+    start_size: Count = 3
+    """Largest haystack at the start of the curriculum."""
+    threshold: Share = 0.93
+    """Running accuracy at which the curriculum goes on."""
+    grow: Annotated[float, Field(gt=1)] = 1.5
+    """Factor by which the largest haystack grows then."""
+    vision: PretrainVision = PretrainVision()
+
+
+class Family(Section):
+    """The small-scale family of Qwen2.5-VL architecture, trained from nothing (laid pretrain)."""
+
+    head_dim: Annotated[int, Field(ge=8)] = 32
+    """Dimensions per head, the same for all members: what LAid compares."""
+    rope_theta: Annotated[float, Field(ge=1)] = 10000
+    """RoPE base."""
+    mrope_section: Annotated[list[Natural], Field(min_length=3, max_length=3)] = [4, 6, 6]
+    """Frequencies for time, height and width; they add up to head_dim / 2."""
+    image_pixels: Annotated[int, Field(ge=784)] = 784
+    """Pixels an image is resized to by the Qwen image processor; 784 = 28 x 28 is one visual token."""
+    vision: Vision = Vision()
+    pretrain: Pretrain = Pretrain()
+    members: dict[str, Member] = {}
+    """Members by name; models.teacher and models.students name those in use."""

@@ -1,0 +1,106 @@
+"""What is measured and shown: sections evaluation, analysis, beyond, pope, tables and sweep."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from laid.settings.base import Count, Distinct, Fraction, Natural, NonNegative, Section
+from laid.settings.methods import MethodName, TrainedMethod
+
+Names = Annotated[Distinct[str], Field(min_length=1)]
+
+
+class Evaluation(Section):
+    """How models are evaluated."""
+
+    shard: Literal["model", "cell"] = "model"
+    """model: one job evaluates all sizes of a student and method; cell: one job per size (for large models)."""
+    scoring: Literal["logits", "generate"] = "logits"
+    """logits: yes or no by the answer position's logits; generate: by the words of a generated answer, as the official runner scores."""
+    order_seed: Natural = 0
+    """Seed of the order of images in a haystack (the official runner shuffles without one)."""
+    batch_tokens: Count = 16384
+    """Prompt tokens per forward pass."""
+    max_new_tokens: Count = 16
+    """Length of a generated answer."""
+    chunk_tokens: Natural = 0
+    """Prompts longer than this are read in chunks of this many tokens with a key-value cache; 0 reads them whole."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Number format of weights and activations."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """Attention implementation."""
+    feature_cache_gb: NonNegative = 8
+    """Visual features kept in memory, GiB."""
+
+
+class Analysis(Section):
+    """What is looked into beyond accuracy: attention on the needle, spectra of position differences (laid analyse)."""
+
+    questions: Count = 20
+    """Questions per haystack size, the first ones of each test file."""
+    spectrum_size: Count = 100
+    """Images in the haystacks whose spectrum is taken; the nearest test size is used."""
+    methods: Names = ["base"]
+    """Methods of a student that are looked into, those that its tables have."""
+
+
+class Beyond(Section):
+    """What lies beyond the paper (target `beyond`): why windows shrink, and where they end."""
+
+    sizes: Annotated[Distinct[Count], Field(min_length=1)] = [200, 300, 500]
+    """Images per haystack, beyond the test sizes; from the test images."""
+    questions: Count = 100
+    """Questions per size, also where distance and dilution are taken apart (the first of each test file)."""
+    few: Count = 5
+    """Images whose positions are stretched, and whose positions more images are packed into; a test size."""
+    methods: Names = ["base"]
+    """Methods of a student that are measured, those that its tables have."""
+
+
+class Pope(Section):
+    """Object questions about single images (POPE, Li et al. 2023), before and after distillation: whether single-image ability is kept (snakemake pope)."""
+
+    images: Count = 500
+    """Images asked about, from val2017; POPE takes 500."""
+    objects: Count = 3
+    """Objects asked about per image that it holds, and as many that it does not hold; POPE takes 3."""
+    seed: Natural = 0
+    """Seed of the images, the objects and the order."""
+    wording: Literal["pope", "haystack"] = "haystack"
+    """pope: "Is there a dog in the image?" and nothing else, as POPE asks. haystack: the official Visual Haystacks prompt and its question on one image, with another object of the image as anchor: the small-scale family was taught these words only."""
+    methods: Names = ["base"]
+    """Methods of a student that are measured, those that its tables have; base is before, the others are after."""
+
+
+class Tables(Section):
+    """Which cells stand in which table, and how they are summed up."""
+
+    methods: Names = ["base"]
+    """Rows of each student in Table 1, in this order; base first, because gains are relative to it."""
+    ablations: Names = ["base"]
+    """Rows of Table 3, in this order; base first."""
+    table3_students: Names | None = None
+    """Students in Table 3; null for the first student alone, as in the paper."""
+    omit: Distinct[Count] = [2]
+    """Test sizes that are measured but have no column in Tables 1 and 2, as in the paper."""
+    table3_omit: Distinct[Count] = [2, 150]
+    """The same for Table 3, which the paper ends at 100 images."""
+    short_max: Count = 20
+    """Images up to which a size counts for the short gain; larger ones for the long gain."""
+    threshold: Fraction = 0.8
+    """Accuracy that the effective window printed beside Table 1 asks for, as a fraction."""
+
+
+class Sweep(Section):
+    """Variants of methods, trained with several seeds and measured on the validation questions: which part does what (snakemake sweep; configs/sweep.yaml)."""
+
+    seeds: Annotated[int, Field(ge=1, le=100)] = 3
+    """Training seeds per variant."""
+    students: Names | None = None
+    """Students that are swept; null for all."""
+    against: Distinct[str] = []
+    """Trained methods that every variant is tested against."""
+    only: Distinct[str] = []
+    """Variants to run; none named, all."""
+    variants: dict[MethodName, TrainedMethod] = {}
+    """Name -> a trained method, which may extend any other; its name must be new."""

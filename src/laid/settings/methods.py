@@ -1,0 +1,174 @@
+"""Methods: section methods, a mapping of names to one of four kinds.
+
+A method is of the kind of the root of what it extends: base, yarn and self_extend are there without being written,
+anything else is trained.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from laid.settings.base import Count, Fraction, Natural, NonNegative, Positive, Section, Share
+
+
+class Lora(Section):
+    """LoRA adapter (peft); null trains all weights of the language model."""
+
+    rank: Count = 8
+    """Rank."""
+    alpha: Positive = 16
+    """Scale numerator."""
+    dropout: Annotated[float, Field(ge=0, le=0.9)] = 0.0
+    """Dropout."""
+    targets: Annotated[list[str], Field(min_length=1)] = [
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    ]
+    """Linear layers it is put on."""
+
+
+class Alignment(Section):
+    """Equation 7."""
+
+    pairs: Annotated[list[Annotated[list[int], Field(min_length=2, max_length=2)]], Field(min_length=1)] = [
+        [-1, -1]
+    ]
+    """(student layer, teacher layer) pairs; negative: from the end. The paper: the last of each."""
+    key_weights: Literal["shared", "own"] = "shared"
+    """shared: the paper's formula; own: separate weights over KV heads."""
+    rotation: Literal["before", "after"] = "before"
+    """Compare before or after RoPE."""
+    norm: Literal["mean", "frobenius"] = "mean"
+    """Norm of eq. 7."""
+    normalize: bool = True
+    """Divide by the teacher's own size, so that lambda means the same for any width."""
+    init: Literal["uniform", "blocks", "fit"] = "uniform"
+    """Start of w."""
+    projection: bool = False
+    """Learn a map between different head_dims."""
+    anneal: Literal["constant", "linear", "cosine"] = "constant"
+    """lambda_laid and lambda_rows over training."""
+
+
+class Distance(Section):
+    """Progressive distance weighting of eq. 7's tokens (laid.distill.schedule)."""
+
+    strength: NonNegative = 0.0
+    """Extra weight at the far end; 0 is off."""
+    power: Positive = 1.0
+    """Shape over distance."""
+    start: Share = 0.0
+    """Progress at which it begins."""
+    end: Share = 1.0
+    """Progress at which it is full."""
+
+
+class Gaps(Section):
+    """Progressive position gaps between images."""
+
+    share: Share = 1.0
+    """Share of samples that get gaps; the others keep their positions, so that short inputs stay in practice."""
+    draw: Literal["uniform", "log"] = "uniform"
+    """How a sample's span is drawn, from its own to the present reach: uniform, or log, every doubling equally likely, which keeps short distances in practice."""
+    reach: Natural = 0
+    """Largest span in positions; 0 is off."""
+    start: Share = 0.0
+    """Progress at which gaps begin to grow."""
+    end: Share = 0.5
+    """Progress at which they reach their full span."""
+
+
+class Gain(Section):
+    """Learnable RoPE gain; null is off."""
+
+    layers: list[int] | None = None
+    """Layers; null is all."""
+    granularity: Literal["frequency", "section", "head"] = "frequency"
+    """One gain per head and frequency, M-RoPE section, or head."""
+    export: Literal["fold", "attention"] = "fold"
+    """A length-aware gain's export: fold makes a plain checkpoint, its factor fixed at fold_tokens; attention keeps it for all lengths with a small registered attention function."""
+    fold_tokens: Count | None = None
+    """Tokens whose length factor is folded in; null: those of the longest training prompt."""
+    length_aware: bool = False
+    """Also learn (tokens / reference)^b."""
+    reference: Annotated[float, Field(ge=1)] = 64
+    """Tokens at which the length factor is 1."""
+    exponent: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    """Where b starts."""
+
+
+class Method(Section):
+    """What all methods have."""
+
+    extends: str | None = None
+    """Another method, whose kind this one is of and whose values are taken where this one sets none."""
+
+
+class Base(Method):
+    """The student as it is."""
+
+
+class Yarn(Method):
+    """YaRN, through transformers' rope_parameters."""
+
+    factor: Annotated[float, Field(ge=1)] = 1.5
+    """Scale of positions."""
+    original_positions: Count | None = None
+    """Trained positions; null takes the checkpoint's max_position_embeddings."""
+    axes: Literal["all", "time", "image_base"] = "all"
+    """all: transformers' own, every axis by its frequencies; time: the time section alone, which orders text and images; image_base: a token's base position by YaRN, its offset inside an image as trained."""
+
+
+class SelfExtend(Method):
+    """SelfExtend, in M-RoPE positions."""
+
+    group: Count = 4
+    """Positions per group, G."""
+    window: Count = 32
+    """Neighbour window, W, in positions."""
+    axes: Literal["all", "text", "image_base"] = "all"
+    """all: far keys by merged positions on every axis; text: far text keys only; image_base: merged base positions, offsets inside an image as they are."""
+
+
+class TrainedMethod(Method):
+    """A trained method."""
+
+    questions: Literal["train", "long"] = "train"
+    """train: the training questions with their labels; long: the long haystacks (haystacks.long), whose labels are never read, so that lambda_sft must be 0."""
+    lora: Lora | None = None
+    lr: Positive | None = None
+    """Peak learning rate; null takes training.lr."""
+    epochs: Positive | None = None
+    """Passes; null takes training.epochs."""
+    lambda_sft: NonNegative = 1.0
+    """Weight of the cross-entropy with the labels (eq. 8)."""
+    lambda_kl: NonNegative = 0.0
+    """Weight of L_KL (eq. 8)."""
+    lambda_laid: NonNegative = 0.0
+    """Weight of L_LAid (eq. 7, 8)."""
+    lambda_rows: NonNegative = 0.0
+    """Weight of matching attention rows (laid.distill.attention_rows)."""
+    rows: Literal["answer", "question", "joint"] = "answer"
+    """Which attention rows are matched. answer: that of the token that predicts the answer; question: of all tokens after the last image, up to that one; joint: those of the question over the images of the whole batch, against what the teacher's heads say together."""
+    temperature: Positive = 2.0
+    """tau of L_KL."""
+    divergence: Literal["forward_kl", "jsd"] = "forward_kl"
+    """L_KL's form."""
+    jsd_beta: Fraction = 0.5
+    """beta of the generalised Jensen-Shannon divergence."""
+    kl_vocabulary: Literal["common", "same"] = "common"
+    """Where student and teacher have vocabularies of different size: common: both are cut to the rows that both have before the softmax; same: L_KL is left out, as the paper does for its 3B student."""
+    alignment: Alignment = Alignment()
+    distance: Distance = Distance()
+    gaps: Gaps = Gaps()
+    gain: Gain | None = None
+
+
+MethodName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
+BUILT_IN: dict[str, type[Method]] = {"base": Base, "yarn": Yarn, "self_extend": SelfExtend}
+AnyMethod = Base | Yarn | SelfExtend | TrainedMethod

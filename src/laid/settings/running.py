@@ -1,0 +1,58 @@
+"""What jobs ask for and what they would cost: sections resources and plan."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from laid.settings.base import Count, Distinct, Natural, NonNegative, Positive, Section
+
+
+class Job(Section):
+    """What one job asks for."""
+
+    threads: Count = 1
+    """CPU threads of one job."""
+    mem_mb: Annotated[int, Field(ge=100)] = 3000
+    """Memory in MB; a retry asks for more."""
+    runtime: Count = 30
+    """Time limit in minutes; a retry asks for more."""
+    gpu: Natural = 0
+    """GPUs of one job."""
+
+
+class Resources(Section):
+    """What a job of each rule asks for; no effect on results. Partition, account and GPU type belong in the profile."""
+
+    data: Job = Job()
+    """Making the COCO data and the haystacks."""
+    pretrain: Job = Job()
+    """Pretraining one member of the family."""
+    teacher_cache: Job = Job()
+    """Running the teacher over the training questions."""
+    train: Job = Job()
+    """Post-training one student."""
+    evaluate: Job = Job()
+    """Evaluating one model."""
+    tables: Job = Job()
+    """Tables, figures, reports."""
+
+
+class PlanImages(Section):
+    """Visual tokens per image, where photographs differ."""
+
+    tokens: Positive | None = None
+    """On average; null takes what COCO's images have under Qwen2.5-VL's limits, or the rendered scenes' number."""
+    spread: NonNegative | None = None
+    """Their standard deviation; null likewise."""
+
+
+class Plan(Section):
+    """What `laid plan` reckons with; no effect on results."""
+
+    gpu: str = "A800-80GB"
+    """The GPU that jobs run on, by name (laid.plan.gpus); the paper's by default. Jobs without a GPU (resources.<rule>.gpu 0) are held against mem_mb."""
+    compare: Distinct[str] = ["H100-80GB", "H200-141GB"]
+    """Other GPUs whose hours are told beside."""
+    utilisation: Annotated[float, Field(gt=0, le=1)] = 0.4
+    """Share of the peak FLOP/s that jobs are taken to reach."""
+    images: PlanImages = PlanImages()

@@ -1,0 +1,181 @@
+"""The whole configuration: all sections, methods laid over what they extend, and what one key alone cannot tell."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Self
+
+from pydantic import Field, ValidationError
+
+from laid.errors import LaidError
+from laid.settings.base import Section, Text, merge, plain
+from laid.settings.data import Data, Haystacks
+from laid.settings.family import Family, Models
+from laid.settings.measuring import Analysis, Beyond, Evaluation, Pope, Sweep, Tables
+from laid.settings.methods import BUILT_IN, AnyMethod, Method, MethodName, TrainedMethod
+from laid.settings.running import Plan, Resources
+from laid.settings.training import TeacherCache, Training
+
+Path = tuple[str, ...]
+
+
+class Invalid(LaidError):
+    """A value that cannot be: the path of its key, and either pydantic's error or a complaint in words.
+
+    model: the class that describes the first keys of the path down to `depth`, for what is allowed there.
+    """
+
+    def __init__(self, path: Path, problem: Any, model: type[Section] | None = None, depth: int = 0) -> None:
+        super().__init__(f"{'.'.join(path)}: {problem if isinstance(problem, str) else problem['msg']}")
+        self.path, self.problem, self.model, self.depth = path, problem, model, depth
+
+
+class Settings(Section):
+    """Every key of config.yaml and its overlays. A key that is left out takes its default from here."""
+
+    scale: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")] = "small"
+    """Name of the scale; everything is written below <results>/<scale>/."""
+    results: Text = "results"
+    """Folder of all results, relative to the folder the command runs in."""
+    seeds: Annotated[int, Field(ge=1, le=100)] = 1
+    """Training seeds per trained method (seed 0, 1, ...). One gives intervals over questions, several over questions
+    and seeds."""
+    data: Data = Data()
+    haystacks: Haystacks = Haystacks()
+    models: Models = Models()
+    evaluation: Evaluation = Evaluation()
+    analysis: Analysis = Analysis()
+    beyond: Beyond = Beyond()
+    tables: Tables = Tables()
+    resources: Resources = Resources()
+    plan: Plan = Plan()
+    family: Family = Family()
+    training: Training = Training()
+    teacher_cache: TeacherCache = TeacherCache()
+    methods: dict[MethodName, AnyMethod] = {}
+    """Methods by name: what is done to a student before it is evaluated. base, yarn and self_extend are there without
+    being written; any other is trained, or extends one of these."""
+    pope: Pope = Pope()
+    sweep: Sweep = Sweep()
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Self:
+        """Settings from what is written in files. Raises Invalid."""
+        values = _without_variants(plain(values))
+        sweep = values.get("sweep")
+        variants = sweep.get("variants") if isinstance(sweep, dict) else None
+        written = values.get("methods", {})
+        if not isinstance(written, dict):
+            _checked(cls, {"methods": written})
+        everything = {**{name: {} for name in BUILT_IN}, **written}
+        if isinstance(variants, dict):
+            everything |= variants
+        for name in everything:
+            section = (
+                ("sweep", "variants") if isinstance(variants, dict) and name in variants else ("methods",)
+            )
+            _checked(kind(name, everything, section), everything[name], (*section, name))
+        methods = {name: extended(name, everything) for name in everything}
+        if isinstance(variants, dict):
+            values["sweep"]["variants"] = {name: methods[name] for name in variants}
+        settings = _checked(cls, values | {"methods": methods})
+        for path, complaint in contradictions(settings):
+            raise Invalid(path, complaint)
+        return settings
+
+    def changed(self, values: Mapping[str, Any]) -> Self:
+        """Validated settings with `values` laid over these, at any depth. Raises Invalid."""
+        return self.of(merge(self.model_dump(), values))
+
+
+def kind(name: str, methods: Mapping[str, Any], section: Path = ("methods",)) -> type[Method]:
+    """The class of a method: that of the root of what it extends. Raises Invalid for a parent that cannot be."""
+    if name in BUILT_IN and isinstance(methods[name], dict) and methods[name].get("extends") is not None:
+        raise Invalid((*section, name, "extends"), f"{name} is built in and extends no other method")
+    seen = [name]
+    while True:
+        own = methods[seen[-1]]
+        parent = own.get("extends") if isinstance(own, dict) else None
+        if seen[-1] in BUILT_IN or not isinstance(parent, str):
+            return BUILT_IN.get(seen[-1], TrainedMethod)
+        at = (*(section if seen[-1] == name else ("methods",)), seen[-1], "extends")
+        if parent in seen:
+            raise Invalid(at, f"goes in a circle ({' -> '.join((*seen, parent))})")
+        if parent not in methods:
+            raise Invalid(at, f"no such method; methods: {', '.join(methods)}")
+        seen.append(parent)
+
+
+def extended(name: str, methods: Mapping[str, Any]) -> Method:
+    """A method laid over the one it extends, before defaults fill what neither sets."""
+
+    def resolved(name: str) -> dict[str, Any]:
+        own, parent = methods[name], methods[name].get("extends")
+        return own if parent is None or name in BUILT_IN else merge(resolved(parent), own)
+
+    return kind(name, methods).model_validate(resolved(name))
+
+
+def contradictions(settings: Settings) -> Iterator[tuple[Path, str]]:
+    """(path, complaint) for every pair of values that contradict each other."""
+    data, models, methods = settings.data, settings.models, settings.methods
+    if data.source == "local" and not data.root:
+        yield (
+            ("data", "root"),
+            "data.source is 'local', so this must name the folder with annotations/ and the images",
+        )
+    for part in ("train", "long"):
+        sizes = getattr(settings.haystacks, part)
+        if sizes.min_size > sizes.max_size:
+            yield ("haystacks", part, "min_size"), f"{sizes.min_size} is above max_size {sizes.max_size}"
+    pope = settings.pope
+    if pope.wording == "haystack" and pope.objects < 2:
+        yield (
+            ("pope", "objects"),
+            f"{pope.objects}: the wording 'haystack' names a second object of the image, so give at least 2",
+        )
+    trained = [name for name, method in methods.items() if isinstance(method, TrainedMethod)]
+    for path, names, allowed in (
+        (("sweep", "students"), settings.sweep.students or [], models.students),
+        (("sweep", "against"), settings.sweep.against, trained),
+        (("sweep", "only"), settings.sweep.only, list(settings.sweep.variants)),
+        (("tables", "methods"), settings.tables.methods, list(methods)),
+        (("tables", "ablations"), settings.tables.ablations, list(methods)),
+        (("analysis", "methods"), settings.analysis.methods, list(methods)),
+        (("beyond", "methods"), settings.beyond.methods, list(methods)),
+        (("pope", "methods"), settings.pope.methods, list(methods)),
+    ):
+        unknown = [name for name in names if name not in allowed]
+        if unknown:
+            yield path, f"{unknown[0]!r} is not among {', '.join(allowed) or 'none'}"
+    for name in trained:
+        method = methods[name]
+        if method.questions == "long" and method.lambda_sft > 0:
+            yield (
+                ("methods", name, "lambda_sft"),
+                f"{method.lambda_sft:g} weighs labels, which questions: long does without; set it to 0",
+            )
+    if models.teacher in models.students:
+        yield ("models", "students"), f"{models.teacher!r} is the teacher and cannot be a student of itself"
+
+
+def _checked(model: type[Section], values: Any, at: Path = ()) -> Any:
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        first = min(error.errors(), key=lambda e: list(map(str, e["loc"])))
+        raise Invalid((*at, *map(str, first["loc"])), first, model, len(at)) from None
+
+
+def _without_variants(values: dict[str, Any]) -> dict[str, Any]:
+    """`values` without what an earlier validation put among the methods: the variants of the sweep."""
+    sweep, methods = values.get("sweep"), values.get("methods")
+    variants = sweep.get("variants") if isinstance(sweep, dict) else None
+    if not isinstance(variants, dict) or not isinstance(methods, dict):
+        return values
+    for name, variant in variants.items():
+        if name in BUILT_IN or (name in methods and methods[name] != variant):
+            raise Invalid(
+                ("sweep", "variants", name), f"{name!r} is a method already; give the variant a new name"
+            )
+    return {**values, "methods": {name: method for name, method in methods.items() if name not in variants}}
