@@ -35,7 +35,7 @@ CONFIG: dict[str, Any] = {
 
 
 def config(**tables: Any) -> dict[str, Any]:
-    """A configuration as laid.config.load gives it, as far as tables read it, with some `tables` keys changed."""
+    """A configuration as laid.settings.load gives it, as far as tables read it, with some `tables` keys changed."""
     result = copy.deepcopy(CONFIG)
     result["tables"].update(tables)
     return result

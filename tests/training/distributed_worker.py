@@ -6,13 +6,14 @@ import sys
 import torch
 
 from laid.commands.shared import deterministic
+from laid.settings import validate
 from laid.training.parallel import join
 from laid.training.trainer import Trainer
 
 
 def train(case, paths, parallel=None):
     """A run: {"log": lines} with, where it is not cut short by `stop`, its folder in case["out"]."""
-    config, method = case["config"], case["method"]
+    config, method = validate(case["config"]), case["method"]
     teacher = paths["teacher"] if case["online"] else None
     cache = None if method == "sft" or teacher else paths["cache"]
     trainer = Trainer(

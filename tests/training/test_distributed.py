@@ -28,7 +28,7 @@ def case(micro, out, method, stop=None, settings=None, student="student", online
     training = {"per_device_batch": 2, "epochs": 1, "checkpoint_minutes": 1e9, **training}
     config = micro.changed({"training": training, "methods": {method: settings or {}}})
     named = {"stop": stop, "student": student, "online": online}
-    return {"config": config, "method": method, "out": str(out), **named}
+    return {"config": config.model_dump(), "method": method, "out": str(out), **named}
 
 
 @pytest.fixture(scope="module")

@@ -149,7 +149,7 @@ def test_float8_is_half_the_size_and_says_its_error(micro, inputs, folder, tmp_p
 def test_the_size_is_known_before(micro, micro_file, inputs, tmp_path, capsys, dtype, queries):
     """By the command, without weights; the shards are that large but for their headers."""
     config = with_cache(micro, layers=[0, -1], dtype=dtype, queries=queries)
-    (tmp_path / "c.yaml").write_text(json.dumps({"teacher_cache": config["teacher_cache"]}))
+    (tmp_path / "c.yaml").write_text(json.dumps({"teacher_cache": config.teacher_cache.model_dump()}))
     words = [f"--{name}={path}" for name, path in zip(("teacher", "coco", "questions"), inputs)]
     assert (
         main(["teacher-cache", "--size", "--config", str(micro_file), str(tmp_path / "c.yaml"), *words]) == 0

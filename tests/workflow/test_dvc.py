@@ -105,7 +105,7 @@ def colleague(origin, name):
     return Checkout(origin.path.parent / name)
 
 
-# stage -> the steps of laid.config.SLICES that it runs, and the methods they run with.
+# stage -> the steps of laid.settings.SLICES that it runs, and the methods they run with.
 STEPS = {
     "data": (["data", "haystacks", "haystacks_long"], []),
     "family": (["pretrain", "teacher_cache"], []),

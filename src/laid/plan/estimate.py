@@ -23,6 +23,7 @@ from laid.plan.shapes import member_config, meta_model
 from laid.plan.steps import reading, teacher_pass, training_step
 from laid.plan.tokens import lengths_of
 from laid.plan.vision import BATCH, image_flops, pass_bytes, tower
+from laid.settings import TrainedMethod, plain
 from laid.training.losses import objective_of
 from laid.training.teacher_cache import Kept
 
@@ -117,15 +118,13 @@ class Estimator:
         batch = given["batch"]
         longest, visual = self.lengths.longest(about["window"])
         longest += 16 * given["targets"]  # that many questions share a haystack
-        plain = {**self.config["methods"]["sft"], "lora": None, "gain": None, "lambda_sft": 1.0}
-        plain |= {"lambda_kl": 0.0, "lambda_laid": 0.0, "lambda_rows": 0.0}
         settings = {
             "per_device_batch": batch, "batch_size": batch, "dtype": "float32", "train_vision": False,
             "gradient_checkpointing": False,
         }  # fmt: skip
         cost = self._once(
             ["pretrain", name, batch],
-            training_step, member.config, member.config, plain, settings, longest, visual, self.attention,
+            training_step, member.config, member.config, TrainedMethod(), settings, longest, visual, self.attention,
         )  # fmt: skip
         need = Need(member.parameters, "float32", longest, cost.trained)
         need.memory += cost.peak
@@ -169,7 +168,8 @@ class Estimator:
         batch = settings["per_device_batch"]
         longest, visual = self.lengths.longest(asked["max_size"])
         longest += 1
-        alike = [m["lora"], m["gain"], m["alignment"], [p for p in PARTS if objective.needs(p)]]
+        alike = [m["lora"], m["gain"], m["alignment"]]
+        alike = [*plain(alike), [p for p in PARTS if objective.needs(p)]]
         devices = max(1, c["resources"]["train"]["gpu"])
         sharded = devices > 1 and settings["parallel"] != "ddp"
         cost = self._once(
