@@ -25,7 +25,6 @@ from laid.settings import (
     slice_json,
     validate,
 )
-from laid.settings.slices import LATER, _lookup, _nest
 
 TOP = Path(__file__).resolve().parents[2]
 BASE = TOP / "config.yaml"
@@ -41,6 +40,13 @@ def sections(model=Settings):
             for inner in {kind, *typing.get_args(kind)}:
                 if isinstance(inner, type) and issubclass(inner, Section):
                     yield from sections(inner)
+
+
+def nested(key, value):
+    """{"a": {"b": value}} for "a.b"."""
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
 
 
 def write(folder, text, name="overlay.yaml"):
@@ -152,8 +158,12 @@ def test_slices_name_keys_that_exist():
     full = load([BASE]).model_dump()
     for step, entries in SLICES.items():
         for entry in entries:
-            keys = entry.lstrip("-").partition(".{")[0].split(".")
-            assert _lookup(full, keys) is not None, f"{step}: {entry}"
+            found = full
+            for key in (
+                entry.lstrip("-").format(member="small", method="laid").replace("*", "laid").split(".")
+            ):
+                assert key in found, f"{step}: {entry}"
+                found = found[key]
 
 
 def wildcards_for(step, full):
@@ -177,38 +187,20 @@ def wildcards_for(step, full):
         ("evaluate", "evaluation.feature_cache_gb", 1, False),
         ("evaluate", "evaluation.shard", "cell", False),
         ("evaluate", "resources.evaluate.mem_mb", 999, False),
+        ("train", "methods.laid.label", "ours", False),
+        ("train", "methods.laid.questions", "train", False),
         ("tables", "tables.threshold", 0.5, True),
+        ("tables", "methods.laid.label", "ours", True),
+        ("tables", "methods.laid.lr", 0.5, False),
         ("tables", "results", "elsewhere", False),
     ],
 )
 def test_slice_changes_exactly_when_a_value_matters(step, key, value, matters):
     full = load([BASE])
-    changed = full.changed(_nest(key.split("."), value))
-    assert changed != full
+    changed = full.changed(nested(key, value))
     wildcards = wildcards_for(step, full)
     before, after = (slice_json(step, c, **wildcards) for c in (full, changed))
     assert (before != after) is matters
-
-
-@pytest.mark.parametrize("key", LATER)
-def test_a_key_that_came_later_is_in_no_slice_until_it_is_set(key):
-    """What was made before the key came is what its default makes, and stays."""
-    full, found, at_default = load([BASE]).model_dump(), 0, 0
-    for step in SLICES:
-        for method in full["methods"]:
-            wildcards = wildcards_for(step, full) | {"method": method}
-            keys = key.replace("*", method).split(".")
-            if _lookup(full, keys) is None:
-                continue
-            if _lookup(full, keys) != LATER[key]:
-                continue  # a method of today's configuration that sets it
-            at_default += 1
-            before = slice_for(step, full, **wildcards)
-            assert _lookup(before, keys) is None
-            changed = merge(full, _nest(keys, "another"))
-            after = slice_for(step, changed, **wildcards)
-            found += after == merge(before, _nest(keys, "another")) != before
-    assert found and at_default
 
 
 def test_slice_of_an_unknown_step():

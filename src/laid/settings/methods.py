@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from laid.settings.base import Count, Fraction, Natural, NonNegative, Positive, Section, Share
+from laid.settings.base import Count, Fraction, Natural, NonNegative, Positive, Section, Share, Text
 
 
 class Lora(Section):
@@ -106,7 +106,9 @@ class Method(Section):
     """What all methods have."""
 
     extends: str | None = None
-    """Another method, whose kind this one is of and whose values are taken where this one sets none."""
+    """Another method: this one is of its kind and takes its values where it sets none of its own."""
+    label: Text | None = None
+    """What tables and figures call it; null: the name that comes with laid, or its own."""
 
 
 class Base(Method):

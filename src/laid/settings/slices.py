@@ -13,7 +13,7 @@ from laid.io import dumps
 from laid.settings.base import merge, plain
 
 # step -> the dotted keys its result depends on, read left to right: "a.b" adds, "-a.b" takes away again,
-# {name} is a wildcard. The results of earlier steps are not listed: they are inputs, known by their hashes.
+# {name} is a wildcard, * any key. The results of earlier steps are not listed: they are inputs, known by their hashes.
 # Keys that change no result (results, resources, how work is sharded) stand nowhere, nor does what only chooses inputs.
 SLICES: dict[str, list[str]] = {
     "data": ["data", "-data.download"],
@@ -38,7 +38,7 @@ SLICES: dict[str, list[str]] = {
         "-training.checkpoint_minutes",
         "-training.parallel",
         "methods.{method}",
-        "-methods.{method}.questions",
+        *(f"-methods.{{method}}.{key}" for key in ("questions", "extends", "label")),
         "evaluation.order_seed",
         "evaluation.attention",
     ],
@@ -47,7 +47,7 @@ SLICES: dict[str, list[str]] = {
         "-evaluation.shard",
         "-evaluation.feature_cache_gb",
         "methods.{method}",
-        "-methods.{method}.questions",
+        *(f"-methods.{{method}}.{key}" for key in ("questions", "extends", "label")),
     ],
     "analyse": [
         "analysis.questions",
@@ -68,24 +68,15 @@ SLICES: dict[str, list[str]] = {
     ],
     "why": ["beyond.few", "beyond.questions", "evaluation", "-evaluation.shard", "haystacks.test.sizes"],
     "pope": ["pope", "-pope.methods"],
-    "tables": ["tables", "models", "haystacks.test.sizes"],
+    "tables": ["tables", "models", "haystacks.test.sizes", "methods.*.label"],
     "sweep": [
         "sweep",
         "-sweep.variants",
+        "methods.*.label",
         "tables.short_max",
         "tables.threshold",
         "haystacks.validation.sizes",
     ],
-}
-
-# Keys that came after results, with the value that stands for what was done before: at that value a key is in no slice,
-# so that its coming makes nothing again. "*" is any name.
-LATER: dict[str, Any] = {
-    "methods.*.axes": "all",
-    "methods.*.rows": "answer",
-    "methods.*.kl_vocabulary": "common",
-    "methods.*.gaps.draw": "uniform",
-    "teacher_cache.queries": "all",
 }
 
 
@@ -103,11 +94,7 @@ def slice_for(step: str, settings: Mapping[str, Any], **wildcards: Any) -> dict[
         if entry.startswith("-"):
             _drop(result, keys)
         else:
-            found = _lookup(values, keys)
-            if found is not None:
-                result = merge(result, _nest(keys, found))
-    for key, before in LATER.items():
-        _drop_at(result, key.split("."), before)
+            result = merge(result, _part(values, keys))
     return result
 
 
@@ -116,31 +103,26 @@ def slice_json(step: str, settings: Mapping[str, Any], **wildcards: Any) -> str:
     return dumps(slice_for(step, settings, **wildcards), indent=None)
 
 
-def _lookup(values: Any, keys: list[str]) -> Any:
-    for key in keys:
-        if not isinstance(values, dict) or key not in values:
-            return None
-        values = values[key]
-    return values
-
-
-def _nest(keys: list[str], value: Any) -> dict[str, Any]:
-    for key in reversed(keys):
-        value = {key: value}
-    return value
-
-
-def _drop_at(values: dict[str, Any], keys: list[str], value: Any) -> None:
-    """Remove the entry at `keys`, where "*" is any, if it is `value`."""
+def _part(values: Any, keys: list[str]) -> dict[str, Any]:
+    """What stands at `keys`, below those keys; nothing where there is none, or null at the end of a "*"."""
     first, *rest = keys
-    for key in list(values) if first == "*" else [first] if first in values else []:
-        if not rest and values[key] == value:
-            del values[key]
-        elif rest and isinstance(values[key], dict):
-            _drop_at(values[key], rest, value)
+    if not isinstance(values, dict):
+        return {}
+    if first == "*":
+        found = {name: _part(child, rest) for name, child in values.items()}
+        return {name: part for name, part in found.items() if any(v is not None for v in part.values())}
+    if first not in values:
+        return {}
+    if not rest:
+        return {first: values[first]}
+    below = _part(values[first], rest)
+    return {first: below} if below else {}
 
 
 def _drop(values: dict[str, Any], keys: list[str]) -> None:
-    parent = _lookup(values, keys[:-1])
-    if isinstance(parent, dict):
-        parent.pop(keys[-1], None)
+    *above, last = keys
+    for key in above:
+        if key not in values:
+            return
+        values = values[key]
+    values.pop(last, None)
