@@ -1,5 +1,6 @@
 """Every verb: a wrong input is exit status 2 and one clear line, never a traceback, and nothing half-written is left."""
 
+import json
 import os
 import subprocess
 import sys
@@ -244,3 +245,16 @@ def test_as_a_process(tmp_path):
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "laid config: error: none.yaml: no such configuration file\n"
+
+
+def test_without_a_configuration_the_papers_methods_hold(tmp_path, monkeypatch, capsys):
+    """default.yaml inside the package is what configs/paper.yaml says of the methods that the paper trains."""
+    from laid.settings import load, validate
+
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["config", "--json"]) == 0
+    captured = capsys.readouterr()
+    assert captured.err.startswith("no config.yaml here: ")
+    ours, papers = validate(json.loads(captured.out)).methods, load([TOP / "configs/paper.yaml"]).methods
+    assert {"base", "yarn", "self_extend", "sft", "kd", "laid"} == set(ours)
+    assert all(ours[name] == papers[name] for name in ours)

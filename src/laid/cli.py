@@ -50,6 +50,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             module.add_arguments(sub)
             sub.set_defaults(run=module.run)
     args = parser.parse_args(argv)
+    if getattr(args, "config", ()) is None:
+        from laid.commands.shared import configuration
+
+        args.config = configuration()
     try:
         return args.run(args) or 0
     except LaidError as error:

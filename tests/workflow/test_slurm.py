@@ -30,7 +30,9 @@ CANCELLED, TOO_LONG, NODE_DOWN, ORPHANED = SEEDS = range(4)
 os.environ["PATH"] += ":/usr/sbin:/sbin"
 pytestmark = [
     pytest.mark.slurm,
-    pytest.mark.skipif(not shutil.which("slurmctld"), reason="Slurm is not installed (docs/guides/cluster.md)"),
+    pytest.mark.skipif(
+        not shutil.which("slurmctld"), reason="Slurm is not installed (docs/guides/cluster.md)"
+    ),
 ]
 
 

@@ -4,19 +4,31 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from pathlib import Path
 
 
 def config_argument(parser: argparse.ArgumentParser) -> None:
-    """Add `--config FILE [FILE ...]`."""
+    """Add `--config FILE [FILE ...]`; `configuration` stands in where it is not given."""
     parser.add_argument(
         "--config",
         type=Path,
         nargs="+",
-        default=[Path("config.yaml")],
         metavar="FILE",
-        help="base, then overlays",
+        help="base, then overlays (default: config.yaml in this folder; without one, the paper's methods and defaults)",
     )
+
+
+def configuration() -> list[Path]:
+    """The files that hold where no `--config` is given."""
+    here = Path("config.yaml")
+    if here.is_file():
+        return [here]
+    print(
+        "no config.yaml here: going by the paper's methods and defaults (laid config prints them)",
+        file=sys.stderr,
+    )
+    return [Path(__file__).resolve().parents[1] / "default.yaml"]
 
 
 def model_arguments(parser: argparse.ArgumentParser) -> None:
