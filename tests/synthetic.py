@@ -9,6 +9,7 @@ import numpy as np
 
 from laid.evaluation.cells import Cells, make_cell
 from laid.evaluation.intervals import wilson
+from laid.settings import Settings, merge, validate
 
 PROVENANCE = {
     "code": {"version": "0", "commit": "0" * 40, "dirty": False},
@@ -22,6 +23,7 @@ CONFIG: dict[str, Any] = {
     "scale": "test",
     "models": {"teacher": "32B", "students": ["7B", "3B"]},
     "haystacks": {"test": {"sizes": [1, 5, 10, 20, 50, 100, 150], "questions": 10000}},
+    "methods": {name: {} for name in ("sft", "kd", "laid", "laid_wo_kl", "laid_wo_laid")},
     "tables": {
         "methods": ["base", "yarn", "self_extend", "sft", "laid"],
         "ablations": ["base", "laid_wo_kl", "laid_wo_laid", "laid"],
@@ -34,11 +36,12 @@ CONFIG: dict[str, Any] = {
 }
 
 
-def config(**tables: Any) -> dict[str, Any]:
-    """A configuration as laid.settings.load gives it, as far as tables read it, with some `tables` keys changed."""
-    result = copy.deepcopy(CONFIG)
-    result["tables"].update(tables)
-    return result
+def config(*, sizes: list[int] | None = None, more: dict[str, Any] | None = None, **tables: Any) -> Settings:
+    """The settings that tables read, with some `tables` keys changed, other test sizes, and `more` sections over them."""
+    result = merge(CONFIG, {"tables": tables, **(more or {})})
+    if sizes:
+        result["haystacks"]["test"]["sizes"] = sizes
+    return validate(result)
 
 
 def answers(right: Any, size: int, seeds: list[int] | None = None) -> list[dict[str, Any]]:

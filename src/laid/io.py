@@ -141,3 +141,16 @@ def safe_join(root: str | Path, name: str) -> Path:
     if path != base and base not in path.parents:
         raise LaidError(f"{name!r} leaves its folder {root}: paths in data files must stay inside it")
     return Path(root) / name
+
+
+def update(path: str | Path, content: str | bytes) -> None:
+    """Write a file whole, unless it holds this content already: an unchanged file keeps its time stamp.
+
+    So a verb run by hand after the workflow leaves the workflow with nothing to do.
+    """
+    path = Path(path)
+    data = content.encode() if isinstance(content, str) else content
+    if path.is_file() and path.read_bytes() == data:
+        return
+    with atomic_path(path) as beside:
+        beside.write_bytes(data)

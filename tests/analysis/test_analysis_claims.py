@@ -5,10 +5,11 @@ import pytest
 
 from laid.io import write_json
 from laid.results import claim_tests
+from laid.results.answers import Curves
 from laid.results.claim_tests import NOT, NOT_MEASURED, SUPPORTED, UNDECIDED
 
 
-class Models:
+class Models(Curves):
     """As much of a source as these tests read."""
 
     teacher, students = "T", ["S"]

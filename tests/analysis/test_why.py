@@ -12,6 +12,7 @@ from laid.cli import main
 from laid.io import read_json
 from laid.models.prompts import EncodedPrompt, mrope_positions
 from laid.results import beyond
+from laid.results.names import SHIPPED, Names
 
 
 def prompt(grids, before=3, after=4):
@@ -78,6 +79,7 @@ def record(few, rates, n=200):
     return {"student": "s", "few": few, "sizes": sorted(rates["base"]["ordinary"]), "methods": methods}
 
 
+NAMES = Names(SHIPPED)
 RATES = {
     "base": {"ordinary": {5: 1, 50: 0.6, 100: 0.5}, "stretched": {5: 1, 50: 0.6, 100: 0.5}, "packed": {5: 1, 50: 0.9, 100: 0.9}},
     "laid": {"ordinary": {5: 1, 50: 0.9, 100: 0.8}, "stretched": {5: 1, 50: 1, 100: 1}, "packed": {5: 1, 50: 0.9, 100: 0.9}},
@@ -93,14 +95,14 @@ def test_losses_by_hand():
 
 
 def test_words_follow_from_the_numbers():
-    text = beyond.report({"s": record(5, RATES)}, {}, "t", ["s"], 20)
+    text = beyond.report({"s": record(5, RATES)}, {}, "t", ["s"], 20, NAMES)
     assert "s: in base distance costs more, 35.0 [" in text
     assert (
         "LAid: wins back 45.0 [" in text
         and "of the 45.0 points lost to distance; no clear change under dilution (0.0 [0.0, 0.0])." in text
     )
     other = {"base": {**RATES["base"], "stretched": RATES["base"]["packed"]}, "laid": RATES["base"]}
-    text = beyond.report({"s": record(5, other)}, {}, "t", ["s"], 20)
+    text = beyond.report({"s": record(5, other)}, {}, "t", ["s"], 20, NAMES)
     assert "neither cause costs clearly more" in text
     assert "LAid: loses 35.0 [" in text and "points more to distance; no clear change under dilution" in text
 
@@ -108,7 +110,7 @@ def test_words_follow_from_the_numbers():
 def test_a_model_that_is_worse_everywhere_wins_nothing_back():
     """Little is lost from few to many images where little was known at few: no cure, and the price is told."""
     flat = {condition: {5: 0.6, 50: 0.6, 100: 0.5} for condition in beyond.CONDITIONS}
-    text = beyond.report({"s": record(5, {"base": RATES["base"], "laid": flat})}, {}, "t", ["s"], 20)
+    text = beyond.report({"s": record(5, {"base": RATES["base"], "laid": flat})}, {}, "t", ["s"], 20, NAMES)
     assert "LAid: no clear change under distance (0.0 [" in text and "wins back" not in text
     assert (
         "loses 35.0 [" in text

@@ -7,19 +7,20 @@ from safetensors.numpy import save_file
 
 import synthetic
 from laid.errors import LaidError
-from laid.results import claim_tests, claims, tables
+from laid.results import claim_tests, claims
+from laid.results.answers import Curves, Results
 from laid.results.claim_tests import NOT, NOT_MEASURED, SUPPORTED, UNDECIDED, Statement
-from laid.results.sources import CellSource, PublishedSource, Source
+from laid.results.published import Published
 
 LEDGER = Path(__file__).parents[2] / "claims.yaml"
 
 
 @pytest.fixture(scope="module")
 def paper():
-    return PublishedSource(resamples=500)
+    return Published(resamples=500)
 
 
-class Fixed(Source):
+class Fixed(Curves):
     """Curves known without error, or with an error of `spread`."""
 
     name, kd, short_max, threshold = "fixed", "kd", 20, 0.8
@@ -28,7 +29,7 @@ class Fixed(Source):
         self.teacher, *self.students = dict.fromkeys(model for model, _ in curves)
         self.curves = curves
         rng = np.random.default_rng(0)
-        self.all_draws = {
+        self.draws_of = {
             key: np.array(list(curve.values())) + spread * rng.standard_normal((400, len(curve)))
             for key, curve in curves.items()
         }
@@ -133,19 +134,18 @@ def test_models_that_were_not_trained_are_not_measured():
 
 
 def test_cells_are_a_source(tmp_path):
-    settings = synthetic.config(methods=["base", "laid"], ablations=["base", "laid"])
-    settings["haystacks"]["test"]["sizes"] = [1, 50]
+    settings = synthetic.config(methods=["base", "laid"], ablations=["base", "laid"], sizes=[1, 50])
     curves = {
         (s, m): {1: 1.0, 50: a} for s in ("32B", "7B", "3B") for m, a in (("base", 0.5), ("laid", 0.75))
     }
     curves["32B", "base"] = {1: 1.0, 50: 1.0}
-    grid = tables.Grid(synthetic.grid_of(curves, 200), settings, "cells")
-    found = claims.assess(claims.read_ledger(LEDGER), [CellSource(grid)], tmp_path)
-    results = {claim["id"]: claim["results"]["test"] for claim in found["claims"]}
-    assert results["shrinkage"]["verdict"] == SUPPORTED
-    assert results["decay"]["verdict"] == SUPPORTED  # the teacher loses nothing: no ratio is too large
-    assert results["both_windows"]["verdict"] == UNDECIDED  # the short window is full already
-    assert results["training_free"]["verdict"] == results["cost"]["verdict"] == NOT_MEASURED
+    results = Results(synthetic.grid_of(curves, 200), settings, "cells")
+    found = claims.assess(claims.read_ledger(LEDGER), [results], tmp_path)
+    verdicts = {claim["id"]: claim["results"]["test"] for claim in found["claims"]}
+    assert verdicts["shrinkage"]["verdict"] == SUPPORTED
+    assert verdicts["decay"]["verdict"] == SUPPORTED  # the teacher loses nothing: no ratio is too large
+    assert verdicts["both_windows"]["verdict"] == UNDECIDED  # the short window is full already
+    assert verdicts["training_free"]["verdict"] == verdicts["cost"]["verdict"] == NOT_MEASURED
     assert claims.summary(found).rows[0][0].text == "Window shrinkage"
 
 

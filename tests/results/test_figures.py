@@ -4,13 +4,16 @@ import json
 from xml.etree import ElementTree
 
 import numpy as np
+import pandas as pd
 import pytest
 from matplotlib.text import Text
 from PIL import Image
 
 import synthetic
 from laid.errors import LaidError
-from laid.results import curves, figures, learned, plotting, tables
+from laid.results import figures, plotting, training_figures
+from laid.results.answers import Results
+from laid.results.names import SHIPPED, Names, method_names
 
 SIZES = [1, 2, 10, 50, 100, 150]
 
@@ -18,16 +21,19 @@ SIZES = [1, 2, 10, 50, 100, 150]
 @pytest.fixture(scope="module")
 def grid():
     rng = np.random.default_rng(0)
-    settings = synthetic.config(methods=["base", "sft", "kd", "laid"], ablations=["base", "laid"])
-    settings["haystacks"]["test"]["sizes"] = SIZES
+    settings = synthetic.config(
+        methods=["base", "sft", "kd", "laid"], ablations=["base", "laid"], sizes=SIZES
+    )
     cells = {}
     for student in ("32B", "7B", "3B"):
-        for method in ["base"] if student == "32B" else settings["tables"]["methods"]:
+        for method in ["base"] if student == "32B" else settings.tables.methods:
             seeds = 1 if method == "base" else 2
             for size in SIZES:
                 right = (rng.random((seeds, 60)) < 1 / (1 + size / 100)).astype(int)
                 cells[student, method, size] = synthetic.cell(student, method, size, right)
-    return tables.Grid(cells, settings, "cells")
+    results = Results(cells, settings, "cells")
+    results.given = cells
+    return results
 
 
 @pytest.fixture(scope="module")
@@ -58,53 +64,63 @@ def test_no_letter_is_smaller_than_8_points_at_the_printed_width(drawings):
 
 def test_the_csv_holds_what_the_cells_hold(grid, drawings):
     for name in ("figure1", "methods", "figure3"):
-        header, *rows = drawings[name].csv
-        for row in (dict(zip(header, values, strict=True)) for values in rows):
-            cell = grid.cell(row["student"], row["method"], int(row["images"]))
+        for row in drawings[name].data.to_dict("records"):
+            cell = grid.given[row["student"], row["method"], int(row["images"])]
             assert float(row["accuracy"]) == pytest.approx(cell["accuracy"], abs=1e-6)
             assert [float(row["low"]), float(row["high"])] == pytest.approx(cell["interval"], abs=1e-6)
-    sizes = {row[2] for row in drawings["figure3"].csv[1:]}
-    assert sizes == {"1", "10", "50", "100"}  # as the paper draws it: no 2, no 150
+    sizes = set(drawings["figure3"].data["images"])
+    assert sizes == {1, 10, 50, 100}  # as the paper draws it: no 2, no 150
 
 
 def test_every_point_says_its_value_on_hover(grid, drawings, tmp_path):
     svg = plotting.save(drawings["figure1"], tmp_path)[0].read_text()
     titles = [e.text for e in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}title")]
-    cell = grid.cell("7B", "base", 50)
+    cell = grid.given["7B", "base", 50]
     low, high = cell["interval"]
     wanted = f"7B, 50 images: {100 * cell['accuracy']:.1f} [{100 * low:.1f}, {100 * high:.1f}] %"
     assert wanted in titles and len(titles) == 3 * len(SIZES)
 
 
 def test_needle_positions_are_counted_as_by_hand(grid, drawings):
-    cell = grid.cell("7B", "kd", 10)
+    cell = grid.given["7B", "kd", 10]
     wanted = {}
     for answer in cell["answers"]:
         fifth = next(f for f in range(5) if answer["needles"][0] < 10 * (f + 1) / 5)
         right, n = wanted.get(fifth, (0, 0))
         wanted[fifth] = (right + (answer["answer"] == answer["label"]), n + 1)
-    found = {
-        int(row[3]) - 1: (float(row[5]), int(row[4]))
-        for row in drawings["needle_position"].csv[1:]
-        if row[:3] == ["7B", "kd", "10"]
-    }
+    data = drawings["needle_position"].data
+    part = data[(data["student"] == "7B") & (data["method"] == "kd") & (data["images"] == 10)]
+    found = {row.fifth - 1: (float(row.accuracy), row.answers) for row in part.itertuples()}
     assert found == {f: (pytest.approx(right / n, abs=1e-6), n) for f, (right, n) in wanted.items()}
 
 
 def test_needle_positions_need_single_needles(grid):
     cells = {}
-    for key, cell in grid.cells.items():
+    for key, cell in grid.given.items():
         cells[key] = {**cell, "answers": [{**a, "needles": [0, 0]} for a in cell["answers"]]}
-    assert figures.needle_position(tables.Grid(cells, grid.config, "cells")) is None
+    assert figures.needle_position(Results(cells, grid.settings, "cells")) is None
 
 
 def test_methods_differ_without_colour():
     looks = plotting.METHOD_LOOKS
-    assert set(looks) == set(tables.METHOD_NAMES)
+    assert set(looks) == set(SHIPPED)
     for one, other in itertools.combinations(looks.values(), 2):
         assert one.marker != other.marker
     for one, other in itertools.combinations((looks["base"], looks["kd"], looks["laid"]), 2):
         assert one.hatch != other.hatch
+
+
+def test_a_method_of_ones_own_has_a_name_and_a_look():
+    settings = synthetic.config(
+        more={"methods": {"mine": {"extends": "laid"}, "other": {"label": "Other (ours)"}}}
+    )
+    names = method_names(settings)
+    assert (
+        list(names)[-2:] == ["mine", "other"] and names["mine"] == "mine" and names["other"] == "Other (ours)"
+    )
+    looks = plotting.method_looks(names)
+    assert len({look.marker for look in looks.values()}) == len(looks) == len(names)
+    assert names["gone"] == "gone" and looks["gone"].color == plotting.GREY
 
 
 def write_log(root, student, method, seed, lines):
@@ -124,18 +140,17 @@ def test_training_curves_from_logs(tmp_path):
     write_log(tmp_path, "small", "laid", 0, lines)
     write_log(tmp_path, "small", "sft", 0, [{"step": 1, "loss": 0.5}])
     (tmp_path / "small" / "sft" / "seed0" / "model").mkdir()
-    logs = curves.load_logs(tmp_path)
-    assert [(log.student, log.method, log.seed) for log in logs] == [
-        ("small", "laid", 0),
-        ("small", "sft", 0),
-    ]
-    assert logs[0].values["loss"][:2].tolist() == [1.0, 0.5] and logs[0].values["loss"][-1] == 7.0
-    assert np.isnan(logs[0].values["lr"][-1]) and logs[0].values["gain.mean"][8] == 1.0
-    training, schedules = curves.build(logs)
+    logs = training_figures.load_logs(tmp_path)
+    runs = logs[["student", "method", "seed"]].drop_duplicates()
+    assert list(runs.itertuples(index=False, name=None)) == [("small", "laid", 0), ("small", "sft", 0)]
+    parts = {part: list(run["value"]) for part, run in logs[logs["method"] == "laid"].groupby("part")}
+    assert parts["loss"][:2] == [1.0, 0.5] and parts["loss"][-1] == 7.0
+    assert len(parts["lr"]) == 299 and parts["gain.mean"][8] == 1.0
+    training, schedules = training_figures.build(logs, Names(SHIPPED))
     with open(plotting.save(training, tmp_path / "out")[2]) as handle:
         rows = list(csv.DictReader(handle))
     assert {row["part"] for row in rows} == {"loss", "loss_kl"}
-    assert {row[3] for row in schedules.csv[1:]} == {"lr", "gain.mean"}
+    assert set(schedules.data["part"]) == {"lr", "gain.mean"}
     texts = [
         t for d in (training, schedules) for t in d.figure.findobj(Text) if t.get_text() and t.get_visible()
     ]
@@ -143,17 +158,17 @@ def test_training_curves_from_logs(tmp_path):
 
 
 def test_stretches_keep_the_mean():
-    steps = np.arange(1, 401)
-    values = np.where(steps % 2, np.nan, steps.astype(float))
-    xs, ys = curves.stretches(steps, values, points=10)
-    assert len(xs) == 10 and np.allclose(xs, ys) and ys.mean() == pytest.approx(np.nanmean(values))
+    steps = np.arange(2, 401, 2)
+    means = training_figures.stretches(pd.DataFrame({"step": steps, "value": steps.astype(float)}), points=10)
+    assert len(means) == 10 and np.allclose(means["step"], means["value"])
+    assert means["value"].mean() == pytest.approx(steps.mean())
 
 
 def test_a_broken_log_is_one_clear_line(tmp_path):
     path = write_log(tmp_path, "small", "laid", 0, [{"step": 1, "loss": 1.0}])
     path.write_text(path.read_text() + '{"step": 2, "lo')
     with pytest.raises(LaidError, match=r"log.jsonl: line 2 is not valid JSON"):
-        curves.load_logs(tmp_path)
+        training_figures.load_logs(tmp_path)
 
 
 def test_learned_gains_and_weights_are_drawn_as_they_are(tmp_path):
@@ -164,8 +179,8 @@ def test_learned_gains_and_weights_are_drawn_as_they_are(tmp_path):
     path.write_text(
         json.dumps({"gain.log_gain": log_gain.tolist(), "alignment.2-2.w": w.tolist(), "gain.exponent": []})
     )
-    (drawing,) = learned.build(learned.load(tmp_path, ["medium", "small"]))
-    values = {(row[1], int(row[2]), int(row[3])): float(row[4]) for row in drawing.csv[1:]}
+    drawing = training_figures.learned(training_figures.load_learned(tmp_path, ["medium", "small"]))
+    values = {(row.kind, row.row, row.column): float(row.value) for row in drawing.data.itertuples()}
     assert len(values) == 6 * 8 + 8
     assert values["gain", 3, 5] == pytest.approx(np.exp(log_gain[1, 1, 5]), rel=1e-5)
     assert values["mixture", 1, 2] == pytest.approx(w[1, 2], rel=1e-5)
@@ -173,9 +188,9 @@ def test_learned_gains_and_weights_are_drawn_as_they_are(tmp_path):
     assert min(t.get_fontsize() for t in texts) >= 8
     path.write_text("[1]")
     with pytest.raises(LaidError, match="arrays of numbers"):
-        learned.load(tmp_path, ["small"])
-    assert learned.build({}) == learned.build({"small": {}}) == []
+        training_figures.load_learned(tmp_path, ["small"])
+    assert training_figures.learned({}) is training_figures.learned({"small": {}}) is None
 
 
 def test_no_logs_no_figures(tmp_path):
-    assert curves.build(curves.load_logs(tmp_path)) == []
+    assert training_figures.build(training_figures.load_logs(tmp_path), Names(SHIPPED)) == []

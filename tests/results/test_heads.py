@@ -8,9 +8,11 @@ from matplotlib.text import Text
 from laid.errors import LaidError
 from laid.io import write_json
 from laid.results import heads, plotting
+from laid.results.names import SHIPPED, Names
 
 SIZES = [1, 2, 5, 10, 20, 50, 100, 150]
 ROWS = ["anchor", "target", "last"]
+NAMES = Names(SHIPPED)
 
 
 def softmax_share(logit, images):
@@ -66,16 +68,17 @@ def test_constructed_heads_get_their_kind_and_their_row():
     # One key scores so high that 149 others take next to nothing from it; one that they drown; one like all others.
     made = record("T", {"base": [[("target", loud), ("anchor", quiet), None]]})
     curves = heads.head_curves(made, "base")
-    assert [c["kind"] for c in curves] == ["global", "local", "other"]
-    assert [c["row"] for c in curves[:2]] == ["target", "anchor"]
-    for curve, wanted in zip(curves, (loud, quiet, lambda size: 1 / size), strict=True):
-        assert curve["sizes"] == SIZES[1:]  # one image has no haystack
+    assert list(curves["kind"]) == ["global", "local", "other"]
+    assert list(curves["row"])[:2] == ["target", "anchor"]
+    heads_found = curves.to_dict("records")
+    for curve, wanted in zip(heads_found, (loud, quiet, lambda size: 1 / size), strict=True):
+        assert curve["images"] == SIZES[1:]  # one image has no haystack
         share = [wanted(size) for size in SIZES[1:]]
         assert curve["share"] == pytest.approx(share)
         fit = scipy.stats.linregress(np.log(SIZES[1:]), np.log(share))
         assert curve["slope"] == pytest.approx(fit.slope)
         assert curve["lift"] == pytest.approx(scipy.stats.gmean(np.array(share) * SIZES[1:]))
-    assert curves[2]["lift"] == pytest.approx(1) and curves[2]["slope"] == pytest.approx(-1)
+    assert heads_found[2]["lift"] == pytest.approx(1) and heads_found[2]["slope"] == pytest.approx(-1)
 
 
 @pytest.mark.parametrize(
@@ -83,13 +86,15 @@ def test_constructed_heads_get_their_kind_and_their_row():
     [(0.3, "global"), (0, "global"), (-0.249, "global"), (-0.251, "local"), (-0.6, "local")],
 )
 def test_the_slope_parts_global_from_local(power, kind):
-    (curve,) = heads.head_curves(record("T", {"base": [[("last", lambda size: 0.9 * size**power)]]}), "base")
+    made = record("T", {"base": [[("last", lambda size: 0.9 * size**power)]]})
+    (curve,) = heads.head_curves(made, "base").to_dict("records")
     assert curve["slope"] == pytest.approx(power) and curve["kind"] == kind
 
 
 @pytest.mark.parametrize(("times", "kind"), [(2.001, "local"), (1.999, "other")])
 def test_a_needle_head_sees_twice_an_even_share(times, kind):
-    (curve,) = heads.head_curves(record("T", {"base": [[("last", lambda size: times / size)]]}), "base")
+    made = record("T", {"base": [[("last", lambda size: times / size)]]})
+    (curve,) = heads.head_curves(made, "base").to_dict("records")
     assert curve["kind"] == kind
 
 
@@ -108,13 +113,12 @@ def records():
 
 @pytest.fixture(scope="module")
 def drawings(records):
-    return {d.name: d for d in heads.build(records, "T", ["S", "not analysed"])}
+    return {d.name: d for d in heads.build(records, "T", ["S", "not analysed"], NAMES)}
 
 
 def test_figure_4_draws_the_strongest_heads_before_and_after_and_its_data_hold_all(drawings):
     figure4 = drawings["figure4"]
-    rows = [dict(zip(figure4.csv[0], row, strict=True)) for row in figure4.csv[1:]]
-    assert len(rows) == (16 + 2 + 2) * len(SIZES[1:])
+    assert len(figure4.data) == (16 + 2 + 2) * len(SIZES[1:])
     teacher, student = figure4.figure.axes
     named = [line.get_label() for line in teacher.lines if not line.get_label().startswith("_")]
     assert named == ["0.5 global", "0.6 global", "0.7 global"]
@@ -136,7 +140,7 @@ def test_the_spectrum_is_that_of_the_coefficients(drawings, records):
 
 
 def test_scores_over_distance_are_the_series(drawings):
-    rows = [dict(zip(drawings["distance"].csv[0], row, strict=True)) for row in drawings["distance"].csv[1:]]
+    rows = drawings["distance"].data.to_dict("records")
     near = [r for r in rows if r["student"] == "S" and r["method"] == "laid" and float(r["difference"]) <= 3]
     assert near
     for row in near:  # bins of one difference each
@@ -165,4 +169,5 @@ def test_records_are_found_by_their_format_and_place(tmp_path, records):
 
 
 def test_without_the_teacher_or_a_student_nothing_is_drawn(records):
-    assert heads.build({"S": records["S"]}, "T", ["S"]) == heads.build({"T": records["T"]}, "T", ["S"]) == []
+    assert heads.build({"S": records["S"]}, "T", ["S"], NAMES) == []
+    assert heads.build({"T": records["T"]}, "T", ["S"], NAMES) == []

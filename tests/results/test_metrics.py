@@ -5,9 +5,9 @@ import io
 import json
 
 import synthetic
-from laid.results import metrics
+from laid.results import tables
+from laid.results.answers import Results
 from laid.results.needed import needed
-from laid.results.tables import Grid
 
 
 def grid(tmp_path):
@@ -16,35 +16,34 @@ def grid(tmp_path):
     curves = {}
     for k, (student, method, size) in enumerate(needed(config)):
         curves.setdefault((student, method), {})[size] = (37 * k % 101) / 100
-    return Grid(synthetic.grid_of(curves, 100), config, tmp_path)
+    return Results(synthetic.grid_of(curves, 100), config, tmp_path)
 
 
 def test_every_number_is_a_cells(tmp_path):
     cells = grid(tmp_path)
-    metrics.write(cells, tmp_path / "out")
+    tables.write_metrics(cells, tmp_path / "out")
     found = json.loads((tmp_path / "out/metrics.json").read_text())
     rows = list(csv.DictReader(io.StringIO((tmp_path / "out/curves.csv").read_text())))
     assert [int(row["images"]) for row in rows] == cells.sizes
     seen = 0
-    for (student, method, size), cell in cells.cells.items():
-        if (student, method) in cells.models:
-            seen += 1
-            row = rows[cells.sizes.index(size)]
-            expected = round(100 * cell["accuracy"], 2)
-            assert found[student][method]["accuracy"][str(size)] == expected
-            assert abs(float(row[f"{student} {method}"]) - expected) < 0.006
+    for (student, method, size), part in cells.answers.groupby(["student", "method", "size"]):
+        seen += 1
+        row = rows[cells.sizes.index(size)]
+        expected = round(100 * sum(part["answer"] == part["label"]) / len(part), 2)
+        assert found[student][method]["accuracy"][str(size)] == expected
+        assert abs(float(row[f"{student} {method}"]) - expected) < 0.006
     assert seen == len(cells.models) * len(cells.sizes)
 
 
 def test_windows_are_numbers_or_bounds(tmp_path):
-    found = metrics.metrics(grid(tmp_path))
+    found = tables.metrics(grid(tmp_path))
     windows = [entry["window"] for methods in found.values() for entry in methods.values()]
     assert all(isinstance(w, (int, float)) or w.startswith(("<", ">=")) for w in windows)
 
 
 def test_unchanged_files_keep_their_time(tmp_path):
     cells = grid(tmp_path)
-    metrics.write(cells, tmp_path)
+    tables.write_metrics(cells, tmp_path)
     before = [(tmp_path / name).stat().st_mtime_ns for name in ("metrics.json", "curves.csv")]
-    metrics.write(cells, tmp_path)
+    tables.write_metrics(cells, tmp_path)
     assert before == [(tmp_path / name).stat().st_mtime_ns for name in ("metrics.json", "curves.csv")]

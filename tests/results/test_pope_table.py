@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 
 import numpy as np
+import pandas as pd
 import pytest
 
 import synthetic
@@ -14,26 +15,28 @@ from laid.errors import LaidError
 from laid.evaluation.cells import make_cell, read_cell, write_cell
 from laid.evaluation.scoring import pope_answer
 from laid.results import claim_tests
+from laid.results.answers import Curves
 from laid.results.claim_tests import NOT, NOT_MEASURED, SUPPORTED, UNDECIDED
-from laid.results.pope import PopeCells, Scores, scores
-from laid.results.sources import PublishedSource
+from laid.results.pope import SCORES, read_pope_answers, scores
+from laid.results.published import Published
 
 
 def answered(**counts):
     """Answers by confusion: tp, fp, tn, fn."""
     kinds = {"tp": ("yes", "yes"), "fp": ("yes", "no"), "tn": ("no", "no"), "fn": ("no", "yes")}
-    return [{"answer": kinds[k][0], "label": kinds[k][1]} for k, n in counts.items() for _ in range(n)]
+    rows = [{"answer": kinds[k][0], "label": kinds[k][1]} for k, n in counts.items() for _ in range(n)]
+    return pd.DataFrame(rows)
 
 
 def test_scores_by_hand():
     """The worked example: 8 of 10 yes found, 4 of 10 no taken for yes."""
     found = scores(answered(tp=8, fn=2, fp=4, tn=6))
-    assert (found.accuracy, found.recall, found.yes_ratio) == (0.7, 0.8, 0.6)
-    assert found.precision == pytest.approx(2 / 3) and found.f1 == pytest.approx(
-        2 * (2 / 3) * 0.8 / (2 / 3 + 0.8)
-    )
-    assert scores(answered(tn=5, fn=5)) == Scores(0.5, None, 0.0, None, 0.0)
-    assert scores(answered(tp=5, fp=5)) == Scores(0.5, 0.5, 1.0, pytest.approx(2 / 3), 1.0)
+    assert tuple(found) == SCORES
+    assert (found["accuracy"], found["recall"], found["yes_ratio"]) == (0.7, 0.8, 0.6)
+    assert found["precision"] == pytest.approx(2 / 3)
+    assert found["f1"] == pytest.approx(2 * (2 / 3) * 0.8 / (2 / 3 + 0.8))
+    assert tuple(scores(answered(tn=5, fn=5)).values()) == (0.5, None, 0.0, None, 0.0)
+    assert tuple(scores(answered(tp=5, fp=5)).values()) == (0.5, 0.5, 1.0, pytest.approx(2 / 3), 1.0)
 
 
 # After RUCAIBox/POPE, evaluate.py, worked by hand: the first sentence, without commas, parted at blanks.
@@ -76,7 +79,7 @@ def of_images(share, images=200):
 def test_change_is_drawn_over_images(tmp_path):
     place(tmp_path, "S", "base", of_images(0.5))
     place(tmp_path, "S", "laid", [of_images(0.5)[0], of_images(0.6)[0]])
-    found = PopeCells(tmp_path)
+    found = read_pope_answers(tmp_path)
     counts, asked = found.right(("S", "laid"))
     assert counts.shape == (2, 200) and asked == 18 and set(counts.ravel()) == {0, 18}
     difference, low, high = found.change("S", "laid")
@@ -86,7 +89,7 @@ def test_change_is_drawn_over_images(tmp_path):
     assert drawn.std() == pytest.approx(np.sqrt(0.25 / 200), rel=0.1)
 
 
-class Here(claim_tests.Source):
+class Here(Curves):
     """A scale with one student."""
 
     def __init__(self):
@@ -107,18 +110,18 @@ def test_the_claim(tmp_path, after, verdict):
 def test_the_claim_without_a_table(tmp_path):
     outcome = claim_tests.benchmark_kept(Here(), "laid", 1, tmp_path)
     assert outcome.verdict == NOT_MEASURED and "snakemake --cores all pope" in outcome.remarks[0]
-    assert claim_tests.benchmark_kept(PublishedSource(10), "laid", 1, tmp_path).verdict == NOT_MEASURED
+    assert claim_tests.benchmark_kept(Published(10), "laid", 1, tmp_path).verdict == NOT_MEASURED
 
 
 def test_a_missing_cell_and_other_images_are_one_line(tmp_path):
     place(tmp_path, "S", "base", of_images(0.5, 4))
     (tmp_path / "popular/S/base/1.json").unlink()
     with pytest.raises(LaidError, match="popular/S/base/1.json: no such cell; make it with"):
-        PopeCells(tmp_path)
+        read_pope_answers(tmp_path)
     place(tmp_path, "S", "base", of_images(0.5, 4))
     place(tmp_path, "S", "sft", of_images(0.5, 6))
     with pytest.raises(LaidError, match="not the same questions as"):
-        PopeCells(tmp_path)
+        read_pope_answers(tmp_path)
 
 
 # ------------------------------------------------------------------ with a model

@@ -5,20 +5,19 @@ import csv
 import pytest
 
 from laid.results import plotting
-from laid.results.schedule_figure import draw_schedule
+from laid.results.training_figures import distance_schedule
+from laid.settings import TrainedMethod
 
-DISTANCE = {"strength": 4.0, "power": 1.0, "start": 0.5, "end": 1.0}
-GAPS = {"share": 1.0, "reach": 500, "start": 0.0, "end": 0.5}
+DISTANCE = {"strength": 4.0}
+GAPS = {"share": 1.0, "reach": 500, "end": 0.5}
 
 
 def test_figure_is_written_with_the_numbers_of_both_schedules(tmp_path):
-    drawing = draw_schedule({"distance": DISTANCE, "gaps": GAPS}, span=100)
+    drawing = distance_schedule(TrainedMethod.model_validate({"distance": DISTANCE, "gaps": GAPS}), span=100)
     paths = plotting.save(drawing, tmp_path)
     assert all(path.stat().st_size > 500 for path in paths)
     rows = list(csv.DictReader((tmp_path / "distance_schedule.csv").open()))
-    assert {r["y"] for r in rows if r["panel"] == "weight" and r["progress"] in ("0", "0.25", "0.5")} == {
-        "1.0000"
-    }
+    assert {r["y"] for r in rows if r["panel"] == "weight" and r["progress"] == "0"} == {"1.0000"}
     end = [float(r["y"]) for r in rows if r["panel"] == "weight" and r["progress"] == "1"]
     assert end[-1] / end[0] == pytest.approx(5, rel=1e-3)
     assert sum(end) / len(end) == pytest.approx(1, abs=1e-3)
@@ -28,6 +27,7 @@ def test_figure_is_written_with_the_numbers_of_both_schedules(tmp_path):
 
 
 def test_no_figure_of_a_method_without_distance():
-    assert (
-        draw_schedule({"distance": {**DISTANCE, "strength": 0.0}, "gaps": {**GAPS, "reach": 0}}, 100) is None
+    plain = TrainedMethod.model_validate(
+        {"distance": {**DISTANCE, "strength": 0.0}, "gaps": {**GAPS, "reach": 0}}
     )
+    assert distance_schedule(plain, 100) is None

@@ -26,8 +26,7 @@ def root(tmp_path_factory):
     (folder / "config.yaml").write_text(
         f"scale: test\nseeds: 3\nresults: {folder}\nmodels: {{teacher: big, students: [tiny]}}\n"
         f"haystacks: {{test: {{sizes: {SIZES}}}}}\n"
-        "methods: {sft: {}, laid: {}}\n"
-        "tables: {methods: [base, yarn, sft, laid], ablations: [base, laid]}\n"
+        "methods: {sft: {}, laid: {}}\ntables: {methods: [base, yarn, sft, laid], ablations: [base, laid]}\n"
     )
     for student, method, shares in (
         ("big", "base", [0.9]), ("tiny", "base", [0.5]), ("tiny", "yarn", [0.8]),

@@ -9,7 +9,8 @@ from laid.errors import LaidError
 from laid.evaluation.cells import write_cell
 from laid.io import write_json
 from laid.results import published, render, tables
-from laid.results.stats import mean_relative_gain
+from laid.results.answers import Results
+from laid.results.statistics import mean_relative_gain
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +24,7 @@ def paper():
 
 @pytest.fixture(scope="module")
 def built(paper):
-    return {t.name: t for t in tables.build(tables.Grid(paper, synthetic.config(), "cells"))}
+    return {t.name: t for t in tables.build(Results(paper, synthetic.config(), "cells"))}
 
 
 def csv_rows(table):
@@ -113,9 +114,8 @@ def test_equal_values_share_their_mark():
         },
         4,
     )
-    settings = synthetic.config(methods=["base", "laid", "sft"], ablations=["base", "laid"])
-    settings["haystacks"]["test"]["sizes"] = [1, 50]
-    table = tables.table1(tables.Grid(cells, settings, "cells"))
+    settings = synthetic.config(methods=["base", "laid", "sft"], ablations=["base", "laid"], sizes=[1, 50])
+    table = tables.table1(Results(cells, settings, "cells"))
     assert [row[2].mark for row in table.rows] == ["", *(["second", "best", "best"] * 2)]
 
 
@@ -130,20 +130,25 @@ def test_windows_are_read_off_the_curve(built):
 
 def test_columns_follow_the_configuration():
     cells = synthetic.grid_of({(s, "base"): {1: 1.0, 2: 1.0, 7: 0.5} for s in ("32B", "7B", "3B")}, 4)
-    settings = synthetic.config(methods=["base"], ablations=["base"])
-    settings["haystacks"]["test"]["sizes"] = [7, 2, 1]
-    built = tables.build(tables.Grid(cells, settings, "cells"))
-    assert built[0].csv[0] == ["params", "method", "1", "7", "short_gain_pct", "long_gain_pct"]
-    assert [row[0] for row in built[1].csv] == ["images", "1", "7"]
+    settings = synthetic.config(methods=["base"], ablations=["base"], sizes=[7, 2, 1])
+    built = tables.build(Results(cells, settings, "cells"))
+    assert [str(name) for name in built[0].data] == [
+        "params",
+        "method",
+        "1",
+        "7",
+        "short_gain_pct",
+        "long_gain_pct",
+    ]
+    assert built[1].data["images"].tolist() == [1, 7]
     with pytest.raises(LaidError, match="leaves none"):
-        settings["tables"]["omit"] = [1, 2, 7]
-        tables.build(tables.Grid(cells, settings, "cells"))
+        tables.build(Results(cells, settings.changed({"tables": {"omit": [1, 2, 7]}}), "cells"))
 
 
 def test_a_missing_cell_names_its_file_and_the_command(paper, tmp_path):
     some = {key: cell for key, cell in paper.items() if key not in (("7B", "laid", 50), ("3B", "sft", 1))}
     with pytest.raises(LaidError) as error:
-        tables.Grid(some, synthetic.config(), tmp_path / "cells")
+        Results(some, synthetic.config(), tmp_path / "cells")
     path = tmp_path / "cells" / "7B" / "laid" / "50.json"
     assert str(error.value).startswith(f"{path}: no such cell (and 1 more cells)")
     assert str(error.value).endswith(f"snakemake --cores all {path}")
@@ -152,14 +157,14 @@ def test_a_missing_cell_names_its_file_and_the_command(paper, tmp_path):
 @pytest.mark.parametrize("keys", [{"methods": ["laid", "base"]}, {"table3_students": ["9B"]}])
 def test_wrong_settings_are_one_clear_line(paper, keys):
     with pytest.raises(LaidError, match=r"^tables\.[^\n]*$"):
-        tables.Grid(paper, synthetic.config(**keys), "cells")
+        Results(paper, synthetic.config(**keys), "cells")
 
 
 def test_files_are_written_whole_and_the_same_twice(built, tmp_path):
-    paths = tables.write(list(built.values()), tmp_path)
+    paths = render.write(list(built.values()), tmp_path)
     assert [p.name for p in paths] == [f"table{i}.{s}" for i in (1, 2, 3) for s in ("csv", "md")]
     before = [p.read_bytes() for p in paths]
-    tables.write(list(built.values()), tmp_path)
+    render.write(list(built.values()), tmp_path)
     assert [p.read_bytes() for p in paths] == before
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(p.name for p in paths)
 
@@ -170,8 +175,7 @@ def test_the_verb_prints_and_writes(tmp_path, capsys):
     (tmp_path / "config.yaml").write_text(
         "models: {teacher: big, students: [s]}\n"
         "haystacks: {test: {sizes: [1, 50]}}\n"
-        "methods: {laid: {}}\n"
-        "tables: {methods: [base, laid], ablations: [base, laid]}\n"
+        "methods: {laid: {}}\ntables: {methods: [base, laid], ablations: [base, laid]}\n"
     )
     curves = {
         ("big", "base"): {1: 1.0, 50: 1.0},

@@ -38,7 +38,7 @@ ASKED = {
 def test_counts_of_one_question_by_hand(published, photographs):
     """COCO's photographs lie between the processor's least and most pixels, so a side is rounded to whole tokens of
     28 pixels; the sizes are read from the files here. Text: counted by the tokenizer on the template's own rendering."""
-    haystacks = validate(ASKED)["haystacks"]
+    haystacks = validate(ASKED).haystacks
     found = tokens.lengths(published, photographs, haystacks, [5])[5]
     for question, (count, positions) in zip(
         questions_of_size(haystacks, photographs, 5)[:5], found, strict=False
@@ -53,9 +53,9 @@ def test_counts_of_one_question_by_hand(published, photographs):
 
 def test_means_of_photographs_beside_the_paper(published, photographs):
     """Where 206 photographs and 40 questions allow it, within 3 % of the printed figures (all sizes: docs/reference/tokens.md)."""
-    haystacks = validate(ASKED)["haystacks"]
+    haystacks = validate(ASKED).haystacks
     built = tokens.table(tokens.lengths(published, photographs, haystacks, [1, 100, 150]), photographs)
-    rows = {int(row[0]): row for row in built.csv[1:]}
+    rows = {int(row[0]): row for row in built.data.itertuples(index=False)}
     assert {size: row[4] for size, row in rows.items()} == {1: "393.46", 100: "35418.29", 150: "53653.22"}
     for row in rows.values():
         _, count, error, positions, paper, difference = map(float, row)
@@ -69,7 +69,7 @@ def test_the_questions_are_those_of_the_workflow(
 ):
     coco = load_coco(coco_root, "val2017")
     for size in (1, 2, 5):
-        assert questions_of_size(micro["haystacks"], coco, size) == read_questions(
+        assert questions_of_size(micro.haystacks, coco, size) == read_questions(
             haystack_file(haystacks / "test", size)
         )
     words = ["--config", str(micro_file), "--model", str(family["small"]), "--coco", str(coco_root)]

@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from laid.results import places
+from laid.commands.shared import results_arguments, root_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    places.add_arguments(parser, "beyond")
+    results_arguments(parser, "beyond")
     parser.add_argument("--why", type=Path, help="folder of `laid why` (default: <out>/why)")
     parser.add_argument(
         "--far", type=Path, help="folder of cells beyond the test sizes (default: <out>/cells)"
@@ -20,11 +20,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from laid.errors import LaidError
     from laid.evaluation.cells import load_cells
+    from laid.io import update
     from laid.results import beyond, plotting
+    from laid.results.names import method_names
     from laid.settings import load
 
     settings = load(args.config)
-    root = places.root_of(settings)
+    root, names = root_of(settings), method_names(settings)
     out = args.out or root / "beyond"
     records = beyond.load_why(args.why or out / "why")
     far_folder, near_folder = args.far or out / "cells", args.cells or root / "cells"
@@ -34,12 +36,12 @@ def run(args: argparse.Namespace) -> None:
         raise LaidError(
             f"{out}: neither records of `laid why` nor cells; `snakemake --cores all beyond` makes them"
         )
-    teacher, students = settings["models"]["teacher"], settings["models"]["students"]
-    drawings = beyond.build(records, near, far, teacher, students)
+    teacher, students = settings.models.teacher, settings.models.students
+    drawings = beyond.build(records, near, far, teacher, students, names)
     for drawing in drawings:
         plotting.save(drawing, out / "figures")
     plotting.write_captions(drawings, out / "figures")
-    text = beyond.report(records, far, teacher, students, settings["tables"]["short_max"])
+    text = beyond.report(records, far, teacher, students, settings.tables.short_max, names)
     for path in [out / "why.md", *([args.docs] if args.docs else [])]:
-        places.update(path, text)
+        update(path, text)
     print(text)

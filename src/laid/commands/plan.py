@@ -32,8 +32,7 @@ def run(args: argparse.Namespace) -> int:
     from laid.plan.fit import refusal
     from laid.plan.gpus import gpu_named
     from laid.plan.jobs import jobs_of
-    from laid.results.render import markdown
-    from laid.results.terminal import show
+    from laid.results.render import markdown, show
     from laid.settings import load
 
     settings = load(args.config)

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from laid.settings import Settings
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _questions(args: argparse.Namespace, settings: dict) -> None:
+def _questions(args: argparse.Namespace, settings: Settings) -> None:
     from laid.data.pope import build_pope
 
     found = build_pope(settings, args.coco, args.out)
@@ -50,7 +54,9 @@ def _questions(args: argparse.Namespace, settings: dict) -> None:
     print(f"{args.out}: {counts} questions about {len(images)} images")
 
 
-def _evaluate(args: argparse.Namespace, settings: dict) -> None:
+def _evaluate(args: argparse.Namespace, settings: Settings) -> None:
+    import pandas as pd
+
     from laid.commands.shared import deterministic, pick_device
     from laid.data.pope import STRATEGIES, pope_file, read_pope
     from laid.evaluation.evaluate import QuestionSet, measure
@@ -70,21 +76,23 @@ def _evaluate(args: argparse.Namespace, settings: dict) -> None:
         pick_device(args.device), args.features, pope_answer,
     )  # fmt: skip
     for strategy, cell in zip(STRATEGIES, cells, strict=True):
-        found = scores(cell["answers"])
-        f1 = "-" if found.f1 is None else f"{100 * found.f1:.1f}"
+        found = scores(pd.DataFrame(cell["answers"]))
+        f1 = "-" if found["f1"] is None else f"{100 * found['f1']:.1f}"
         print(
-            f"{args.student_name} {args.method}: {strategy}: accuracy {100 * found.accuracy:.1f}, F1 {f1},"
-            f" yes {100 * found.yes_ratio:.1f} %, {cell['n']} answers"
+            f"{args.student_name} {args.method}: {strategy}: accuracy {100 * found['accuracy']:.1f}, F1 {f1},"
+            f" yes {100 * found['yes_ratio']:.1f} %, {cell['n']} answers"
         )
 
 
-def _table(args: argparse.Namespace, settings: dict) -> None:
-    from laid.results import places, pope, tables
-    from laid.results.terminal import show
+def _table(args: argparse.Namespace, settings: Settings) -> None:
+    from laid.commands.shared import root_of
+    from laid.results import pope
+    from laid.results.names import method_names
+    from laid.results.render import show, write
 
-    root = places.root_of(settings) / "pope"
-    found = pope.PopeCells(args.cells or root / "cells")
-    models = settings["models"]
-    built = pope.table(found, models["teacher"], models["students"])
-    tables.write([built], args.out or root)
+    root = root_of(settings) / "pope"
+    found = pope.read_pope_answers(args.cells or root / "cells")
+    models = settings.models
+    built = pope.table(found, models.teacher, models.students, method_names(settings))
+    write([built], args.out or root)
     show([built])

@@ -6,6 +6,11 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from laid.results.answers import Results
+    from laid.settings import Settings
 
 
 def config_argument(parser: argparse.ArgumentParser) -> None:
@@ -29,6 +34,36 @@ def configuration() -> list[Path]:
         file=sys.stderr,
     )
     return [Path(__file__).resolve().parents[1] / "default.yaml"]
+
+
+def results_arguments(parser: argparse.ArgumentParser, out: str) -> None:
+    """Add --config, --cells and --out of the verbs about results; the last two default to places below
+    <results>/<scale>."""
+    config_argument(parser)
+    parser.add_argument(
+        "--cells",
+        type=Path,
+        help="folder of cells, <student>/<method>/<size>.json (default <results>/<scale>/cells)",
+    )
+    parser.add_argument("--out", type=Path, help=f"where to write (default <results>/<scale>/{out})")
+
+
+def root_of(settings: Settings) -> Path:
+    """<results>/<scale> of a configuration."""
+    return Path(settings.results) / settings.scale
+
+
+def read_results(args: argparse.Namespace) -> tuple[Results, Path, Path]:
+    """The cells that `--config` and `--cells` name, the folder they lie in beside runs, figures and claims, and
+    <results>/<scale>, where outputs go unless told."""
+    from laid.evaluation.cells import load_cells
+    from laid.results.answers import Results
+    from laid.settings import load
+
+    settings = load(args.config)
+    root = root_of(settings)
+    cells = args.cells or root / "cells"
+    return Results(load_cells(cells), settings, cells), cells.parent, root
 
 
 def model_arguments(parser: argparse.ArgumentParser) -> None:

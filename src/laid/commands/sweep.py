@@ -20,15 +20,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from laid.commands.shared import root_of
     from laid.evaluation.cells import load_cells
-    from laid.results import places, tables
-    from laid.results.sweep import SweepGrid, sweep_table
-    from laid.results.terminal import show
+    from laid.results import sweep
+    from laid.results.render import show, write
     from laid.settings import load
 
     settings = load(args.config)
-    root = places.root_of(settings) / "sweep"
+    root = root_of(settings) / "sweep"
     cells = args.cells or root / "cells"
-    table = sweep_table(SweepGrid(load_cells(cells), settings, cells, args.only))
-    tables.write([table], args.out or root)
+    table = sweep.sweep_table(sweep.read(load_cells(cells), settings, cells, args.only))
+    write([table], args.out or root)
     show([table])

@@ -5,31 +5,32 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from laid.results import places
+from laid.commands.shared import read_results, results_arguments
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    places.add_arguments(parser, "tables")
+    results_arguments(parser, "tables")
     parser.add_argument(
         "--all", action="store_true", help="print the paired tests and effective windows as well"
+    )
+    parser.add_argument(
+        "--answers", type=Path, metavar="FILE", help="write all answers as one table too: .csv or .parquet"
     )
 
 
 def run(args: argparse.Namespace) -> None:
-    from laid.evaluation.cells import load_cells
-    from laid.results import metrics, tables
-    from laid.results.terminal import show
-    from laid.settings import load
+    from laid.results import tables
+    from laid.results.answers import save_answers
+    from laid.results.render import show, write
 
-    settings = load(args.config)
-    root = places.root_of(settings)
-    cells = args.cells or root / "cells"
-    grid = tables.Grid(load_cells(cells), settings, cells)
-    built, statistics = tables.build(grid), tables.build_statistics(grid)
+    results, beside, root = read_results(args)
+    if args.answers:
+        save_answers(results.answers, args.answers)
+    built, statistics = tables.build(results), tables.build_statistics(results)
     out = args.out or root / "tables"
-    tables.write([*built, *statistics], out)
-    metrics.write(grid, out)
-    footnote = shortcuts_line(cells.parent / "haystacks" / "shortcuts.json")
+    write([*built, *statistics], out)
+    tables.write_metrics(results, out)
+    footnote = shortcuts_line(beside / "haystacks" / "shortcuts.json")
     show([*built, *statistics] if args.all else built, footnote)
 
 

@@ -27,15 +27,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from laid.data.coco import load_coco
     from laid.models.processing import Processor
-    from laid.results import tables, tokens
-    from laid.results.terminal import show
+    from laid.results import tokens
+    from laid.results.render import show, write
     from laid.settings import load
 
-    settings = load(args.config)["haystacks"]
+    haystacks = load(args.config).haystacks
     coco = load_coco(args.coco, args.split)
-    sizes = args.sizes or settings["test"]["sizes"]
-    built = tokens.table(tokens.lengths(Processor.load(args.model), coco, settings, sizes), coco)
+    sizes = args.sizes or haystacks.test.sizes
+    built = tokens.table(tokens.lengths(Processor.load(args.model), coco, haystacks, sizes), coco)
     if args.out is not None:
-        tables.write([built], args.out)
+        write([built], args.out)
     show([built])
     return 0

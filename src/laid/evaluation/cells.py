@@ -53,6 +53,11 @@ def right_answers(cell: dict[str, Any]) -> np.ndarray:
     return right
 
 
+def ordered(answers: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Answers by seed, then by question: numbers by value before text by letters."""
+    return sorted(answers, key=lambda a: (a["seed"], _id_order(a["id"])))
+
+
 def make_cell(
     *,
     scale: str,
@@ -72,7 +77,7 @@ def make_cell(
     every seed the same questions. tokens_mean, positions_mean: prompt tokens and M-RoPE positions per question.
     Raises LaidError where the answers do not make a cell.
     """
-    ordered = sorted(answers, key=lambda a: (a["seed"], _id_order(a["id"])))
+    found = ordered(answers)
     cell: dict[str, Any] = {
         "format": FORMAT,
         "scale": scale,
@@ -81,18 +86,18 @@ def make_cell(
         "role": role,
         "method": method,
         "size": size,
-        "answers": ordered,
-        "n": len(ordered),
-        "seeds": sorted({a["seed"] for a in ordered}),
-        "questions": len({a["id"] for a in ordered}),
+        "answers": found,
+        "n": len(found),
+        "seeds": sorted({a["seed"] for a in found}),
+        "questions": len({a["id"] for a in found}),
         "tokens_mean": tokens_mean,
         "positions_mean": positions_mean,
         "provenance": provenance,
     }
     where = f"cell {student}/{method}/{size}"
     _check_answers(cell, where)
-    cell["accuracy"] = _share(is_right(a) for a in ordered)
-    cell["compliance"] = _share(a["answer"] != "none" for a in ordered)
+    cell["accuracy"] = _share(is_right(a) for a in found)
+    cell["compliance"] = _share(a["answer"] != "none" for a in found)
     cell["interval"], cell["interval_method"] = interval_of(right_answers(cell))
     cell["digest"] = _digest(cell)
     check_cell(cell, where)

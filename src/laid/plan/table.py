@@ -109,8 +109,8 @@ def job_tables(jobs: Sequence[Job], gpu: Gpu, utilisation: float, estimator: Est
     if any(job.gpu for job in jobs):
         held.append(f"Of a {gpu.name}'s {gpu.gib:g} GiB {USABLE:.0%} may be used.")
     return [
-        Table("plan", "The plan", [*names, *work], rows["work"], [], notes, breaks, names=3),
-        Table("memory", "Memory of each job", [*names, *memory], rows["memory"], [], held, breaks, names=3),
+        Table("plan", "The plan", [*names, *work], rows["work"], notes, breaks, names=3),
+        Table("memory", "Memory of each job", [*names, *memory], rows["memory"], held, breaks, names=3),
     ]
 
 
@@ -125,7 +125,7 @@ def gpu_table(jobs: Sequence[Job], gpus: Sequence[Gpu], utilisation: float) -> T
         texts = [gpu.name, _number(gpu.usable / GIB), f"{gpu.half:g}", str(unfit), *map(_number, hours)]
         rows.append([Entry(text) for text in (*texts, _number(sum(hours)))])
     note = f"At {utilisation:.0%} of peak: an assumption (plan.utilisation), to be replaced by what bench/gpu.py measures."
-    return Table("gpus", "GPU-hours of all jobs", header, rows, [], [note], names=1)
+    return Table("gpus", "GPU-hours of all jobs", header, rows, [note], names=1)
 
 
 def paper_table(jobs: Sequence[Job], gpu: Gpu, utilisation: float, labels: dict[str, str]) -> Table | None:
@@ -151,7 +151,7 @@ def paper_table(jobs: Sequence[Job], gpu: Gpu, utilisation: float, labels: dict[
         f"The plan takes {utilisation:.0%} of peak for granted and knows no time but that of matrix products.",
     ]
     return Table(
-        "paper", "Beside the paper", header, [[Entry(t) for t in row] for row in rows], [], notes, names=1
+        "paper", "Beside the paper", header, [[Entry(t) for t in row] for row in rows], notes, names=1
     )
 
 

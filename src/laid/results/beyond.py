@@ -3,33 +3,42 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from laid.errors import LaidError
 from laid.evaluation.cells import Cells
+from laid.evaluation.intervals import wilson
 from laid.io import read_json
-from laid.results import stats
+from laid.results.answers import cells_frame
+from laid.results.names import Names
 from laid.results.plotting import (
-    METHOD_LOOKS,
     PAGE,
+    RULE,
+    TEACHER,
     Drawing,
-    Look,
+    bars,
+    curve,
+    decimals,
+    hover,
     image_axis,
+    legend_below,
+    method_looks,
     new_figure,
     percent,
+    point_tip,
     style,
-    tip,
-)
-from laid.results.tables import METHOD_NAMES
+)  # fmt: skip
+from laid.results.render import pipes
 
+Record = Mapping[str, Any]  # of `laid why`, one model
 FORMAT = "laid-why/1"
 CONDITIONS = ("ordinary", "stretched", "packed")
 TITLES = {"ordinary": "n images", "stretched": "{few} images, span of n", "packed": "n images, span of {few}"}
-TEACHER = Look("#888888", "*", (0, (1, 1)))
 RESAMPLES = 2000
 
 
@@ -42,19 +51,16 @@ def load_why(folder: str | Path) -> dict[str, dict[str, Any]]:
             continue
         if path.stem != record["student"]:
             raise LaidError(f"{path}: holds the record of {record['student']!r}: moved or copied from there?")
-        order = [m for m in METHOD_NAMES if m in record["methods"]]
-        found[record["student"]] = record | {"methods": {m: record["methods"][m] for m in order}}
+        found[record["student"]] = record
     return found
 
 
-def right(record: Mapping[str, Any], method: str, condition: str, size: int) -> np.ndarray:
+def right(record: Record, method: str, condition: str, size: int) -> np.ndarray:
     """(questions,) right (1) and wrong (0) answers."""
     return np.array(record["methods"][method][condition][str(size)]["right"], dtype=float)
 
 
-def level(
-    record: Mapping[str, Any], method: str, condition: str, sizes: Sequence[int]
-) -> tuple[float, np.ndarray]:
+def level(record: Record, method: str, condition: str, sizes: Sequence[int]) -> tuple[float, np.ndarray]:
     """(accuracy in %, bootstrap draws of it), mean over `sizes`.
 
     Questions are drawn per file, the same for every method and condition with the same file, so that draws are paired.
@@ -69,41 +75,47 @@ def level(
     return 100 * float(np.mean(values)), 100 * np.mean(drawn, axis=0)
 
 
-def losses(
-    record: Mapping[str, Any], method: str, condition: str, long: Sequence[int]
-) -> tuple[float, np.ndarray]:
+def losses(record: Record, method: str, condition: str, long: Sequence[int]) -> tuple[float, np.ndarray]:
     """(points lost, bootstrap draws of it): accuracy at few images minus the mean over the `long` sizes."""
     before, after = level(record, method, "ordinary", [record["few"]]), level(record, method, condition, long)
     return before[0] - after[0], before[1] - after[1]
 
 
-def long_sizes(record: Mapping[str, Any], short_max: int) -> list[int]:
+def long_sizes(record: Record, short_max: int) -> list[int]:
     """The sizes of the long window, or the largest one where none is."""
     return [size for size in record["sizes"] if size > short_max] or record["sizes"][-1:]
 
 
-def figure_why(records: Mapping[str, dict[str, Any]], students: Sequence[str], teacher: str) -> Drawing:
+def figure_why(records: Mapping[str, Record], students: Sequence[str], teacher: str, names: Names) -> Drawing:
     """Accuracy over n in the three conditions (columns), a row a student, the teacher in grey."""
     shown = [name for name in students if name in records]
+    looks, data = method_looks(names), []
     figure = new_figure(PAGE, 1.9 * len(shown) + 0.7)
     panels = figure.subplots(len(shown), len(CONDITIONS), sharex=True, sharey=True, squeeze=False)
-    rows: list[list[str]] = []
     for student, line in zip(shown, panels, strict=True):
         record = records[student]
         for condition, axes in zip(CONDITIONS, line, strict=True):
-            models = [(teacher, "base", "teacher", TEACHER)] if teacher in records else []
-            models += [(student, m, METHOD_NAMES[m], METHOD_LOOKS[m]) for m in record["methods"]]
-            for name, method, label, look in models:
-                rows += _curve(axes, records[name], name, method, condition, label, look, name == student)
+            if teacher in records:
+                points = shares(records[teacher], "base", condition)
+                curve(axes, points.n, points.accuracy, TEACHER, "teacher")
+                hover(axes, points.n, points.accuracy, _tips(points, "teacher"), size=8)
+            for method in names.ordered(record["methods"]):
+                points, look = shares(record, method, condition), looks[method]
+                curve(axes, points.n, points.accuracy, look, names[method])
+                hover(axes, points.n, points.accuracy, _tips(points, names[method]), size=8)
+                if method in ("base", "laid"):
+                    bars(axes, points.n, points.accuracy, points.low, points.high, look.color)
+                data.append(points)
             image_axis(axes, record["sizes"])
             axes.set_xlabel("n" if student == shown[-1] else "")
             if student == shown[0]:
                 axes.set_title(TITLES[condition].format(few=record["few"]), loc="left")
         line[0].set_ylabel(f"{student}\naccuracy (%)")
-    handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=5)
+    legend_below(figure, panels[0][0], columns=5)
     record = records[shown[0]]
     few, n = record["few"], len(right(record, "base", "ordinary", record["few"]))
+    drawn = pd.concat(data)
+    formats = {"span": 1, "accuracy": 6, "low": 6, "high": 6}
     return Drawing(
         "why",
         "Distance and dilution apart",
@@ -111,69 +123,67 @@ def figure_why(records: Mapping[str, dict[str, Any]], students: Sequence[str], t
         f" distance without more keys. Right: n images at the positions of {few}: more keys without distance."
         f" Bars: 95 % intervals (Wilson) of base and LAid; {n} questions a point.",
         figure,
-        [["student", "method", "condition", "n", "images", "span", "accuracy", "low", "high"], *rows],
+        drawn.assign(**{name: decimals(drawn[name], places) for name, places in formats.items()}),
     )
 
 
-def _curve(axes, record, name, method, condition, label, look: Look, own: bool) -> list[list[str]]:
-    rows, values, bounds = [], [], []
+def shares(record: Record, method: str, condition: str) -> pd.DataFrame:
+    """student, method, condition, n, images, span, accuracy, low, high: a row a size."""
+    rows = []
     for size in record["sizes"]:
-        answers = right(record, method, condition, size)
-        part = record["methods"][method][condition][str(size)]
-        value, (low, high) = float(answers.mean()), stats.wilson(int(answers.sum()), len(answers))
-        values.append(100 * value)
-        bounds.append((100 * low, 100 * high))
-        rows.append(
-            [name, method, condition, str(size), str(part["images"]), f"{part['span']:.1f}"]
-            + [f"{v:.6f}" for v in (value, low, high)]
+        part, answers = (
+            record["methods"][method][condition][str(size)],
+            right(record, method, condition, size),
         )
-        (spot,) = axes.plot([size], [100 * value], "o", markersize=8, alpha=0)
-        tip(spot, f"{name} {label}, {condition}, n = {size}: {percent(value, (low, high))} %")
-    axes.plot(record["sizes"], values, color=look.color, marker=look.marker, linestyle=look.dash, label=label)
-    if own and method in ("base", "laid"):
-        errors = np.array([[max(0, v - b[0]), max(0, b[1] - v)] for v, b in zip(values, bounds)]).T
-        axes.errorbar(record["sizes"], values, errors, color=look.color, linestyle="", elinewidth=0.6)
-    return rows if own else []
+        about = {"student": record["student"], "method": method, "condition": condition, "n": size}
+        low, high = wilson(int(answers.sum()), len(answers))
+        value = float(answers.mean())
+        rows.append(
+            {
+                **about,
+                "images": part["images"],
+                "span": part["span"],
+                "accuracy": value,
+                "low": low,
+                "high": high,
+            }
+        )
+    return pd.DataFrame(rows)
 
 
-def figure_ends(near: Cells, far: Cells, teacher: str, students: Sequence[str]) -> Drawing:
+def _tips(points: pd.DataFrame, label: str) -> Iterator[str]:
+    for p in points.itertuples():
+        yield f"{p.student} {label}, {p.condition}, n = {p.n}: {percent(p.accuracy, (p.low, p.high))} %"
+
+
+def figure_ends(near: Cells, far: Cells, teacher: str, students: Sequence[str], names: Names) -> Drawing:
     """Accuracy from the test sizes on to the sizes beyond them; what lies beyond is shaded."""
-    methods = {
-        name: sorted({m for s, m, _ in far if s == name}, key=list(METHOD_NAMES).index) for name in students
-    }
-    shown = [name for name in students if methods[name]]
+    beyond = cells_frame(far)
+    cells = cells_frame({**near, **far}).sort_index()
+    sizes, edge = (
+        sorted(cells["size"].unique()),
+        max((size for *_, size in near), default=beyond["size"].min()),
+    )
+    shown = [name for name in students if name in set(beyond["student"])]
+    looks, data = method_looks(names), []
     figure = new_figure(PAGE, 2.7)
     panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
-    rows: list[list[str]] = []
     for student, axes in zip(shown, panels, strict=True):
         lines = [(teacher, "base", "teacher", TEACHER)]
-        lines += [(student, m, METHOD_NAMES[m], METHOD_LOOKS[m]) for m in methods[student]]
+        methods = names.ordered(beyond[beyond["student"] == student]["method"].unique())
+        lines += [(student, method, names[method], looks[method]) for method in methods]
         for name, method, label, look in lines:
-            cells = [c for (s, m, _), c in sorted({**near, **far}.items()) if (s, m) == (name, method)]
-            if not cells:
+            own = cells[(cells["student"] == name) & (cells["method"] == method)]
+            if own.empty:
                 continue
-            sizes, values = [c["size"] for c in cells], [100 * c["accuracy"] for c in cells]
-            axes.plot(sizes, values, color=look.color, marker=look.marker, linestyle=look.dash, label=label)
-            errors = np.array(
-                [[c["accuracy"] - c["interval"][0], c["interval"][1] - c["accuracy"]] for c in cells]
-            )
-            axes.errorbar(
-                sizes, values, 100 * errors.clip(0).T, color=look.color, linestyle="", elinewidth=0.6
-            )
-            for cell in cells:
-                (spot,) = axes.plot([cell["size"]], [100 * cell["accuracy"]], "o", markersize=8, alpha=0)
-                tip(spot, f"{label}, {cell['size']} images: {percent(cell['accuracy'], cell['interval'])} %")
-                if name == student or student == shown[0]:
-                    rows.append(
-                        [name, method, str(cell["size"]), f"{cell['positions_mean']:.1f}"]
-                        + [f"{v:.6f}" for v in (cell["accuracy"], *cell["interval"])]
-                    )
-        edge = max((size for *_, size in near), default=min(size for *_, size in far))
-        sizes = sorted({size for *_, size in (*near, *far)})
-        axes.axvspan(
-            math.sqrt(edge * min(size for *_, size in far)), 1.1 * sizes[-1], color="#eeeeee", zorder=0
-        )
-        axes.axhline(50, color="#555555", linewidth=0.7, linestyle=(0, (4, 3)))
+            curve(axes, own["size"], own.accuracy, look, label)
+            bars(axes, own["size"], own.accuracy, own.low, own.high, look.color)
+            texts = (point_tip(label, c.size, c.accuracy, (c.low, c.high)) for c in own.itertuples())
+            hover(axes, own["size"], own.accuracy, texts, size=8)
+            if name == student or student == shown[0]:
+                data.append(own)
+        axes.axvspan(math.sqrt(edge * beyond["size"].min()), 1.1 * sizes[-1], color="#eeeeee", zorder=0)
+        axes.axhline(50, **RULE)
         axes.set_xscale("log")
         ticks = [size for size in (1, 5, 20, 50, 150, 500) if size in sizes] or sizes
         axes.set_xticks(ticks, [str(size) for size in ticks])
@@ -181,29 +191,36 @@ def figure_ends(near: Cells, far: Cells, teacher: str, students: Sequence[str]) 
         axes.set_xlabel("Images in the haystack")
         axes.set_title(student, loc="left", fontweight="bold")
     panels[0].set_ylabel("Accuracy (%)")
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=5)
-    asked = sorted({cell["questions"] for cell in far.values()})
+    legend_below(figure, panels[0], columns=5)
+    drawn = pd.concat(data).rename(columns={"size": "images", "positions_mean": "positions"})
+    formats = {"positions": 1, "accuracy": 6, "low": 6, "high": 6}
     return Drawing(
         "beyond",
         "Where it stops",
         "Accuracy over images, beyond the sizes of the paper where shaded; bars: 95 % intervals; dashed: chance."
-        f" {asked[0]} questions a size where shaded.",
+        f" {beyond['questions'].min()} questions a size where shaded.",
         figure,
-        [["student", "method", "images", "positions", "accuracy", "low", "high"], *rows],
+        drawn[["student", "method", "images", *formats]].assign(
+            **{name: decimals(drawn[name], places) for name, places in formats.items()}
+        ),
     )
 
 
 def build(
-    records: Mapping[str, dict[str, Any]], near: Cells, far: Cells, teacher: str, students: Sequence[str]
+    records: Mapping[str, Record],
+    near: Cells,
+    far: Cells,
+    teacher: str,
+    students: Sequence[str],
+    names: Names,
 ) -> list[Drawing]:
     """Both figures, those that have data."""
     drawings = []
     with style():
         if any(name in records for name in students):
-            drawings.append(figure_why(records, students, teacher))
+            drawings.append(figure_why(records, students, teacher, names))
         if any(key[0] in students for key in far):
-            drawings.append(figure_ends(near, far, teacher, students))
+            drawings.append(figure_ends(near, far, teacher, students, names))
     return drawings
 
 
@@ -211,19 +228,24 @@ def build(
 
 
 def report(
-    records: Mapping[str, dict[str, Any]], far: Cells, teacher: str, students: Sequence[str], short_max: int
+    records: Mapping[str, Record],
+    far: Cells,
+    teacher: str,
+    students: Sequence[str],
+    short_max: int,
+    names: Names,
 ) -> str:
     """why.md: how it was measured, a table, and what follows from it; every number from the records."""
     lines = ["# Why windows shrink, and where they end", ""]
     if any(name in records for name in students):
-        lines += _why(records, teacher, [name for name in students if name in records], short_max)
+        lines += _why(records, teacher, [name for name in students if name in records], short_max, names)
     if far:
-        lines += _ends(far, teacher, students)
+        lines += _ends(far, teacher, students, names)
     lines += [_source(records, far), ""]
     return "\n".join(lines)
 
 
-def _source(records: Mapping[str, dict[str, Any]], far: Cells) -> str:
+def _source(records: Mapping[str, Record], far: Cells) -> str:
     """The last line: scale, seeds, code and command behind the numbers."""
     made = [entry.get("provenance", {}) for entry in (*records.values(), *far.values())]
     commits = sorted({str((p.get("code") or {}).get("commit") or "unknown")[:12] for p in made})
@@ -241,7 +263,7 @@ def _source(records: Mapping[str, dict[str, Any]], far: Cells) -> str:
 
 
 def _why(
-    records: Mapping[str, dict[str, Any]], teacher: str, shown: Sequence[str], short_max: int
+    records: Mapping[str, Record], teacher: str, shown: Sequence[str], short_max: int, names: Names
 ) -> list[str]:
     few, long = records[shown[0]]["few"], long_sizes(records[shown[0]], short_max)
     n = len(right(records[shown[0]], "base", "ordinary", few))
@@ -253,22 +275,17 @@ def _why(
         f" is farther away than with {few}. Accuracy in %, mean over n = {listed}, with its 95 % bootstrap interval over {n}"
         f" questions a size. Half of the answers are yes: 50 is chance, and nobody can lose more."
     )
-    lines = [
-        about,
-        "",
-        f"| Model | Method | {few} images | n images | Distance alone | Dilution alone |",
-        "|---|---|--:|--:|--:|--:|",
-    ]
+    rows = []
     for student in [*([teacher] if teacher in records else []), *shown]:
         record = records[student]
-        for method in record["methods"]:
+        for method in names.ordered(record["methods"]):
             levels = [level(record, method, "ordinary", [few])]
             levels += [level(record, method, condition, long) for condition in CONDITIONS]
-            entries = [_interval(*found) for found in levels]
-            lines.append(f"| {student} | {METHOD_NAMES[method]} | {' | '.join(entries)} |")
-    lines.append("")
+            rows.append([student, names[method], *(_interval(*found) for found in levels)])
+    header = ["Model", "Method", f"{few} images", "n images", "Distance alone", "Dilution alone"]
+    lines = [about, "", *pipes(header, rows, names=2), ""]
     for student in shown:
-        lines += [_verdict(student, records[student], long), ""]
+        lines += [_verdict(student, records[student], long, names), ""]
     return lines
 
 
@@ -277,21 +294,21 @@ def _interval(value: float, draws: np.ndarray) -> str:
     return f"{value:.1f} [{low:.1f}, {high:.1f}]"
 
 
-def _verdict(student: str, record: Mapping[str, Any], long: Sequence[int]) -> str:
+def _verdict(student: str, record: Record, long: Sequence[int], names: Names) -> str:
     """One paragraph: the larger cause in base, and for each method what accuracy it wins back under either."""
     base = {condition: losses(record, "base", condition, long) for condition in ("stretched", "packed")}
-    names = {"stretched": "distance", "packed": "dilution"}
+    causes = {"stretched": "distance", "packed": "dilution"}
     gap, draws = (base["stretched"][i] - base["packed"][i] for i in (0, 1))
     if _clear(draws):
         larger = "stretched" if gap > 0 else "packed"
-        text = f"{student}: in base {names[larger]} costs more, {_interval(abs(gap), np.sign(gap) * draws)} points more than the other."
+        text = f"{student}: in base {causes[larger]} costs more, {_interval(abs(gap), np.sign(gap) * draws)} points more than the other."
     else:
         text = f"{student}: in base neither cause costs clearly more (distance minus dilution {_interval(gap, draws)} points)."
-    for method in record["methods"]:
+    for method in names.ordered(record["methods"]):
         if method == "base":
             continue
         parts = []
-        for condition, name in names.items():
+        for condition, name in causes.items():
             own, before = (level(record, m, condition, long) for m in (method, "base"))
             won, spread = own[0] - before[0], own[1] - before[1]
             if not _clear(spread):
@@ -301,11 +318,11 @@ def _verdict(student: str, record: Mapping[str, Any], long: Sequence[int]) -> st
                 parts.append(f"wins back {_interval(won, spread)}{whole} points lost to {name}")
             else:
                 parts.append(f"loses {_interval(-won, -spread)} points more to {name}")
-        text += f" {METHOD_NAMES[method]}: {'; '.join(parts)}{_price(record, method)}."
+        text += f" {names[method]}: {'; '.join(parts)}{_price(record, method)}."
     return text
 
 
-def _price(record: Mapping[str, Any], method: str) -> str:
+def _price(record: Record, method: str) -> str:
     """What a method costs or gains at few ordinary images, where that is clear."""
     own, before = (level(record, m, "ordinary", [record["few"]]) for m in (method, "base"))
     change, spread = own[0] - before[0], own[1] - before[1]
@@ -321,20 +338,22 @@ def _clear(draws: np.ndarray) -> bool:
     return low > 0 or high < 0
 
 
-def _ends(far: Cells, teacher: str, students: Sequence[str]) -> list[str]:
-    sizes = sorted({size for *_, size in far})
-    lines = [
+def _ends(far: Cells, teacher: str, students: Sequence[str], names: Names) -> list[str]:
+    cells = cells_frame(far)
+    sizes = sorted(cells["size"].unique())
+    texts = pd.Series([percent(c.accuracy, (c.low, c.high)) for c in cells.itertuples()], cells.index)
+    by_size = texts.unstack("size")[sizes].dropna()
+    rows = [
+        [student, names[method], *by_size.loc[student, method]]
+        for student in (teacher, *students)
+        for method in names.ordered([method for name, method in by_size.index if name == student])
+    ]
+    about = f"Haystacks of {', '.join(map(str, sizes))} images; accuracy in % with its 95 % interval; chance is 50."
+    return [
         "## Where it stops",
         "",
-        f"Haystacks of {', '.join(map(str, sizes))} images; accuracy in % with its 95 % interval; chance is 50.",
+        about,
         "",
-        f"| Model | Method | {' | '.join(map(str, sizes))} |",
-        f"|---|---|{'--:|' * len(sizes)}",
+        *pipes(["Model", "Method", *map(str, sizes)], rows, names=2),
+        "",
     ]
-    for name in (teacher, *students):
-        for method in METHOD_NAMES:
-            if all((name, method, size) in far for size in sizes):
-                cells = [far[name, method, size] for size in sizes]
-                entries = [percent(cell["accuracy"], cell["interval"]) for cell in cells]
-                lines.append(f"| {name} | {METHOD_NAMES[method]} | {' | '.join(entries)} |")
-    return [*lines, ""]

@@ -13,11 +13,20 @@ from typing import Any
 import numpy as np
 
 from laid.io import read_json
-from laid.results import heads, stats
-from laid.results.comparisons import THRESHOLDS, reading_of_32
+from laid.results import heads
+from laid.results.answers import Curves, Model
 from laid.results.exports import shape_report
-from laid.results.pope import PopeCells
-from laid.results.sources import Key, PublishedSource, Source
+from laid.results.pope import read_pope_answers
+from laid.results.render import listed
+from laid.results.windows import (
+    THRESHOLDS,
+    Bounds,
+    bounds_interval,
+    effective_windows,
+    number,
+    ratios,
+    reading_of_32,
+)  # fmt: skip
 
 SUPPORTED, NOT, UNDECIDED, NOT_MEASURED = "supported", "not supported", "undecided", "not measured"
 
@@ -60,10 +69,13 @@ class Outcome:
     with_error: str | None = None  # the printed tables: the verdict if each figure came from 100 questions
 
 
+NO_FIGURE = Outcome(NOT_MEASURED, remarks=["the paper prints no figure for it"])
+
+
 def statement(
-    source: Source,
+    source: Curves,
     what: str,
-    keys: Sequence[Key],
+    keys: Sequence[Model],
     sizes: list[int],
     number: Callable[..., np.ndarray],
     **more: Any,
@@ -76,7 +88,7 @@ def statement(
 
 
 def conclude(
-    source: Source, statements: list[Statement], remarks: Sequence[str] = (), some: bool = False
+    source: Curves, statements: list[Statement], remarks: Sequence[str] = (), some: bool = False
 ) -> Outcome:
     """The verdict of all statements together; with `some`, one that holds is enough."""
     if not statements:
@@ -84,7 +96,7 @@ def conclude(
             NOT_MEASURED, remarks=[*remarks, "the models that the test needs are not among the cells"]
         )
     verdict = _together([s.verdict for s in statements], some)
-    if isinstance(source, PublishedSource):
+    if source.printed:
         exact = _together([SUPPORTED if s.holds else NOT for s in statements], some)
         return Outcome(exact, statements, list(remarks), with_error=verdict)
     return Outcome(verdict, statements, list(remarks))
@@ -100,7 +112,7 @@ def _together(verdicts: list[str], some: bool) -> str:
 def _number(value: float, unit: str) -> str:
     if unit != "times":
         return f"{value:+.1f}"
-    return "endless" if math.isinf(value) else f"{stats.number(value)}x"
+    return "endless" if math.isinf(value) else f"{number(value)}x"
 
 
 # ------------------------------------------------------------------ numbers, each from curves (n, sizes) to (n,)
@@ -149,24 +161,24 @@ def _times(over: np.ndarray, under: np.ndarray) -> np.ndarray:
 # ------------------------------------------------------------------ tests
 
 
-def shrinkage(source: Source) -> Outcome:
+def shrinkage(source: Curves) -> Outcome:
     teacher = (source.teacher, "base")
     found, remarks = [], []
     for student in source.students:
         key = (student, "base")
-        sizes = source.sizes(key, teacher)
+        sizes = source.common(key, teacher)
         what = f"{student} loses more than {source.teacher} from {sizes[0]} to {sizes[-1]} images"
         found.append(statement(source, what, [key, teacher], sizes, lambda s, t: _drop(s) - _drop(t)))
         remarks.append(f"{student} loses {_drop(source.point(key, sizes))[0]:.1f} points")
     remarks.append(
-        f"{source.teacher} loses {_drop(source.point(teacher, source.sizes(teacher)))[0]:.1f} points"
+        f"{source.teacher} loses {_drop(source.point(teacher, source.common(teacher)))[0]:.1f} points"
     )
     return conclude(source, found, remarks)
 
 
-def decay(source: Source, times: float) -> Outcome:
+def decay(source: Curves, times: float) -> Outcome:
     student, teacher = (source.students[-1], "base"), (source.teacher, "base")
-    sizes = source.sizes(student, teacher)
+    sizes = source.common(student, teacher)
     names = f"{student[0]} over {teacher[0]}"
     main = statement(
         source, f"{names}, loss per doubling of images", [student, teacher], sizes,
@@ -181,7 +193,7 @@ def decay(source: Source, times: float) -> Outcome:
         readings[f"share lost from {sizes[0]} to {sizes[i]}"] = float(relative[0])
     near = {what: v for what, v in readings.items() if abs(v / times - 1) <= 0.05}
     best = min(readings, key=lambda what: (abs(readings[what] - times), what))
-    remark = "; ".join(f"{what} {stats.number(v)}x" for what, v in near.items())
+    remark = "; ".join(f"{what} {number(v)}x" for what, v in near.items())
     remarks = [
         f"readings within 5 % of {times:g}: {remark}" if near
         else f"no reading comes within 5 % of {times:g}; the nearest is {best}, {_number(readings[best], 'times')}"
@@ -189,30 +201,30 @@ def decay(source: Source, times: float) -> Outcome:
     if math.isinf(main.value):
         remarks = [f"{teacher[0]} loses nothing over these sizes, so the ratio has no end"]
     outcome = conclude(source, [main], remarks)
-    if isinstance(source, PublishedSource) and near:
+    if source.printed and near:
         outcome.verdict = SUPPORTED
     return outcome
 
 
-def no_help(source: Source, methods: Sequence[str], margin: float) -> Outcome:
+def no_help(source: Curves, methods: Sequence[str], margin: float) -> Outcome:
     found = []
     for student in source.students:
         for method in methods:
             if source.has(student, method):
                 keys = [(student, method), (student, "base")]
-                _, long = source.windows(*keys)
-                what = f"{student} {method} minus base, mean over {_listed(long)} images"
+                _, long = source.parts(*keys)
+                what = f"{student} {method} minus base, mean over {listed(long)} images"
                 found.append(statement(source, what, keys, long, _points, bound=margin, below=True))
     return conclude(source, found)
 
 
-def short_biased(source: Source, method: str) -> Outcome:
+def short_biased(source: Curves, method: str) -> Outcome:
     found = []
     for student in source.students:
         if not source.has(student, method):
             continue
         keys = [(student, method), (student, "base")]
-        short, long = source.windows(*keys)
+        short, long = source.parts(*keys)
         gain = statement(source, f"{student} short gain", keys, short, _gain, unit="%")
         excess = partial(_excess_gain, edge=len(short))
         more = statement(
@@ -222,26 +234,26 @@ def short_biased(source: Source, method: str) -> Outcome:
     return conclude(source, found)
 
 
-def gains(source: Source, method: str) -> Outcome:
+def gains(source: Curves, method: str) -> Outcome:
     found = []
     for student in source.students:
         if source.has(student, method):
             keys = [(student, method), (student, "base")]
-            for name, sizes in zip(("short", "long"), source.windows(*keys), strict=True):
+            for name, sizes in zip(("short", "long"), source.parts(*keys), strict=True):
                 found.append(statement(source, f"{student} {name} gain", keys, sizes, _gain, unit="%"))
     return conclude(source, found)
 
 
-def over_kd(source: Source) -> Outcome:
+def over_kd(source: Curves) -> Outcome:
     found, remarks = [], []
     for student in source.students:
         if not source.has(student, "laid", source.kd):
             continue
         keys = [(student, "laid"), (student, source.kd)]
-        short, long = source.windows(*keys)
+        short, long = source.parts(*keys)
         sizes = [size for size in short + long if size <= 100]  # those of Figure 3
         growth = partial(_growth, sizes=sizes)
-        what = f"{student} LAid minus KD, mean over {_listed(sizes)} images"
+        what = f"{student} LAid minus KD, mean over {listed(sizes)} images"
         found.append(statement(source, what, keys, sizes, _points))
         what = f"{student} growth of that difference per doubling of images"
         found.append(statement(source, what, keys, sizes, growth))
@@ -251,13 +263,13 @@ def over_kd(source: Source) -> Outcome:
     return conclude(source, found, remarks)
 
 
-def ablation_order(source: Source) -> Outcome:
+def ablation_order(source: Curves) -> Outcome:
     order = ["laid", "laid_wo_kl", "laid_wo_laid", "base"]
     found = []
     for student in source.students:
         if not source.has(student, *order):
             continue
-        windows = source.windows(*((student, method) for method in order))
+        windows = source.parts(*((student, method) for method in order))
         for name, sizes in zip(("short", "long"), windows, strict=True):
             for better, worse in itertools.pairwise(order):
                 keys = [(student, better), (student, worse), (student, "base")]
@@ -266,20 +278,20 @@ def ablation_order(source: Source) -> Outcome:
     return conclude(source, found)
 
 
-def window_ratio(source: Source, times: float) -> Outcome:
+def window_ratio(source: Curves, times: float) -> Outcome:
     found, remarks = [], []
     for student in source.students:
         if not source.has(student, "laid"):
             continue
         keys = [(student, "laid"), (student, "base")]
-        sizes = source.sizes(*keys)
+        sizes = source.common(*keys)
         told = []
         for threshold in sorted({*THRESHOLDS, source.threshold}):
             points, draws = (
-                stats.ratios(*(stats.effective_windows(sizes, of(key, sizes), threshold) for key in keys))
+                ratios(*(effective_windows(sizes, of(key, sizes), threshold) for key in keys))
                 for of in (source.point, source.draws)
             )
-            value, interval = stats.Bounds(*points[0]), stats.bounds_interval(draws)
+            value, interval = Bounds(*map(float, points[0])), bounds_interval(draws)
             told.append(f"{value.text('x')} at {threshold:g}")
             if threshold == source.threshold:
                 what = f"{student} effective window at {threshold:g}, LAid over base ({value.text('x')})"
@@ -287,41 +299,41 @@ def window_ratio(source: Source, times: float) -> Outcome:
                 bound = float(np.nextafter(times, 0))
                 found.append(Statement(what, value.low, interval.low, interval.high, bound, "times"))
         remarks.append(f"{student}: {', '.join(told)}")
-    if isinstance(source, PublishedSource):
+    if source.printed:
         remarks.append(reading_of_32(times))
     return conclude(source, found, remarks, some=True)
 
 
-def kept(source: Source, method: str, margin: float) -> Outcome:
+def kept(source: Curves, method: str, margin: float) -> Outcome:
     found = []
     for student in source.students:
         if source.has(student, method):
             keys = [(student, method), (student, "base")]
-            size = source.sizes(*keys)[:1]
+            size = source.common(*keys)[:1]
             what = f"{student} {method} minus base at {size[0]} image{'s' if size[0] > 1 else ''}"
             found.append(statement(source, what, keys, size, _points, bound=-margin))
     return conclude(source, found)
 
 
-def benchmark_kept(source: Source, method: str, margin: float, root: Path | None = None) -> Outcome:
+def benchmark_kept(source: Curves, method: str, margin: float, root: Path | None = None) -> Outcome:
     """Accuracy on POPE's object questions (laid.results.pope), `method` minus base."""
-    if isinstance(source, PublishedSource) or root is None:
-        return Outcome(NOT_MEASURED, remarks=["the paper prints no figure for it"])
+    if source.printed or root is None:
+        return NO_FIGURE
     folder = root / "pope/cells"
     if not folder.is_dir():
         return Outcome(NOT_MEASURED, remarks=[f"{folder} is not there: run `snakemake --cores all pope`"])
-    cells, found = PopeCells(folder), []
+    answers, found = read_pope_answers(folder), []
     for student in source.students:
-        if {(student, "base"), (student, method)} <= set(cells.models):
+        if {(student, "base"), (student, method)} <= set(answers.models):
             what = f"{student} {method} minus base on POPE's questions"
-            found.append(Statement(what, *(100 * v for v in cells.change(student, method)), bound=-margin))
+            found.append(Statement(what, *(100 * v for v in answers.change(student, method)), bound=-margin))
     return conclude(source, found)
 
 
-def same_shapes(source: Source, method: str, root: Path | None = None) -> Outcome:
+def same_shapes(source: Curves, method: str, root: Path | None = None) -> Outcome:
     """Compares exported checkpoints under `root` with base's; see laid.results.exports."""
-    if isinstance(source, PublishedSource) or root is None:
-        return Outcome(NOT_MEASURED, remarks=["the paper prints no figure for it"])
+    if source.printed or root is None:
+        return NO_FIGURE
     verdicts, remarks = [], []
     for student in source.students:
         same, text = shape_report(root, student, method)
@@ -332,10 +344,10 @@ def same_shapes(source: Source, method: str, root: Path | None = None) -> Outcom
     return Outcome(_together(verdicts, some=False), remarks=remarks)
 
 
-def low_frequencies(source: Source, method: str, others: Sequence[str], root: Path | None = None) -> Outcome:
+def low_frequencies(source: Curves, method: str, others: Sequence[str], root: Path | None = None) -> Outcome:
     """Low-frequency share of attention energy (laid.analysis.spectrum): is `method` nearer to the teacher than others?"""
-    if isinstance(source, PublishedSource) or root is None:
-        return Outcome(NOT_MEASURED, remarks=["the paper prints no figure for it"])
+    if source.printed or root is None:
+        return NO_FIGURE
     if not (root / "analysis").is_dir():
         return Outcome(NOT_MEASURED, remarks=[f"{root / 'analysis'} is not there: run `laid analyse`"])
     records = heads.load(root / "analysis")
@@ -362,10 +374,10 @@ def low_frequencies(source: Source, method: str, others: Sequence[str], root: Pa
     return conclude(source, found, remarks)
 
 
-def inference_cost(source: Source, method: str, margin: float, root: Path | None = None) -> Outcome:
+def inference_cost(source: Curves, method: str, margin: float, root: Path | None = None) -> Outcome:
     """FLOPs and time of the exported student over base's, from bench/inference_cost.py; margin in %."""
-    if isinstance(source, PublishedSource) or root is None:
-        return Outcome(NOT_MEASURED, remarks=["the paper prints no figure for it"])
+    if source.printed or root is None:
+        return NO_FIGURE
     found, remarks = [], []
     for student in source.students:
         remarks.append(f"{student}: {shape_report(root, student, method)[1]}")
@@ -400,7 +412,3 @@ TESTS: dict[str, Callable[..., Outcome]] = {
         same_shapes, low_frequencies, inference_cost,
     )
 }  # fmt: skip
-
-
-def _listed(sizes: Sequence[int]) -> str:
-    return ", ".join(map(str, sizes))

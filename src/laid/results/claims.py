@@ -12,9 +12,10 @@ from typing import Any
 import yaml
 
 from laid.errors import LaidError
+from laid.results.answers import Curves
 from laid.results.claim_tests import TESTS
 from laid.results.render import Entry, Table
-from laid.results.sources import Source
+from laid.results.render import markdown as table_markdown
 
 
 def read_ledger(path: str | Path) -> list[dict[str, Any]]:
@@ -52,7 +53,7 @@ def read_ledger(path: str | Path) -> list[dict[str, Any]]:
     return entries
 
 
-def assess(ledger: Sequence[dict[str, Any]], sources: Sequence[Source], root: Path | None) -> dict[str, Any]:
+def assess(ledger: Sequence[dict[str, Any]], sources: Sequence[Curves], root: Path | None) -> dict[str, Any]:
     """Every claim on every source, as the content of claims.json. root: <results>/<scale>, for exported models."""
     found = []
     for entry in ledger:
@@ -100,13 +101,11 @@ def summary(found: dict[str, Any]) -> Table:
             "Published: the printed figures as exact; in parentheses what remains if each came from 100 questions."
         )
     header = ["Claim", *(name if name == "published" else f"scale {name}" for name in sources)]
-    return Table("claims", "Claims of the paper", header, rows, [], notes, names=len(header))
+    return Table("claims", "Claims of the paper", header, rows, notes, names=len(header))
 
 
 def markdown(found: dict[str, Any]) -> str:
     """The ledger with its figures: a summary table, then every claim with its statements."""
-    from laid.results.render import markdown as table_markdown
-
     lines = [table_markdown(summary(found))]
     for claim in found["claims"]:
         lines += [

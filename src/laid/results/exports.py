@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import struct
 from math import prod
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError, safe_open
 
 from laid.errors import LaidError
 from laid.io import read_json
@@ -19,13 +19,11 @@ def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Names and shapes of all tensors of a checkpoint folder, from the safetensors headers alone."""
     shapes: dict[str, tuple[int, ...]] = {}
     for path in sorted(folder.glob("*.safetensors")):
-        with open(path, "rb") as handle:
-            start = handle.read(8)
-            length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-            if not 0 < length <= min(path.stat().st_size, 100_000_000):
-                raise LaidError(f"{path}: not a safetensors file, or cut short")
-            header = json.loads(handle.read(length))
-        shapes |= {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
+        try:
+            with safe_open(path, "numpy") as file:
+                shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError:
+            raise LaidError(f"{path}: not a safetensors file, or cut short") from None
     return shapes
 
 
@@ -38,21 +36,19 @@ def shape_report(root: Path, student: str, method: str) -> tuple[bool | None, st
             return None, f"no checkpoint at {folder or root / 'runs' / student / method}"
     if (after / "adapter_config.json").is_file():
         return False, f"{after} is an adapter beside the weights, not a plain checkpoint"
-    shapes = [tensor_shapes(folder) for folder in (before, after)]
     settings = [_architecture(read_json(folder / "config.json")) for folder in (before, after)]
-    other = sorted(
-        k for k in settings[0].keys() | settings[1].keys() if settings[0].get(k) != settings[1].get(k)
-    )
-    if other:
+    if other := _differing(*settings):
         return False, f"settings differ: {', '.join(other)}"
-    if shapes[0] != shapes[1]:
-        names = sorted(k for k in shapes[0].keys() | shapes[1].keys() if shapes[0].get(k) != shapes[1].get(k))
+    shapes = [tensor_shapes(folder) for folder in (before, after)]
+    if names := _differing(*shapes):
         return False, f"{len(names)} tensors differ in name or shape, first {names[0]}"
-    count = sum(prod(shape) for shape in shapes[0].values())
-    return (
-        True,
-        f"{count:,} parameters in {len(shapes[0])} tensors of the same names and shapes, same settings",
-    )
+    count = sum(map(prod, shapes[0].values()))
+    told = f"{count:,} parameters in {len(shapes[0])} tensors of the same names and shapes, same settings"
+    return True, told
+
+
+def _differing(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    return sorted(key for key in one.keys() | other.keys() if one.get(key) != other.get(key))
 
 
 def _architecture(config: dict[str, Any], before: str = "") -> dict[str, Any]:

@@ -7,311 +7,265 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from laid.evaluation.cells import interval_of
-from laid.evaluation.scoring import is_right
+from laid.results.answers import Model, Results
 from laid.results.plotting import (
     COLUMN,
-    METHOD_LOOKS,
+    GREY,
     MODEL_LOOKS,
     PAGE,
+    RULE,
     Drawing,
     Look,
+    bars,
+    curve,
+    decimals,
+    hover,
     image_axis,
+    legend_below,
+    method_looks,
     new_figure,
     percent,
+    point_tip,
     style,
     tip,
-)
+)  # fmt: skip
 from laid.results.render import Entry, Table
-from laid.results.tables import METHOD_NAMES, Grid
+from laid.results.windows import bound_text, window
 
 BINS = 5  # needle positions are counted in fifths of the haystack
 
 
-def build(grid: Grid) -> list[Drawing]:
+def build(results: Results) -> list[Drawing]:
     """All figures that cells alone can give."""
     with style():
-        drawings = [figure1(grid), methods(grid), figure3(grid)]
-        positions = needle_position(grid)
-        return [*drawings, *([positions] if positions else [])]
+        drawings = [figure1(results), methods(results), figure3(results), needle_position(results)]
+    return [drawing for drawing in drawings if drawing]
 
 
-def figure1(grid: Grid) -> Drawing:
+def measured(results: Results, models: Sequence[Model], sizes: Sequence[int]) -> pd.DataFrame:
+    """student, method, images, accuracy, low, high of cells, as the CSV files hold them."""
+    found = results.cells.loc[[(*model, size) for model in models for size in sizes]].reset_index(drop=True)
+    found = found[["student", "method", "size", "accuracy", "low", "high"]].rename(columns={"size": "images"})
+    return found.assign(**{name: decimals(found[name]) for name in ("accuracy", "low", "high")})
+
+
+def figure1(results: Results) -> Drawing:
     """Accuracy over images of the teacher and the base students, with 95 % bands and the effective window."""
-    members = [grid.teacher, *grid.students]
-    curves = [(member, "base", name_of(grid, member), MODEL_LOOKS[i % 4]) for i, member in enumerate(members)]
+    members = [results.teacher, *results.students]
+    lines = [
+        ((member, "base"), results.member(member), MODEL_LOOKS[i % 4]) for i, member in enumerate(members)
+    ]
     figure = new_figure(COLUMN, 2.7)
     axes = figure.add_subplot()
-    rows = _curves(axes, grid, curves)
-    _below(figure, axes, columns=1)
-    threshold = grid.settings["threshold"]
+    data = _curves(axes, results, lines)
+    legend_below(figure, axes, columns=1)
+    threshold = results.threshold
     return Drawing(
         "figure1",
         "Figure 1. Window shrinkage",
         f"Accuracy over images in the haystack before any post-training, with 95 % intervals. Dashed: the threshold"
         f" {threshold:g}; the tick on it marks the effective window, the largest haystack answered at that accuracy."
-        f" {grid.questions_note()}",
+        f" {results.questions_note()}",
         figure,
-        [["student", "method", "images", "accuracy", "low", "high", "window_low", "window_high"], *rows],
+        data,
     )
 
 
-def methods(grid: Grid) -> Drawing:
+def methods(results: Results) -> Drawing:
     """Accuracy over images of every method, one panel a student, the teacher in grey."""
     figure = new_figure(PAGE, 3.0)
-    panels = figure.subplots(1, len(grid.students), sharey=True, squeeze=False)[0]
-    rows: list[list[str]] = []
-    for axes, student in zip(panels, grid.students, strict=True):
-        teacher = (grid.teacher, "base", "teacher", Look("#888888", "", "-"))
-        curves = [
-            (student, method, METHOD_NAMES[method], METHOD_LOOKS[method])
-            for method in grid.settings["methods"]
-        ]
-        rows += _curves(axes, grid, [teacher, *curves], bands=("base", "laid"), in_legend=False)
-        axes.set_title(name_of(grid, student), loc="left", fontweight="bold")
+    panels = figure.subplots(1, len(results.students), sharey=True, squeeze=False)[0]
+    looks, data = method_looks(results.names), []
+    for axes, student in zip(panels, results.students, strict=True):
+        lines = [((results.teacher, "base"), "teacher", Look(GREY, "", "-"))]
+        lines += [((student, m), results.names[m], looks[m]) for m in results.settings.tables.methods]
+        data.append(_curves(axes, results, lines, bands=("base", "laid"), in_legend=False))
+        axes.set_title(results.member(student), loc="left", fontweight="bold")
         if axes is not panels[0]:
             axes.set_ylabel("")
-    _below(figure, panels[0], columns=4)
+    legend_below(figure, panels[0], columns=4)
     return Drawing(
         "methods",
         "Every method over images",
         "Accuracy over images for every method; bands: 95 % intervals of base and LAid. Ticks on the dashed line mark"
-        f" effective windows. {grid.questions_note()}",
+        f" effective windows. {results.questions_note()}",
         figure,
-        [["student", "method", "images", "accuracy", "low", "high", "window_low", "window_high"], *rows],
+        pd.concat(data),
     )
 
 
 def _curves(
     axes: Any,
-    grid: Grid,
-    curves: Sequence[tuple[str, str, str, Look]],
+    results: Results,
+    lines: Sequence[tuple[Model, str, Look]],
     bands: Sequence[str] | None = None,
     in_legend: bool = True,
-) -> list[list[str]]:
-    """Draw (student, method, name, look) curves; returns their CSV rows."""
-    threshold, sizes, rows = grid.settings["threshold"], grid.sizes, []
-    axes.axhline(100 * threshold, color="#555555", linewidth=0.7, linestyle=(0, (4, 3)))
-    for student, method, name, look in curves:
-        cells = [grid.cell(student, method, size) for size in sizes]
-        window = grid.window(student, method, threshold)
-        label = f"{name}: window {window.text()}" if in_legend else name
-        values = [100 * cell["accuracy"] for cell in cells]
-        axes.plot(
-            sizes, values, color=look.color, linestyle=look.dash, marker=look.marker, label=label, zorder=3
+) -> pd.DataFrame:
+    """Draw (model, name, look) curves with a tick at each effective window; returns what was drawn."""
+    threshold, sizes = results.threshold, results.sizes
+    axes.axhline(100 * threshold, **RULE)
+    windows = [window(results, model, threshold) for model, _, _ in lines]
+    for (model, name, look), own in zip(lines, windows, strict=True):
+        cells = results.cells.loc[[(*model, size) for size in sizes]]
+        curve(
+            axes, sizes, cells.accuracy, look, f"{name}: window {own.text()}" if in_legend else name, zorder=3
         )
-        if bands is None or method in bands:
-            low, high = ([100 * cell["interval"][i] for cell in cells] for i in (0, 1))
-            axes.fill_between(sizes, low, high, color=look.color, alpha=0.15, linewidth=0)
-        if window.low == window.high:
-            axes.plot(
-                [window.low],
-                [100 * threshold],
-                marker="|",
-                markersize=9,
-                markeredgewidth=1.6,
-                color=look.color,
+        if bands is None or model[1] in bands:
+            axes.fill_between(
+                sizes, 100 * cells.low, 100 * cells.high, color=look.color, alpha=0.15, linewidth=0
             )
-        for size, cell in zip(sizes, cells, strict=True):
-            rows.append(
-                [
-                    student,
-                    method,
-                    str(size),
-                    f"{cell['accuracy']:.6f}",
-                    *(f"{v:.6f}" for v in cell["interval"]),
-                    _bound(window.low),
-                    _bound(window.high),
-                ]
-            )
-            text = f"{name}, {size} images: {percent(cell['accuracy'], cell['interval'])} %"
-            (spot,) = axes.plot([size], [100 * cell["accuracy"]], "o", markersize=9, alpha=0, zorder=4)
-            tip(spot, text)
+        if own.exact:
+            tick = {"marker": "|", "markersize": 9, "markeredgewidth": 1.6, "color": look.color}
+            axes.plot([own.low], [100 * threshold], **tick)
+        texts = (point_tip(name, c.size, c.accuracy, (c.low, c.high)) for c in cells.itertuples())
+        hover(axes, sizes, cells.accuracy, texts)
     image_axis(axes, sizes)
     axes.set_ylabel("Accuracy (%)")
-    axes.set_ylim(*_limits(axes))
-    return rows
+    lowest = min(min(line.get_ydata()) for line in axes.lines)
+    axes.set_ylim(10 * math.floor((lowest - 3) / 10), 102)
+    ends = {
+        f"window_{end}": [bound_text(getattr(w, end)) for w in windows for _ in sizes]
+        for end in ("low", "high")
+    }
+    return measured(results, [model for model, _, _ in lines], sizes).assign(**ends)
 
 
-def _limits(axes: Any) -> tuple[float, float]:
-    """From the ten below the lowest drawn value to a little above 100."""
-    low = min(min(line.get_ydata()) for line in axes.lines)
-    return 10 * math.floor((low - 3) / 10), 102
-
-
-def _below(figure: Any, axes: Any, columns: int) -> None:
-    """One legend below all panels."""
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns)
-
-
-def figure3(grid: Grid) -> Drawing:
+def figure3(results: Results) -> Drawing:
     """Bars of base, KD and LAid over images, one panel a student (Figure 3 of the paper)."""
-    sizes = grid.columns("table3_omit")
-    shown = [m for m in ("base", "kd", "laid") if m in grid.settings["methods"]]
+    sizes, shown, looks = results.columns("table3_omit"), _bar_methods(results), method_looks(results.names)
     figure = new_figure(PAGE, 2.5)
-    panels = figure.subplots(1, len(grid.students), sharey=True, squeeze=False)[0]
-    rows: list[list[str]] = []
-    for axes, student in zip(panels, grid.students, strict=True):
+    panels = figure.subplots(1, len(results.students), sharey=True, squeeze=False)[0]
+    width = 0.8 / len(shown)
+    for axes, student in zip(panels, results.students, strict=True):
         for m, method in enumerate(shown):
-            look, width = METHOD_LOOKS[method], 0.8 / len(shown)
+            name, look = results.names[method], looks[method]
             for k, size in enumerate(sizes):
-                cell = grid.cell(student, method, size)
-                x, height = k - 0.4 + (m + 0.5) * width, 100 * cell["accuracy"]
-                low, high = (100 * v for v in cell["interval"])
+                cell, x = results.cell(student, method, size), k - 0.4 + (m + 0.5) * width
                 (bar,) = axes.bar(
-                    [x], [height], width, label=METHOD_NAMES[method] if k == 0 else None,
-                    color="white" if method == "base" else look.color, edgecolor="black", linewidth=0.6, hatch=look.hatch,
+                    [x], [100 * cell.accuracy], width, label=name if k == 0 else None, hatch=look.hatch,
+                    color="white" if method == "base" else look.color, edgecolor="black", linewidth=0.6,
                 )  # fmt: skip
-                axes.errorbar(
-                    [x],
-                    [height],
-                    [[height - low], [high - height]],
-                    color="black",
-                    linewidth=0.8,
-                    capsize=1.5,
-                )
-                tip(
-                    bar,
-                    f"{METHOD_NAMES[method]}, {size} images: {percent(cell['accuracy'], cell['interval'])} %",
-                )
-                rows.append(
-                    [student, method, str(size), *(f"{v:.6f}" for v in (cell["accuracy"], *cell["interval"]))]
-                )
-        axes.axhline(50, color="#555555", linewidth=0.7, linestyle=(0, (4, 3)))
+                more = {"linestyle": "-", "elinewidth": None, "linewidth": 0.8, "capsize": 1.5}
+                bars(axes, [x], [cell.accuracy], [cell.low], [cell.high], "black", **more)
+                tip(bar, point_tip(name, size, cell.accuracy, (cell.low, cell.high)))
+        axes.axhline(50, **RULE)
         axes.set_xticks(range(len(sizes)), [str(size) for size in sizes])
         axes.grid(axis="x", visible=False)
         axes.set_xlabel("Images in the haystack")
-        axes.set_title(name_of(grid, student), loc="left", fontweight="bold")
+        axes.set_title(results.member(student), loc="left", fontweight="bold")
     panels[0].set_ylabel("Accuracy (%)")
     panels[0].set_ylim(0, 104)
-    _below(figure, panels[0], columns=3)
+    legend_below(figure, panels[0], columns=3)
     return Drawing(
         "figure3",
         "Figure 3. Base, KD and LAid",
-        f"Base, plain distillation (L_KL + L_SFT) and LAid; whiskers: 95 % intervals; dashed: chance. {grid.questions_note()}",
+        f"Base, plain distillation (L_KL + L_SFT) and LAid; whiskers: 95 % intervals; dashed: chance. {results.questions_note()}",
         figure,
-        [["student", "method", "images", "accuracy", "low", "high"], *rows],
+        measured(results, [(student, method) for student in results.students for method in shown], sizes),
     )
 
 
-def needle_position(grid: Grid) -> Drawing | None:
+def _bar_methods(results: Results) -> list[str]:
+    return [m for m in ("base", "kd", "laid") if m in results.settings.tables.methods]
+
+
+def by_position(results: Results, bins: int = BINS) -> pd.DataFrame:
+    """student, method, images, fifth (from 1), answers, accuracy, low, high: by the needle's place in the haystack.
+
+    A needle at image i of n lies in place floor(bins i / n); questions with several needles have none.
+    """
+    single = results.answers[results.answers["needles"].str.len() == 1]
+    places = bins * single["needles"].str[0].astype(int) // single["size"] + 1
+    order = {model: i for i, model in enumerate(results.models)}
+    rows = []
+    for (student, method, size, place), part in single.groupby(
+        ["student", "method", "size", places.rename("fifth")]
+    ):
+        if (student, method) in order:
+            right = part["correct"].to_numpy(np.int8).reshape(part["seed"].nunique(), -1)
+            interval, _ = interval_of(right)
+            rows.append((student, method, size, place, right.size, float(right.mean()), *interval))
+    names = ["student", "method", "images", "fifth", "answers", "accuracy", "low", "high"]
+    return pd.DataFrame(sorted(rows, key=lambda row: (order[row[:2]], row[2:4])), columns=names)
+
+
+def needle_position(results: Results) -> Drawing | None:
     """Accuracy by the needle's place in the haystack, a row a model, a column a size; None without single needles.
 
-    As Visual Haystacks draws it, in fifths: a needle at image i of n lies in fifth floor(5 i / n).
+    As Visual Haystacks draws it, in fifths.
     """
-    sizes = [size for size in grid.sizes if size >= 2 * BINS][-4:]
-    models = [(grid.teacher, ["base"])]
-    shown = [m for m in ("base", "sft", "kd", "laid") if m in grid.settings["methods"]]
-    models += [(student, shown) for student in grid.students]
-    counts = {
-        (student, method, size): by_position(grid.cell(student, method, size))
-        for student, methods_shown in models
-        for method in methods_shown
-        for size in sizes
-    }
-    if not any(right.size for bins in counts.values() for right in bins):
+    sizes = [size for size in results.sizes if size >= 2 * BINS][-4:]
+    found = by_position(results)
+    found = found[found["images"].isin(sizes)]
+    if found.empty:
         return None
+    looks = method_looks(results.names)
+    shown = [m for m in ("base", "sft", "kd", "laid") if m in results.settings.tables.methods]
+    models = [(results.teacher, ["base"]), *((student, shown) for student in results.students)]
     figure = new_figure(PAGE, 1.5 * len(models) + 0.8)
     panels = figure.subplots(len(models), len(sizes), sharex=True, sharey=True, squeeze=False)
-    rows = [
-        row
-        for student, method in grid.models
-        for size in sizes
-        for row in _position_rows(student, method, size, by_position(grid.cell(student, method, size)))
-    ]
     for (student, methods_shown), row in zip(models, panels, strict=True):
         for size, axes in zip(sizes, row, strict=True):
-            axes.axhline(50, color="#555555", linewidth=0.7, linestyle=(0, (4, 3)))
+            axes.axhline(50, **RULE)
             for m, method in enumerate(methods_shown):
-                shift = 0.12 * (m - (len(methods_shown) - 1) / 2)
-                _position_line(axes, method, size, counts[student, method, size], shift)
-        row[0].set_ylabel(f"{name_of(grid, student)}\naccuracy (%)")
+                part = found[(found.student == student) & (found.method == method) & (found.images == size)]
+                xs = part.fifth - 1 + 0.12 * (m - (len(methods_shown) - 1) / 2)
+                look, name = looks[method], results.names[method]
+                texts = (
+                    f"{name}, {size} images, fifth {p.fifth}: {percent(p.accuracy, (p.low, p.high))} % of {p.answers}"
+                    for p in part.itertuples()
+                )
+                hover(axes, xs, part.accuracy, texts)
+                more = {"marker": look.marker, "linestyle": look.dash, "linewidth": 1, "label": name}
+                bars(axes, xs, part.accuracy, part.low, part.high, look.color, **more)
+        row[0].set_ylabel(f"{results.member(student)}\naccuracy (%)")
     for size, axes in zip(sizes, panels[0], strict=True):
         axes.set_title(f"{size} images", loc="left", fontweight="bold")
     for axes in panels[-1]:
         axes.set_xticks(range(BINS), [str(i + 1) for i in range(BINS)])
         axes.set_xlabel("Fifth of the haystack")
-    panels[0][0].set_ylim(10 * math.floor(min(100 * float(row[6]) for row in rows) / 10), 104)
-    _below(figure, panels[-1][0], columns=4)
+    panels[0][0].set_ylim(10 * math.floor(100 * found.low.min() / 10), 104)
+    legend_below(figure, panels[-1][0], columns=4)
     return Drawing(
         "needle_position",
         "Accuracy by needle position",
         "Accuracy by the needle's place in the haystack (first to last fifth), with 95 % intervals; dashed: chance. A level line knows"
-        f' no place; a dip in the middle is "lost in the middle". Every model stands in the CSV file. {grid.questions_note()}',
+        f' no place; a dip in the middle is "lost in the middle". Every model stands in the CSV file. {results.questions_note()}',
         figure,
-        [["student", "method", "images", "fifth", "answers", "accuracy", "low", "high"], *rows],
+        found.assign(**{name: decimals(found[name]) for name in ("accuracy", "low", "high")}),
     )
 
 
-def _position_rows(student: str, method: str, size: int, bins: Sequence[np.ndarray]) -> list[list[str]]:
-    """CSV rows of one model at one size: accuracy and interval of every fifth that was asked."""
-    rows = []
-    for place, right in enumerate(bins):
-        if right.size:
-            (low, high), _ = interval_of(right)
-            values = [f"{v:.6f}" for v in (right.mean(), low, high)]
-            rows.append([student, method, str(size), str(place + 1), str(right.size), *values])
-    return rows
-
-
-def _position_line(axes: Any, method: str, size: int, bins: Sequence[np.ndarray], shift: float) -> None:
-    look, points = METHOD_LOOKS[method], []
-    for place, right in enumerate(bins):
-        if not right.size:
-            continue
-        (low, high), _ = interval_of(right)
-        share = float(right.mean())
-        points.append((place + shift, 100 * share, 100 * (share - low), 100 * (high - share)))
-        (spot,) = axes.plot([place + shift], [100 * share], "o", markersize=9, alpha=0, zorder=4)
-        what = f"{METHOD_NAMES[method]}, {size} images, fifth {place + 1}"
-        tip(spot, f"{what}: {percent(share, (low, high))} % of {right.size}")
-    xs, ys, below, above = zip(*points, strict=True) if points else ([], [], [], [])
-    axes.errorbar(
-        xs, ys, [below, above], color=look.color, marker=look.marker, linestyle=look.dash, linewidth=1,
-        elinewidth=0.6, label=METHOD_NAMES[method],
-    )  # fmt: skip
-
-
-def by_position(cell: dict[str, Any], bins: int = BINS) -> list[np.ndarray]:
-    """Right answers (seeds, questions) by the needle's place, floor(bins * index / size); single needles only."""
-    seeds = {seed: i for i, seed in enumerate(cell["seeds"])}
-    places: list[dict[Any, list[int]]] = [{} for _ in range(bins)]
-    for answer in cell["answers"]:
-        if len(answer["needles"]) == 1:
-            place = places[bins * answer["needles"][0] // cell["size"]]
-            place.setdefault(answer["id"], [0] * len(seeds))[seeds[answer["seed"]]] = int(is_right(answer))
-    return [np.array(list(place.values()), dtype=np.int8).reshape(-1, len(seeds)).T for place in places]
-
-
-def summary(grid: Grid) -> list[Table]:
+def summary(results: Results) -> list[Table]:
     """What Figures 1 and 3 show, as tables for a terminal."""
-    members = [(member, "base") for member in (grid.teacher, *grid.students)]
-    shown = [m for m in ("base", "kd", "laid") if m in grid.settings["methods"]]
-    bars = [(student, method) for student in grid.students for method in shown]
-    out = []
-    for name, title, lines, sizes in (
-        ("figure1", "Figure 1. Accuracy (%) before post-training", members, grid.sizes),
-        ("figure3", "Figure 3. Accuracy (%) of base, KD and LAid", bars, grid.columns("table3_omit")),
-    ):
-        rows, breaks = [], set()
-        for i, (student, method) in enumerate(lines):
-            if method == "base" and i and name == "figure3":
-                breaks.add(i)
-            values = [Entry(percent(a)) for a in grid.accuracies(student, method, sizes)]
-            window = Entry(grid.window(student, method, grid.settings["threshold"]).text())
-            rows.append([Entry(name_of(grid, student)), Entry(METHOD_NAMES[method]), *values, window])
-        header = ["Model", "Method", *map(str, sizes), f"Window {grid.settings['threshold']:g}"]
-        out.append(Table(name, title, header, rows, [], [], breaks))
-    return out
-
-
-def name_of(grid: Grid, student: str) -> str:
-    """As "small (0.35M)": the member's name and its label."""
-    label = grid.cell(student, "base", grid.sizes[0])["label"]
-    return student if student == label else f"{student} ({label})"
-
-
-def _bound(value: float) -> str:
-    return "inf" if math.isinf(value) else f"{value:.4f}"
+    bases = [(member, "base") for member in (results.teacher, *results.students)]
+    compared = [(student, method) for student in results.students for method in _bar_methods(results)]
+    threshold = results.threshold
+    return [
+        Table(
+            name,
+            title,
+            ["Model", "Method", *map(str, sizes), f"Window {threshold:g}"],
+            [
+                [Entry(results.member(model[0])), Entry(results.names[model[1]])]
+                + [Entry(percent(results.curves[model][size])) for size in sizes]
+                + [Entry(window(results, model, threshold).text())]
+                for model in models
+            ],
+            breaks={
+                i for i, (_, method) in enumerate(models) if name == "figure3" and i and method == "base"
+            },
+        )
+        for name, title, models, sizes in (
+            ("figure1", "Figure 1. Accuracy (%) before post-training", bases, results.sizes),
+            (
+                "figure3",
+                "Figure 3. Accuracy (%) of base, KD and LAid",
+                compared,
+                results.columns("table3_omit"),
+            ),
+        )
+    ]

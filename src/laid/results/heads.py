@@ -8,27 +8,35 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from laid.analysis.spectrum import series, slope
 from laid.errors import LaidError
 from laid.io import read_json
+from laid.results.names import Names
 from laid.results.plotting import (
     BLUE,
     GREEN,
-    METHOD_LOOKS,
+    GREY,
     ORANGE,
     PAGE,
     PURPLE,
     RED,
+    RULE,
     SKY,
     Drawing,
+    Look,
+    curve,
+    decimals,
+    hover,
     image_axis,
+    legend_below,
     log_axis,
+    method_looks,
     new_figure,
     style,
     tip,
-)
-from laid.results.tables import METHOD_NAMES
+)  # fmt: skip
 
 FORMAT = "laid-analysis/1"
 SEEN = 2.0  # a needle head: its share of attention on the needle, over an even share, in geometric mean over sizes
@@ -36,9 +44,12 @@ SEEN = 2.0  # a needle head: its share of attention on the needle, over an even 
 LEVEL = -0.25
 STRONGEST = 3  # of each kind, that Figure 4 draws of a model; its CSV holds every head
 SEED = "Trained models: the first seed of each."
-TEACHER = ("#666666", "*", (0, (1, 1)))
+TEACHER = Look("#666666", "*", (0, (1, 1)))
 HEAD_COLORS = (BLUE, RED, GREEN, ORANGE, PURPLE, SKY)
 MARKERS = "osD^vPXh"
+
+
+Record = Mapping[str, Any]  # of `laid analyse`, one model
 
 
 def load(folder: str | Path) -> dict[str, dict[str, Any]]:
@@ -58,10 +69,11 @@ def load(folder: str | Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def head_curves(record: Mapping[str, Any], method: str) -> list[dict[str, Any]]:
-    """Every head's share of attention on the needle at its own row, and what the rule says of it.
+def head_curves(record: Record, method: str) -> pd.DataFrame:
+    """Every head's share of attention on the needle at its own row, and what the rule says of it: one row a head,
+    with arrays over sizes in the columns images, share and even. Sizes of one image are left out.
 
-    Sizes of one image are left out. kind: "global", "local" (both needle heads) or "other".
+    kind: "global", "local" (both needle heads) or "other".
     """
     entry = record["methods"][method]["needles"]
     kept = [i for i, size in enumerate(record["sizes"]) if size > 1] or list(range(len(record["sizes"])))
@@ -77,67 +89,74 @@ def head_curves(record: Mapping[str, Any], method: str) -> list[dict[str, Any]]:
             steep = slope(sizes, share) if len(sizes) > 1 else 0.0
             lift = math.exp(lifts[layer, head, row])
             kind = "other" if lift < SEEN else "global" if steep >= LEVEL else "local"
-            curves.append(
-                {
-                    "layer": layer,
-                    "head": head,
-                    "row": record["rows"][row],
-                    "sizes": sizes,
-                    "share": share.tolist(),
-                }
-                | {"even": even[:, row].tolist(), "lift": lift, "slope": steep, "kind": kind}
-            )
-    return curves
+            about = {
+                "layer": layer,
+                "head": head,
+                "row": record["rows"][row],
+                "kind": kind,
+                "slope": steep,
+                "lift": lift,
+            }
+            curves.append({**about, "images": sizes, "share": share.tolist(), "even": even[:, row].tolist()})
+    return pd.DataFrame(curves)
 
 
-def strongest(curves: Sequence[dict[str, Any]], most: int = STRONGEST) -> list[dict[str, Any]]:
+def strongest(curves: pd.DataFrame, most: int = STRONGEST) -> pd.DataFrame:
     """The `most` global and the `most` local needle heads that see most of the needle, in the order of layers."""
-    kept = []
-    for kind in ("global", "local"):
-        kept += sorted((c for c in curves if c["kind"] == kind), key=lambda c: -c["lift"])[:most]
-    return sorted(kept, key=lambda c: (c["layer"], c["head"]))
+    needle = curves[curves["kind"] != "other"].sort_values("lift", ascending=False, kind="stable")
+    return needle.groupby("kind").head(most).sort_index()
 
 
-def build(records: Mapping[str, dict[str, Any]], teacher: str, students: Sequence[str]) -> list[Drawing]:
+def build(
+    records: Mapping[str, Record], teacher: str, students: Sequence[str], names: Names
+) -> list[Drawing]:
     """Figure 4, the spectra and the scores over distance; nothing where the teacher or all students are missing."""
     shown = [name for name in students if name in records]
     if teacher not in records or not shown:
         return []
     with style():
-        return [draw(records, teacher, shown) for draw in (figure4, spectra, distances)]
+        return [draw(records, teacher, shown, names) for draw in (figure4, spectra, distances)]
 
 
-def figure4(records: Mapping[str, dict[str, Any]], teacher: str, students: Sequence[str]) -> Drawing:
+def figure4(records: Mapping[str, Record], teacher: str, students: Sequence[str], names: Names) -> Drawing:
     """Needle heads over haystack size: the teacher's, and each student's before and after."""
     figure = new_figure(PAGE, 3.7)
     panels = figure.subplots(1, 1 + len(students), sharey=True, squeeze=False)[0]
-    rows: list[list[str]] = []
+    drawn = []
     for name, axes in zip((teacher, *students), panels, strict=True):
         record = records[name]
         methods = ["base"] if name == teacher else [m for m in ("base", "laid") if m in record["methods"]]
-        colors: dict[tuple[int, int], str] = {}
+        places: dict[tuple[int, int], int] = {}
         for method in methods:
             curves = head_curves(record, method)
-            for curve in curves:
-                rows += _rows(name, method, curve)
-            for curve in strongest(curves):
-                key = (curve["layer"], curve["head"])
-                color = colors.setdefault(key, HEAD_COLORS[len(colors) % len(HEAD_COLORS)])
-                _head_line(axes, name, method, curve, color, MARKERS[list(colors).index(key) % len(MARKERS)])
-        even = head_curves(record, methods[0])[0]
-        axes.plot(
-            even["sizes"],
-            [100 * v for v in even["even"]],
-            color="#888888",
-            linewidth=0.8,
-            linestyle=(0, (1, 1)),
-        )
+            drawn.append(curves.assign(student=name, method=method))
+            for head in strongest(curves).itertuples():
+                place = places.setdefault((head.layer, head.head), len(places))
+                look = Look(HEAD_COLORS[place % len(HEAD_COLORS)], MARKERS[place % len(MARKERS)])
+                _head_line(axes, name, method, head, look)
+        even = head_curves(record, methods[0]).iloc[0]
+        curve(axes, even.images, even.even, Look(GREY, "", (0, (1, 1))), None, linewidth=0.8)
         axes.set_title(name, loc="left", fontweight="bold")
-        image_axis(axes, even["sizes"])
+        image_axis(axes, even.images)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.24), borderaxespad=0, title="layer.head")
     panels[0].set_ylabel("Attention on the needle (%)")
     panels[0].set_ylim(0, 102)
+    columns = [
+        "student",
+        "method",
+        "layer",
+        "head",
+        "row",
+        "kind",
+        "slope",
+        "lift",
+        "images",
+        "share",
+        "even",
+    ]
+    data = pd.concat(drawn).explode(["images", "share", "even"])[columns]
+    places = {"slope": 4, "lift": 4, "share": 6, "even": 6}
     return Drawing(
         "figure4",
         "Figure 4. Heads that find the needle",
@@ -149,80 +168,51 @@ def figure4(records: Mapping[str, dict[str, Any]], teacher: str, students: Seque
         " 16-fold haystack costs less than half) or local (dashed: falling). Students: hollow before, filled after LAid."
         f" The first {_count(records[teacher])} questions of every test file. {SEED}",
         figure,
-        [
-            ["student", "method", "layer", "head", "row", "kind", "slope", "lift", "images", "share", "even"],
-            *rows,
-        ],
+        data.assign(**{name: decimals(data[name], n) for name, n in places.items()}),
     )
 
 
-def _head_line(axes: Any, name: str, method: str, curve: dict[str, Any], color: str, marker: str) -> None:
-    look = "-" if curve["kind"] == "global" else (0, (4, 1.5))
+def _head_line(axes: Any, name: str, method: str, head: Any, look: Look) -> None:
     before = method == "base"
-    label = f"{curve['layer']}.{curve['head']} {curve['kind']}" + ("" if method == "base" else ", LAid")
-    axes.plot(
-        curve["sizes"], [100 * v for v in curve["share"]], color=color, linestyle=look, marker=marker, label=label,
-        markerfacecolor="white" if before else color, linewidth=0.9 if before else 1.5,
+    label = f"{head.layer}.{head.head} {head.kind}" + ("" if before else ", LAid")
+    curve(
+        axes, head.images, head.share, look, label, linestyle="-" if head.kind == "global" else (0, (4, 1.5)),
+        markerfacecolor="white" if before else look.color, linewidth=0.9 if before else 1.5,
     )  # fmt: skip
-    for size, share in zip(curve["sizes"], curve["share"], strict=True):
-        (spot,) = axes.plot([size], [100 * share], "o", markersize=8, alpha=0)
-        tip(
-            spot,
-            f"{name} {method}, layer {curve['layer']} head {curve['head']}, {size} images: {100 * share:.1f} %",
-        )
+    what = f"{name} {method}, layer {head.layer} head {head.head}"
+    texts = (
+        f"{what}, {size} images: {100 * v:.1f} %" for size, v in zip(head.images, head.share, strict=True)
+    )
+    hover(axes, head.images, head.share, texts, size=8)
 
 
-def _rows(name: str, method: str, curve: dict[str, Any]) -> list[list[str]]:
-    return [
-        [name, method, str(curve["layer"]), str(curve["head"]), curve["row"], curve["kind"]]
-        + [f"{curve['slope']:.4f}", f"{curve['lift']:.4f}", str(size), f"{share:.6f}", f"{even:.6f}"]
-        for size, share, even in zip(curve["sizes"], curve["share"], curve["even"], strict=True)
-    ]
-
-
-def spectra(records: Mapping[str, dict[str, Any]], teacher: str, students: Sequence[str]) -> Drawing:
+def spectra(records: Mapping[str, Record], teacher: str, students: Sequence[str], names: Names) -> Drawing:
     """Energy over RoPE wavelengths per method, one panel a student; right, the low-frequency share of every model."""
     figure = new_figure(PAGE, 2.8)
     panels = figure.subplots(1, len(students) + 1, squeeze=False)[0]
-    rows: list[list[str]] = []
-    reference = records[teacher]["methods"]["base"]["spectrum"]
+    rows: list[tuple[str, ...]] = []
+    reference, looks = records[teacher]["methods"]["base"]["spectrum"], method_looks(names)
     for student, axes in zip(students, panels, strict=False):
-        lines = [(teacher, "base", reference, *TEACHER)]
-        for method, entry in _methods(records[student]):
-            look = METHOD_LOOKS[method]
-            lines.append((student, method, entry["spectrum"], look.color, look.marker, look.dash))
-        for name, method, part, color, marker, dash in lines:
+        lines = [(teacher, "base", reference, TEACHER, "teacher")]
+        for method, entry in _methods(records[student], names):
+            lines.append((student, method, entry["spectrum"], looks[method], names[method]))
+        for name, method, part, look, label in lines:
             energy = mean_spectrum(part)
-            label = "teacher" if name == teacher else METHOD_NAMES[method]
-            axes.plot(
-                part["wavelengths"],
-                100 * energy.cumsum(),
-                color=color,
-                marker=marker,
-                linestyle=dash,
-                label=label,
-            )
+            curve(axes, part["wavelengths"], energy.cumsum(), look, label)
             if name != teacher or student == students[0]:
+                share = [f"{v:.6f}" for v in (part["share"], *part["interval"])]
                 rows += [
-                    [
-                        name,
-                        method,
-                        f"{w:.4f}",
-                        f"{e:.6f}",
-                        f"{part['share']:.6f}",
-                        *(f"{v:.6f}" for v in part["interval"]),
-                    ]
+                    (name, method, f"{w:.4f}", f"{e:.6f}", *share)
                     for w, e in zip(part["wavelengths"], energy, strict=True)
                 ]
-        axes.axvline(reference["cut"], color="#555555", linewidth=0.7, linestyle=(0, (4, 3)))
-        log_axis(axes, part["wavelengths"])
+        axes.axvline(reference["cut"], **RULE)
+        log_axis(axes, reference["wavelengths"])
         axes.set_ylim(0, 102)
         axes.set_xlabel("RoPE wavelength (positions)")
         axes.set_title(student, loc="left", fontweight="bold")
     panels[0].set_ylabel("Energy up to it (%)")
-    _share_dots(panels[-1], records, teacher, students)
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=5)
+    _share_dots(panels[-1], records, teacher, students, names)
+    legend_below(figure, panels[0], columns=5)
     return Drawing(
         "spectrum",
         "Spectrum of attention over position differences",
@@ -232,7 +222,7 @@ def spectra(records: Mapping[str, dict[str, Any]], teacher: str, students: Seque
         " Right: the share of energy at longer wavelengths (low frequencies), with 95 % intervals over questions."
         f" {reference['size']} images, {_count(records[teacher])} questions. {SEED}",
         figure,
-        [["student", "method", "wavelength", "energy", "low_share", "low", "high"], *rows],
+        pd.DataFrame(rows, columns=["student", "method", "wavelength", "energy", "low_share", "low", "high"]),
     )
 
 
@@ -244,33 +234,25 @@ def mean_spectrum(part: Mapping[str, Any]) -> np.ndarray:
 
 
 def _share_dots(
-    axes: Any, records: Mapping[str, dict[str, Any]], teacher: str, students: Sequence[str]
+    axes: Any, records: Mapping[str, Record], teacher: str, students: Sequence[str], names: Names
 ) -> None:
-    places, labels = [], []
+    looks, places, labels = method_looks(names), [], []
     at = 0.0
     for name in (teacher, *students):
-        for method, entry in _methods(records[name]):
+        for method, entry in _methods(records[name], names):
             part = entry["spectrum"]
             value, (low, high) = 100 * part["share"], (100 * v for v in part["interval"])
-            look = METHOD_LOOKS[method]
-            color, marker = (TEACHER[0], TEACHER[1]) if name == teacher else (look.color, look.marker)
-            axes.errorbar(
-                [value],
-                [at],
-                xerr=[[max(0, value - low)], [max(0, high - value)]],
-                color=color,
-                marker=marker,
-                capsize=2,
-            )
+            look = TEACHER if name == teacher else looks[method]
+            ends = [[max(0, value - low)], [max(0, high - value)]]
+            axes.errorbar([value], [at], xerr=ends, color=look.color, marker=look.marker, capsize=2)
             (spot,) = axes.plot([value], [at], "o", markersize=9, alpha=0)
-            tip(spot, f"{name} {METHOD_NAMES[method]}: {value:.1f} % [{low:.1f}, {high:.1f}]")
+            tip(spot, f"{name} {names[method]}: {value:.1f} % [{low:.1f}, {high:.1f}]")
             places.append(at)
-            labels.append(name if name == teacher else f"{name} {METHOD_NAMES[method].split(' (')[0]}")
+            labels.append(name if name == teacher else f"{name} {names[method].split(' (')[0]}")
             at += 1
         at += 0.6
-    axes.axvline(
-        100 * records[teacher]["methods"]["base"]["spectrum"]["share"], color=TEACHER[0], linewidth=0.7
-    )
+    share = records[teacher]["methods"]["base"]["spectrum"]["share"]
+    axes.axvline(100 * share, color=TEACHER.color, linewidth=0.7)
     axes.set_yticks(places, labels)
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
@@ -278,46 +260,42 @@ def _share_dots(
 
 
 def distances(
-    records: Mapping[str, dict[str, Any]], teacher: str, students: Sequence[str], most: int = 4
+    records: Mapping[str, Record], teacher: str, students: Sequence[str], names: Names, most: int = 4
 ) -> Drawing:
     """The averaged score over position differences, for heads of the last layer: a row a model, a column a head."""
-    names = [teacher, *students]
-    columns = min(most, max(records[name]["heads"] for name in names))
-    figure = new_figure(PAGE, 1.45 * len(names) + 0.6)
-    panels = figure.subplots(len(names), columns, sharex=True, squeeze=False)
-    rows: list[list[str]] = []
-    for name, line in zip(names, panels, strict=True):
+    shown, looks = [teacher, *students], method_looks(names)
+    columns = min(most, max(records[name]["heads"] for name in shown))
+    figure = new_figure(PAGE, 1.45 * len(shown) + 0.6)
+    panels = figure.subplots(len(shown), columns, sharex=True, squeeze=False)
+    rows: list[tuple[Any, ...]] = []
+    for name, line in zip(shown, panels, strict=True):
         record = records[name]
         for head, axes in enumerate(line):
             if head >= record["heads"]:
                 axes.set_visible(False)
                 continue
-            for method, entry in _methods(record):
+            for method, entry in _methods(record, names):
                 part = entry["spectrum"]
                 c = np.array(part["real"][-1][head]) + 1j * np.array(part["imaginary"][-1][head])
-                delta, curve = _binned(c, 2 * np.pi / np.array(part["wavelengths"]), 3.5 * part["cut"])
-                look = METHOD_LOOKS[method]
-                color, dash = (TEACHER[0], "-") if name == teacher else (look.color, look.dash)
-                label = "teacher" if name == teacher else METHOD_NAMES[method]
-                axes.plot(delta, curve, color=color, linestyle=dash, label=label)
+                delta, scores = _binned(c, 2 * np.pi / np.array(part["wavelengths"]), 3.5 * part["cut"])
+                look, label = looks[method], names[method]
+                if name == teacher:
+                    look, label = Look(TEACHER.color, ""), "teacher"
+                axes.plot(delta, scores, color=look.color, linestyle=look.dash, label=label)
                 rows += [
-                    [name, method, str(record["layers"] - 1), str(head), f"{d:.2f}", f"{v:.6f}"]
-                    for d, v in zip(delta, curve, strict=True)
+                    (name, method, record["layers"] - 1, head, f"{d:.2f}", f"{v:.6f}")
+                    for d, v in zip(delta, scores, strict=True)
                 ]
-            axes.axvline(part["cut"], color="#555555", linewidth=0.7, linestyle=(0, (4, 3)))
+            axes.axvline(part["cut"], **RULE)
             axes.set_title(f"{name}, head {head}", loc="left")
         line[0].set_ylabel("Mean score")
-    span = 3.5 * max(records[name]["methods"]["base"]["spectrum"]["cut"] for name in names)
+    span = 3.5 * max(records[name]["methods"]["base"]["spectrum"]["cut"] for name in shown)
     for column in panels.T:
         lowest = [axes for axes in column if axes.get_visible()][-1]  # models have different numbers of heads
         log_axis(lowest, [1, span])
         lowest.tick_params(labelbottom=True)
         lowest.set_xlabel("Position difference")
-    found: dict[str, Any] = {}
-    for axes in panels.flat:
-        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-            found.setdefault(label, handle)
-    figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=5)
+    legend_below(figure, panels, columns=5)
     return Drawing(
         "distance",
         "Attention over position difference",
@@ -325,25 +303,24 @@ def distances(
         " last layer (the series of RoPE terms that the spectrum shows), in bins of equal width on the logarithmic axis."
         f" Dashed: the span of the longest training haystack. {SEED}",
         figure,
-        [["student", "method", "layer", "head", "difference", "score"], *rows],
+        pd.DataFrame(rows, columns=["student", "method", "layer", "head", "difference", "score"]),
     )
 
 
 def _binned(c: np.ndarray, theta: np.ndarray, span: float, bins: int = 24) -> tuple[np.ndarray, np.ndarray]:
     """(differences, scores): the series at 1, 2, ... span, in means over bins of equal logarithmic width."""
     delta = np.arange(1, int(span) + 1)
-    curve = series(c, theta, delta)
+    scores = series(c, theta, delta)
     place = np.minimum((np.log(delta) / np.log(span) * bins).astype(int), bins - 1)
-    kept = np.unique(place)
-    return np.array([delta[place == b].mean() for b in kept]), np.array(
-        [curve[place == b].mean() for b in kept]
+    return tuple(
+        np.array([values[place == b].mean() for b in np.unique(place)]) for values in (delta, scores)
     )
 
 
-def _methods(record: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+def _methods(record: Record, names: Names) -> list[tuple[str, dict[str, Any]]]:
     """A record's methods in the order of the tables."""
-    return sorted(record["methods"].items(), key=lambda item: list(METHOD_NAMES).index(item[0]))
+    return [(method, record["methods"][method]) for method in names.ordered(record["methods"])]
 
 
-def _count(record: Mapping[str, Any]) -> int:
+def _count(record: Record) -> int:
     return max(record["questions"].values())

@@ -2,40 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from laid.errors import LaidError
 
+if TYPE_CHECKING:
+    from laid.settings import Settings
 
-def table3_students(config: dict[str, Any]) -> list[str]:
-    """Students of Table 3. Raises LaidError for a name that is no student."""
-    chosen = config["tables"]["table3_students"]
-    students = list(config["models"]["students"])
-    if chosen is None:
-        return students[:1]
-    for name in chosen:
-        if name not in students:
-            raise LaidError(
-                f"tables.table3_students: {name!r} is not a student; students: {', '.join(students)}"
-            )
-    return list(chosen)
+Key = tuple[str, str, int]  # (student, method, size)
 
 
-def needed(config: dict[str, Any]) -> Iterator[tuple[str, str, int]]:
-    """(student, method, size) of every cell that the tables read, each once."""
-    settings, seen = config["tables"], set()
+def needed(settings: Settings) -> Iterator[Key]:
+    """(student, method, size) of every cell that Tables 1 to 3 read, each once."""
+    tables, seen = settings.tables, set()
     for key in ("methods", "ablations"):
-        if settings[key][0] != "base":
+        first = getattr(tables, key)[0]
+        if first != "base":
             raise LaidError(
-                f"tables.{key}: starts with {settings[key][0]!r}; base must come first, gains are against it"
+                f"tables.{key}: starts with {first!r}; base must come first, gains are against it"
             )
-    blocks = [(config["models"]["teacher"], ["base"])]
-    blocks += [(student, settings["methods"]) for student in config["models"]["students"]]
-    blocks += [(student, settings["ablations"]) for student in table3_students(config)]
+    blocks = [(settings.models.teacher, ["base"])]
+    blocks += [(student, tables.methods) for student in settings.models.students]
+    blocks += [(student, tables.ablations) for student in table3_students(settings)]
     for student, methods in blocks:
         for method in methods:
-            for size in sorted(config["haystacks"]["test"]["sizes"]):
+            for size in sorted(settings.haystacks.test.sizes):
                 if (student, method, size) not in seen:
                     seen.add((student, method, size))
                     yield student, method, size
+
+
+def table3_students(settings: Settings) -> list[str]:
+    """Students of Table 3. Raises LaidError for a name that is no student."""
+    chosen, students = settings.tables.table3_students, list(settings.models.students)
+    for name in chosen or []:
+        if name not in students:
+            known = ", ".join(students)
+            raise LaidError(f"tables.table3_students: {name!r} is not a student; students: {known}")
+    return students[:1] if chosen is None else list(chosen)
+
+
+def missing_cells(folder: Path, missing: Sequence[Key]) -> str:
+    """One line that names the first missing cell, counts the rest, and gives the command."""
+    student, method, size = missing[0]
+    path = folder / student / method / f"{size}.json"
+    more = f" (and {len(missing) - 1} more cells)" if len(missing) > 1 else ""
+    return f"{path}: no such cell{more}; make it with: snakemake --cores all {path}"

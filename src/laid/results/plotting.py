@@ -1,23 +1,25 @@
-"""One style for all figures, and how they are written: SVG, PNG and the drawn numbers as CSV."""
+"""One style for all figures, what several of them draw, and how they are written: SVG, PNG and the drawn numbers."""
 
 from __future__ import annotations
 
-import csv
 import io
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
+import pandas as pd
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from laid.io import dumps
-from laid.results.places import update
+from laid.io import dumps, update
+from laid.results.names import SHIPPED, Names
+from laid.results.render import percent
 
 COLUMN, PAGE = 3.35, 7.0  # inches: one column and both columns of a two-column paper
 FONT = 8  # points, the smallest size anywhere
@@ -26,6 +28,7 @@ FONT = 8  # points, the smallest size anywhere
 BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PURPLE = (
     "#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7",
 )  # fmt: skip
+GREY, RULE = "#888888", {"color": "#555555", "linewidth": 0.7, "linestyle": (0, (4, 3))}
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,7 @@ MODEL_LOOKS = [
     Look(RED, "^", (0, (1, 1))),
     Look(GREEN, "D", (0, (6, 1, 1, 1))),
 ]
+TEACHER = Look(GREY, "*", (0, (1, 1)))
 SERIES = [BLACK, BLUE, RED, GREEN, ORANGE, PURPLE, SKY]
 
 STYLE = {
@@ -85,15 +89,32 @@ STYLE = {
 }
 
 
+class Looks(dict[str, Look]):
+    """Method -> its look; one that the configuration no longer has is grey."""
+
+    def __missing__(self, method: str) -> Look:
+        return Look(GREY, "x", (0, (2, 2)))
+
+
+def method_looks(names: Names) -> Looks:
+    """The look of every method: of those that come with laid its own, of others one by their place among the others."""
+    looks = Looks(METHOD_LOOKS)
+    for i, method in enumerate(method for method in names if method not in SHIPPED):
+        looks[method] = Look(
+            SERIES[i % 7], "d<>*8H1"[i % 7], (0, (2 + i % 5, 1, 1, 1)), "/\\|-+xo"[i % 7] * 2
+        )
+    return looks
+
+
 @dataclass
 class Drawing:
-    """A finished figure, its title and caption, and the numbers in it (header first)."""
+    """A finished figure, its title and caption, and the numbers in it."""
 
     name: str
     title: str
     caption: str
     figure: Figure
-    csv: list[list[str]]
+    data: pd.DataFrame
 
 
 @contextmanager
@@ -110,9 +131,40 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
+# ------------------------------------------------------------------ what several figures draw
+
+
+def curve(
+    axes: Any, sizes: Sequence[float], shares: Sequence[float], look: Look, label: str | None, **more: Any
+) -> None:
+    """A line through shares (fractions), in percent."""
+    more = {"color": look.color, "marker": look.marker, "linestyle": look.dash, **more}
+    axes.plot(sizes, 100 * np.asarray(shares), label=label, **more)
+
+
+def hover(
+    axes: Any, xs: Sequence[float], shares: Sequence[float], texts: Iterable[str], size: float = 9
+) -> None:
+    """An unseen spot at every point that shows its text."""
+    for x, share, text in zip(xs, shares, texts, strict=True):
+        (spot,) = axes.plot([x], [100 * share], "o", markersize=size, alpha=0, zorder=4)
+        tip(spot, text)
+
+
+def bars(axes: Any, xs: Any, shares: Any, lows: Any, highs: Any, color: str, **more: Any) -> None:
+    """Error bars of shares (fractions) from lows to highs, in percent."""
+    shares, lows, highs = (100 * np.asarray(v, float) for v in (shares, lows, highs))
+    below, above = (shares - lows).clip(0), (highs - shares).clip(0)
+    axes.errorbar(xs, shares, [below, above], color=color, **{"linestyle": "", "elinewidth": 0.6, **more})
+
+
 def tip(artist: Any, text: str) -> None:
     """Give a drawn point a hover text; `with_tips` turns it into an SVG title."""
     artist.set_gid("tip:" + text)
+
+
+def point_tip(name: str, size: int, share: float, interval: Sequence[float]) -> str:
+    return f"{name}, {size} images: {percent(share, interval)} %"
 
 
 def image_axis(axes: Any, sizes: Sequence[int]) -> None:
@@ -133,6 +185,25 @@ def log_axis(axes: Any, values: Sequence[float]) -> None:
     axes.set_xticks([10**k for k in tens], [f"{10**k:,}" for k in tens])
 
 
+def legend_below(figure: Figure, panels: Any, columns: int, order: Sequence[str] = ()) -> None:
+    """One legend of all labels, each once, below the panels; those in `order` last, in that order."""
+    found: dict[str, Any] = {}
+    for axes in np.ravel(panels):
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            found.setdefault(label, handle)
+    place = {label: i for i, label in enumerate(order)}
+    labels = sorted(found, key=lambda label: place.get(label, -1))
+    figure.legend(
+        [found[label] for label in labels],
+        labels,
+        loc="outside lower center",
+        ncols=min(columns, len(labels)),
+    )
+
+
+# ------------------------------------------------------------------ files
+
+
 def save(drawing: Drawing, out: str | Path) -> list[Path]:
     """Write <name>.svg, .png (300 dpi) and .csv below `out`, where changed; returns the paths."""
     out = Path(out)
@@ -144,9 +215,7 @@ def save(drawing: Drawing, out: str | Path) -> list[Path]:
         image = io.BytesIO()
         drawing.figure.savefig(image, format="png", dpi=300, metadata={"Software": None})
         update(paths[1], image.getvalue())
-    table = io.StringIO()
-    csv.writer(table, lineterminator="\n").writerows(drawing.csv)
-    update(paths[2], table.getvalue())
+    update(paths[2], drawing.data.to_csv(index=False, lineterminator="\n"))
     return paths
 
 
@@ -166,7 +235,6 @@ def with_tips(svg: str) -> str:
     return "".join(out)
 
 
-def percent(value: float, interval: Sequence[float] | None = None) -> str:
-    """As 67.0 or 67.0 [61.5, 72.1]; value and interval are fractions."""
-    text = f"{100 * value:.1f}"
-    return text if interval is None else f"{text} [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
+def decimals(values: pd.Series, places: int = 6) -> pd.Series:
+    """Numbers as the CSV files beside figures hold them; what has no end is "inf"."""
+    return values.map(lambda value: f"{value:.{places}f}")

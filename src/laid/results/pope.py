@@ -2,166 +2,138 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import astuple, dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from laid.data.pope import STRATEGIES
 from laid.errors import LaidError
-from laid.evaluation.cells import Cells, load_cells
-from laid.evaluation.scoring import is_right
-from laid.results import stats
-from laid.results.render import Entry, Table
-from laid.results.tables import METHOD_NAMES
+from laid.evaluation.cells import load_cells
+from laid.evaluation.intervals import joint_draws
+from laid.results.answers import Model, answers_frame
+from laid.results.names import Names
+from laid.results.render import Entry, Table, points
 
-Key = tuple[str, str]  # (student, method)
-
-
-@dataclass(frozen=True)
-class Scores:
-    """What POPE's evaluate.py prints, as fractions; "yes" is the positive class. None: divided by nothing."""
-
-    accuracy: float
-    precision: float | None
-    recall: float | None
-    f1: float | None
-    yes_ratio: float
+SCORES = ("accuracy", "precision", "recall", "f1", "yes_ratio")
 
 
-def scores(answers: Iterable[dict[str, Any]]) -> Scores:
-    """The scores of a cell's answers. An answer other than "no" counts as yes, as in POPE."""
-    pairs = [(a["answer"] != "no", a["label"] == "yes") for a in answers]
-    hits = sum(said and true for said, true in pairs)
-    said = sum(said for said, _ in pairs)
-    true = sum(true for _, true in pairs)
-    return Scores(
-        accuracy=sum(said == true for said, true in pairs) / len(pairs),
-        precision=hits / said if said else None,
-        recall=hits / true if true else None,
-        f1=2 * hits / (said + true) if hits else None,
-        yes_ratio=said / len(pairs),
-    )
+def scores(answers: pd.DataFrame) -> dict[str, float | None]:
+    """What POPE's evaluate.py prints, as fractions; "yes" is the positive class. None: divided by nothing.
+
+    answers: columns answer and label. An answer other than "no" counts as yes, as in POPE.
+    """
+    said, true = answers["answer"] != "no", answers["label"] == "yes"
+    hits, said_yes, truly_yes = int((said & true).sum()), int(said.sum()), int(true.sum())
+    return {
+        "accuracy": float((said == true).mean()),
+        "precision": hits / said_yes if said_yes else None,
+        "recall": hits / truly_yes if truly_yes else None,
+        "f1": 2 * hits / (said_yes + truly_yes) if hits else None,
+        "yes_ratio": said_yes / len(answers),
+    }
 
 
-class PopeCells:
-    """The cells of all strategies below a folder: <strategy>/<student>/<method>/1.json.
+class PopeAnswers:
+    """The answers under all strategies, each model's the same way: `answers` has a row an answer, with its strategy and
+    image beside the columns of laid.results.answers.
 
     Raises LaidError where a strategy lacks a model that another has, or models were asked about other images.
     """
 
-    def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
-        self.cells: dict[str, Cells] = {s: load_cells(self.folder / s) for s in STRATEGIES}
-        self.models: list[Key] = sorted({key[:2] for cells in self.cells.values() for key in cells})
-        for strategy, cells in self.cells.items():
+    def __init__(self, folders: Mapping[str, Path]):
+        """folders: where the cells of each strategy lie."""
+        cells = {strategy: load_cells(folder) for strategy, folder in folders.items()}
+        self.models: list[Model] = sorted({key[:2] for found in cells.values() for key in found})
+        for strategy, found in cells.items():
             for student, method in self.models:
-                if (student, method, 1) not in cells:
-                    raise LaidError(
-                        f"{self.folder / strategy / student / method}/1.json: no such cell; make it with:"
-                        " snakemake --cores all pope"
-                    )
+                if (student, method, 1) not in found:
+                    path = folders[strategy] / student / method / "1.json"
+                    raise LaidError(f"{path}: no such cell; make it with: snakemake --cores all pope")
+        frames = [answers_frame(found).assign(strategy=strategy) for strategy, found in cells.items()]
+        self.answers = pd.concat(frames, ignore_index=True)
+        self.answers["image"] = self.answers["question"].str.partition(":")[0]
+        self.folders = folders
 
-    def answers(self, key: Key, strategy: str) -> list[dict[str, Any]]:
-        """The answers of a model under a strategy, all seeds."""
-        return self.cells[strategy][(*key, 1)]["answers"]
+    def of(self, model: Model) -> pd.DataFrame:
+        return self.answers[(self.answers["student"] == model[0]) & (self.answers["method"] == model[1])]
 
-    def right(self, key: Key) -> tuple[np.ndarray, int]:
+    def right(self, model: Model) -> tuple[np.ndarray, int]:
         """(right answers, answers) per image over all strategies: (seeds, images) whole numbers, and a number."""
-        found: dict[tuple[int, str], list[bool]] = {}
-        for strategy in STRATEGIES:
-            for answer in self.answers(key, strategy):
-                image = answer["id"].partition(":")[0]
-                found.setdefault((answer["seed"], image), []).append(is_right(answer))
-        asked = {len(right) for right in found.values()}
+        by_image = self.of(model).groupby(["seed", "image"])["correct"]
+        asked = by_image.size().unique()
         if len(asked) != 1:
+            where = next(iter(self.folders.values())).parent
             raise LaidError(
-                f"{self.folder}: {min(asked)} to {max(asked)} questions per image, expected as many of each"
+                f"{where}: {min(asked)} to {max(asked)} questions per image, expected as many of each"
             )
-        seeds, images = (sorted({key[k] for key in found}) for k in (0, 1))
-        return np.array([[sum(found[seed, image]) for image in images] for seed in seeds]), asked.pop()
+        return by_image.sum().unstack().to_numpy(int), int(asked[0])
 
-    def draws(self, keys: Sequence[Key]) -> dict[Key, np.ndarray]:
+    def draws(self, models: Sequence[Model]) -> dict[Model, np.ndarray]:
         """Bootstrap accuracies (resamples,) over all strategies: images are drawn, the same for all models, and seeds.
 
         The questions of one image stand or fall together, so images are what is drawn.
         """
-        right = {key: self.right(key) for key in keys}
+        right = {model: self.right(model) for model in models}
         most = max(asked for _, asked in right.values())
-        drawn = stats.joint_draws({key: [counts] for key, (counts, _) in right.items()}, most=most)
-        return {key: drawn[key][:, 0] / right[key][1] for key in keys}
+        drawn = joint_draws({model: [counts] for model, (counts, _) in right.items()}, most=most)
+        return {model: drawn[model][:, 0] / right[model][1] for model in models}
 
     def change(self, student: str, method: str) -> tuple[float, float, float]:
         """Accuracy over all strategies, `method` minus base: (difference, low, high) as fractions, 95 % interval."""
-        keys = [(student, "base"), (student, method)]
-        drawn = self.draws(keys)
-        before, after = (counts.mean() / asked for counts, asked in map(self.right, keys))
-        low, high = np.quantile(drawn[keys[1]] - drawn[keys[0]], [0.025, 0.975])
+        models = [(student, "base"), (student, method)]
+        drawn = self.draws(models)
+        before, after = (counts.mean() / asked for counts, asked in map(self.right, models))
+        low, high = np.quantile(drawn[models[1]] - drawn[models[0]], [0.025, 0.975])
         return float(after - before), float(low), float(high)
 
 
-def table(found: PopeCells, teacher: str, students: Sequence[str]) -> Table:
+def read_pope_answers(folder: Path) -> PopeAnswers:
+    """The cells below <folder>/<strategy>/<student>/<method>/1.json."""
+    return PopeAnswers({strategy: folder / strategy for strategy in STRATEGIES})
+
+
+def table(found: PopeAnswers, teacher: str, students: Sequence[str], names: Names) -> Table:
     """Every model under every strategy, in percent, and the change of accuracy over all strategies against base."""
-    order = {name: at for at, name in enumerate([teacher, *students])}
-    methods = list(METHOD_NAMES)
-    models = sorted(
-        (key for key in found.models if key[0] in order),
-        key=lambda key: (order[key[0]], methods.index(key[1]) if key[1] in methods else len(methods), key[1]),
-    )
-    header = [
-        "Model",
-        "Method",
-        "Absent objects",
-        "Accuracy",
-        "Precision",
-        "Recall",
-        "F1",
-        "Yes",
-        "Against base",
+    models = [
+        (student, method)
+        for student in (teacher, *students)
+        for method in names.ordered([method for name, method in found.models if name == student])
     ]
-    csv = [["student", "method", "strategy", "n", "accuracy", "precision", "recall", "f1", "yes_ratio", "against_base", "low", "high"]]  # fmt: skip
-    rows, breaks = [], set()
-    for key in models:
-        breaks.add(len(rows))
-        parts = {strategy: found.answers(key, strategy) for strategy in STRATEGIES}
-        parts["all"] = [answer for part in parts.values() for answer in part]
-        for strategy, answers in parts.items():
-            values = astuple(scores(answers))
-            change = None
-            if strategy == "all" and key[1] != "base" and (key[0], "base") in found.models:
-                change = [100 * v for v in found.change(*key)]
-            name = METHOD_NAMES.get(key[1], key[1])
-            row = [Entry(key[0]), Entry(name), Entry(strategy)]
-            row += [Entry("-" if v is None else f"{100 * v:.2f}") for v in values]
-            row.append(
-                Entry("")
-                if change is None
-                else Entry(f"{change[0]:+.2f}", f"[{change[1]:+.1f}, {change[2]:+.1f}]")
-            )
+    rows, data = [], []
+    for model in models:
+        answers = found.of(model)
+        parts = {strategy: answers[answers["strategy"] == strategy] for strategy in STRATEGIES}
+        for strategy, part in {**parts, "all": answers}.items():
+            values = scores(part)
+            row = [Entry(model[0]), Entry(names[model[1]]), Entry(strategy)]
+            row += [Entry("-" if v is None else f"{100 * v:.2f}") for v in values.values()]
+            line = {"student": model[0], "method": model[1], "strategy": strategy, "n": len(part)}
+            line |= {name: "" if v is None else f"{100 * v:.4f}" for name, v in values.items()}
+            against = dict.fromkeys(("against_base", "low", "high"), "")
+            if strategy == "all" and model[1] != "base" and (model[0], "base") in found.models:
+                change = found.change(*model)
+                row.append(Entry(f"{100 * change[0]:+.2f}", points(change).detail))
+                against = {name: f"{100 * v:.4f}" for name, v in zip(against, change, strict=True)}
+            else:
+                row.append(Entry(""))
             rows.append(row)
-            csv.append(
-                [*key, strategy, str(len(answers))]
-                + ["" if v is None else f"{100 * v:.4f}" for v in values]
-                + (["", "", ""] if change is None else [f"{v:.4f}" for v in change])
-            )
-    questions = {len({a["id"] for a in found.answers(key, STRATEGIES[0])}) for key in models}
-    images = found.right(models[0])[0].shape[1]
-    notes = [
-        f"{images} images, {max(questions)} questions a strategy, half of them yes; in %.",
-        "Precision, recall and F1 are of yes; Yes is the share of answers that say yes; a dash where nothing divides.",
-        "Against base: points of accuracy over all three strategies.",
-    ]
-    legend = "In brackets the 95 % interval: paired bootstrap over images and seeds."
+            data.append(line | against)
+    first = found.of(models[0])
+    questions = first[first["strategy"] == STRATEGIES[0]]["question"].nunique()
     return Table(
         "pope",
         "POPE: object questions about single images",
-        header,
+        ["Model", "Method", "Absent objects", "Accuracy", "Precision", "Recall", "F1", "Yes", "Against base"],
         rows,
-        csv,
-        notes,
-        breaks,
+        [
+            f"{first['image'].nunique()} images, {questions} questions a strategy, half of them yes; in %.",
+            "Precision, recall and F1 are of yes; Yes is the share of answers that say yes; a dash where nothing divides.",
+            "Against base: points of accuracy over all three strategies.",
+        ],
+        set(range(0, len(rows), len(STRATEGIES) + 1)),
         names=3,
-        legend=legend,
+        legend="In brackets the 95 % interval: paired bootstrap over images and seeds.",
+        data=pd.DataFrame(data),
     )

@@ -9,20 +9,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from laid.errors import LaidError
-from laid.io import dumps, read_json, safe_join
+from laid.io import dumps, read_json, safe_join, sha256_json
 from laid.results import tables as table_module
-from laid.results.chains import chain_data
+from laid.results.answers import Results
 from laid.results.claims import verdict_text
-from laid.results.render import Entry, Table
-from laid.results.tables import Grid
+from laid.results.names import Names
+from laid.results.render import Table, table_html
 
 PAGE = Path(__file__).with_name("page")
 WIDE = 400  # points: figures wider than this keep a readable width on a phone and scroll
 
 
 def build(
-    grid: Grid, figures: Path | None, claims: Path | None, root: Path, footnote: str | None = None
+    results: Results, figures: Path | None, claims: Path | None, root: Path, footnote: str | None = None
 ) -> str:
     """The page as HTML text, without any reference outside itself.
 
@@ -30,17 +32,17 @@ def build(
     root: <results>/<scale>, where run and model records lie. Raises LaidError where a given input is missing or broken.
     """
     found = _read_claims(claims) if claims else None
-    sections = [("tables", "Tables", _tables(table_module.build(grid), footnote))]
+    sections = [("tables", "Tables", _tables(table_module.build(results), footnote))]
     if found:
         sections.append(("claims", "Claims", _claims(found)))
     if figures:
         sections.append(("figures", "Figures", _figures(figures)))
-    statistics = table_module.build_statistics(grid)
+    statistics = table_module.build_statistics(results)
     sections.append(("statistics", "Tests and windows", _tables(statistics)))
-    sections.append(("provenance", "Provenance", _provenance(grid)))
-    title = f"LAid: results at scale {grid.config['scale']}"
+    sections.append(("provenance", "Provenance", _provenance(results)))
+    title = f"LAid: results at scale {results.name}"
     lead = (
-        f"Long-window anchoring distillation (Zhou et al., AAAI 2026), measured by this project. {grid.questions_note()}"
+        f"Long-window anchoring distillation (Zhou et al., AAAI 2026), measured by this project. {results.questions_note()}"
         " Every number in Tables 1 and 3 opens the chain behind it; headings sort; points in figures show their values."
     )
     parts = {
@@ -53,7 +55,7 @@ def build(
         ),
         "footer": "<p>Made by <code>laid report</code> from cells alone; nothing in it was typed by hand.</p>",
         # "</" inside a script element would end it
-        "cells": dumps(chain_data(grid, root), indent=None).replace("</", "<\\/"),
+        "cells": dumps(chain_data(results, root), indent=None).replace("</", "<\\/"),
         "css": (PAGE / "page.css").read_text(encoding="utf-8"),
         "js": (PAGE / "page.js").read_text(encoding="utf-8"),
     }
@@ -67,52 +69,6 @@ def build(
 def _tables(tables: Sequence[Table], footnote: str | None = None) -> str:
     body = "\n".join(table_html(table) for table in tables)
     return body + (f'\n<p class="notes">{html.escape(footnote)}</p>' if footnote else "")
-
-
-def table_html(table: Table) -> str:
-    """A sortable table; entries with a cell become buttons that open its chain."""
-    head = "".join(
-        f'<th scope="col"{_name_class(table, i)}>{html.escape(text)}</th>'
-        for i, text in enumerate(table.header)
-    )
-    rows = []
-    for r, row in enumerate(table.rows):
-        cells = "".join(
-            f"<td{_name_class(table, i, row)}>{_entry(entry)}</td>" for i, entry in enumerate(row)
-        )
-        first = ' class="first"' if r and r in table.breaks else ""
-        rows.append(f"<tr{first}>{cells}</tr>")
-    notes = [*table.notes[:1], *([table.legend] if table.legend else []), *table.notes[1:]]
-    if any(entry.mark for row in table.rows for entry in row):
-        notes.append("Bold: best of its block; underlined: second best.")
-    two = ' class="two"' if table.names == 2 else ""
-    listed = "".join(f"<li>{html.escape(note)}</li>" for note in notes)
-    return (
-        f'<h3 id="{table.name}">{html.escape(table.title)}</h3>\n<div class="scroll" tabindex="0" role="region"'
-        f' aria-labelledby="{table.name}"><table{two}><thead><tr>{head}</tr></thead><tbody>\n'
-        + "\n".join(rows)
-        + f'\n</tbody></table></div>\n<ul class="notes">{listed}</ul>'
-    )
-
-
-def _name_class(table: Table, column: int, row: Sequence[Entry] = ()) -> str:
-    if column >= table.names:
-        return ""
-    # On a phone the first column gives way, and the second shows its text above its own.
-    model = f' data-model="{html.escape(row[0].text)}"' if row and table.names == 2 and column == 1 else ""
-    return f' class="name"{model}'
-
-
-def _entry(entry: Entry) -> str:
-    text = html.escape(entry.text + entry.stars)
-    if entry.mark:
-        text = f'<span class="{entry.mark}">{text}</span>'
-    if entry.cell:
-        text = (
-            f'<button data-cell="{html.escape(entry.cell)}" title="Show where it comes from">{text}</button>'
-        )
-    detail = f'<span class="detail">{html.escape(entry.detail)}</span>' if entry.detail else ""
-    return text + detail
 
 
 # ------------------------------------------------------------------ claims
@@ -187,30 +143,122 @@ def inline_svg(svg: str, prefix: str) -> str:
 # ------------------------------------------------------------------ provenance
 
 
-def _provenance(grid: Grid) -> str:
+def _provenance(results: Results) -> str:
     """Which code, libraries and configuration stand behind the cells, with how many cells each."""
-    counts: dict[str, dict[str, int]] = {"Code": {}, "Libraries": {}}
-    for key in grid.models:
-        for size in grid.sizes:
-            provenance = grid.cell(*key, size)["provenance"]
-            code = provenance["code"]
-            state = " with changes" if code.get("dirty") else ""
-            text = f"version {code.get('version')}, commit {code.get('commit')}{state}"
-            libraries = ", ".join(
-                f"{name} {version}" for name, version in provenance["libraries"].items() if version
-            )
-            for kind, value in (("Code", text), ("Libraries", libraries)):
-                counts[kind][value] = counts[kind].get(value, 0) + 1
+    behind = results.wanted["provenance"]
+    texts = {"Code": behind.map(_code), "Libraries": behind.map(_libraries)}
     rows = [
         f'<tr><td class="name">{kind}</td><td class="name wrap">{html.escape(value)}</td><td>{n}</td></tr>'
-        for kind, values in counts.items()
-        for value, n in values.items()
+        for kind, values in texts.items()
+        for value, n in values.groupby(values, sort=False).size().items()
     ]
     return (
         '<div class="scroll"><table><thead><tr><th class="name">What</th><th class="name">Value</th><th>Cells</th></tr>'
         f"</thead><tbody>{''.join(rows)}</tbody></table></div><p>Configuration and hashes of data and checkpoints stand with"
         " each cell: choose a number in Table 1 or 3.</p>"
     )
+
+
+def _code(provenance: dict[str, Any]) -> str:
+    code = provenance["code"]
+    return f"version {code.get('version')}, commit {code.get('commit')}{' with changes' if code.get('dirty') else ''}"
+
+
+def _libraries(provenance: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in provenance["libraries"].items() if version)
+
+
+# ------------------------------------------------------------------ chains
+
+_RECORDS = ("laid.json", "pretrain.json", "run.json")
+_LARGEST = 100_000  # bytes: a record is a small file; a larger one is something else
+
+
+def chain_data(results: Results, root: Path) -> dict[str, Any]:
+    """{"cells": "<student>/<method>/<size>" -> facts, chain, command; "records": hash -> text, each held once}."""
+    records: dict[str, str] = {}
+    answers = dict(list(results.answers.groupby(["student", "method", "size"], sort=False)))
+    cells = {}
+    for cell in results.wanted.itertuples(index=False):
+        key = f"{cell.student}/{cell.method}/{cell.size}"
+        cells[key] = {
+            "title": _title(cell, results.names),
+            "facts": _facts(cell, answers[cell.student, cell.method, cell.size]),
+            "chain": _chain(cell, root, records),
+            "command": f"snakemake --cores all {results.folder / key}.json",
+        }
+    return {"cells": cells, "records": records}
+
+
+def _title(cell: Any, names: Names) -> str:
+    return f"{cell.student}, {names[cell.method]}, {cell.size} image{'s' if cell.size > 1 else ''}"
+
+
+def _facts(cell: Any, answers: pd.DataFrame) -> list[tuple[str, str]]:
+    right = answers.groupby("label")["correct"].mean()
+    shares = {
+        label: f"{100 * right[label]:.1f} %" if label in right else "none asked" for label in ("yes", "no")
+    }
+    interval = f"[{100 * cell.low:.2f}, {100 * cell.high:.2f}], {cell.interval_method}"
+    seeds = ", ".join(map(str, cell.seeds))
+    prompt = f"{cell.tokens_mean:.1f} tokens, {cell.positions_mean:.1f} M-RoPE positions on average"
+    return [
+        ("Accuracy", f"{100 * cell.accuracy:.2f} % {interval}"),
+        ("Right where yes is right", shares["yes"]),
+        ("Right where no is right", shares["no"]),
+        ("Answers", f"{cell.n} ({cell.questions} questions, seeds {seeds})"),
+        ("Compliance", f"{100 * cell.compliance:.1f} %"),
+        ("Prompt", prompt),
+    ]
+
+
+def _chain(cell: Any, root: Path, records: dict[str, str]) -> list[dict[str, Any]]:
+    """Steps from the data to the number; a step names hashes and, by reference, its settings."""
+    provenance = cell.provenance
+    data = dict(provenance["data"])
+    steps: list[dict[str, Any]] = []
+
+    def step(what: str, names: list[str], record: Any = None) -> None:
+        entry: dict[str, Any] = {"what": what, "hashes": [[name, data.pop(name)] for name in names]}
+        if record is not None:
+            text = dumps(record)
+            reference = sha256_json(record)[:12]
+            records[reference] = text
+            entry["details"] = reference
+        if entry["hashes"] or record is not None:
+            steps.append(entry)
+
+    step("Images and their labels", [n for n in data if n.startswith("annotations") or n == "images"])
+    step("Questions", [n for n in data if "question" in n or "haystack" in n])
+    step(
+        f"Checkpoint of {cell.student}", [n for n in data if n == "model" or n.startswith("models/")],
+        _record(root / "models" / cell.student),
+    )  # fmt: skip
+    for name in [n for n in data if n.startswith("run")]:
+        seed = name.removeprefix("run_")
+        step(
+            f"Trained with {cell.method}, {seed}",
+            [name],
+            _record(root / "runs" / cell.student / cell.method / seed),
+        )
+    step("Other inputs", list(data))
+    data["settings"] = provenance["config"]
+    step("Evaluation", ["settings"], provenance.get("settings"))
+    code = provenance["code"]
+    data["commit"] = f"{code.get('commit')}{' (with changes)' if code.get('dirty') else ''}"
+    step(
+        f"Code, laid {code.get('version')}", ["commit"], {"libraries": provenance["libraries"], "code": code}
+    )
+    return steps
+
+
+def _record(folder: Path) -> Any:
+    """What a run or checkpoint says of itself, or None."""
+    for name in _RECORDS:
+        path = folder / name
+        if path.is_file() and path.stat().st_size <= _LARGEST:
+            return read_json(path)
+    return None
 
 
 def read_page_data(page: str) -> dict[str, Any]:

@@ -1,144 +1,132 @@
-"""The sweep's table: which variant moves the effective window, with intervals and paired tests, from its cells."""
+"""The sweep's table: which method moves the effective window, with intervals and paired tests, from its cells."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 
 from laid.errors import LaidError
 from laid.evaluation.cells import Cells
-from laid.results import stats
-from laid.results.comparisons import LEVEL, Answers, interval_text, star_note
-from laid.results.render import Entry, Table
-from laid.results.tables import METHOD_NAMES, Grid
+from laid.evaluation.intervals import RESAMPLES
+from laid.results.answers import Model, Results
+from laid.results.comparisons import star_note
+from laid.results.render import Entry, Table, points
+from laid.results.statistics import LEVEL, Comparison, holm
+from laid.results.windows import bounds_interval, interval_text, window, window_draws
+
+if TYPE_CHECKING:
+    from laid.settings import Settings
 
 
-class SweepGrid(Grid):
-    """The sweep's cells on the validation questions, read as the tables read theirs.
-
-    only: variants wanted (none: those of sweep.only, or all). Raises LaidError where one of their cells is missing.
-    """
-
-    def __init__(self, cells: Cells, config: dict[str, Any], folder: str | Path, only: Sequence[str] = ()):
-        sweep = config["sweep"]
-        self.cells, self.config, self.folder = cells, config, Path(folder)
-        self.settings, self.teacher = config["tables"], config["models"]["teacher"]
-        self.students = list(sweep["students"] or config["models"]["students"])
-        self.sizes = sorted(config["haystacks"]["validation"]["sizes"])
-        unknown = [name for name in only if name not in sweep["variants"]]
-        if unknown or not sweep["variants"]:
-            known = ", ".join(sweep["variants"]) or "none; give --config config.yaml configs/sweep.yaml"
-            raise LaidError(f"no variant {(unknown or ['to tell about'])[0]!r} in sweep.variants: {known}")
-        self.variants = list(only or sweep["only"] or sweep["variants"])
-        self.rivals = list(sweep["against"])
-        methods = list(dict.fromkeys(["base", *self.rivals, *self.variants]))
-        self.models = [(student, method) for student in self.students for method in methods]
-        for student, method in self.models:
-            for size in self.sizes:
-                if (student, method, size) not in cells:
-                    path = self.folder / student / method / f"{size}.json"
-                    raise LaidError(
-                        f"{path}: no such cell; make it with: snakemake --cores all {path}"
-                        " --configfile configs/sweep.yaml"
-                    )
+def swept(settings: Settings, only: Sequence[str] = ()) -> list[str]:
+    """The methods that the sweep compares: those named in `only`, else sweep.only, else all of them."""
+    known = list(settings.sweep.variants)
+    unknown = [name for name in only if name not in known]
+    if unknown or not known:
+        told = ", ".join(known) or "none; give --config config.yaml configs/sweep.yaml"
+        raise LaidError(f"no variant {(unknown or ['to tell about'])[0]!r} in sweep.variants: {told}")
+    return list(only or settings.sweep.only or known)
 
 
-def sweep_table(grid: SweepGrid, resamples: int = stats.RESAMPLES) -> Table:
+def read(
+    cells: Cells, settings: Settings, folder: str | Path, only: Sequence[str] = (), resamples: int = RESAMPLES
+) -> Results:
+    """The sweep's cells on the validation questions, base and rivals first. Raises LaidError where one is missing."""
+    methods = dict.fromkeys(["base", *settings.sweep.against, *swept(settings, only)])
+    keys = [
+        (student, method, size)
+        for student in settings.sweep.students or settings.models.students
+        for method in methods
+        for size in sorted(settings.haystacks.validation.sizes)
+    ]
+    return Results(cells, settings, folder, keys, " --configfile configs/sweep.yaml", resamples)
+
+
+def sweep_table(results: Results) -> Table:
     """One row per student and method: accuracies, short and long mean, effective window, differences to the rivals.
 
     A rival is compared too, with the rivals named before it.
     """
-    answers = Answers(grid, resamples)
-    short, long = grid.window_sizes(grid.sizes)
-    spans = [(name, sizes) for name, sizes in (("short", short), ("long", long)) if sizes]
-    threshold = grid.settings["threshold"]
+    threshold, sizes, rivals = results.threshold, results.sizes, list(results.settings.sweep.against)
+    spans = dict(zip(("short", "long"), results.short_long(sizes), strict=True))
+    spans = {name: part for name, part in spans.items() if part}
     tests = [
-        ((student, rival), (student, method), name, sizes)
-        for student, method in grid.models
-        for k, rival in enumerate(grid.rivals)
-        if method in grid.variants or method in grid.rivals[k + 1 :]
-        for name, sizes in spans
+        ((student, rival), (student, method), name)
+        for student, method in results.models
+        for k, rival in enumerate(rivals)
+        if method not in ("base", *rivals[: k + 1])
+        for name in spans
     ]
-    found = [answers.compare(first, second, sizes) for first, second, _, sizes in tests]
-    adjusted = stats.holm([comparison.p for comparison in found])
-    compared = {test[:3]: (c, p) for test, c, p in zip(tests, found, adjusted, strict=True)}
-
-    csv = [["student", "variant", "seeds", *map(str, grid.sizes)]]
-    for name, _ in spans:
-        csv[0] += [name, f"{name}_low", f"{name}_high"]
-    csv[0] += ["window_low", "window_high", "window_ci_low", "window_ci_high"]
-    for rival in grid.rivals:
-        for name, _ in spans:
-            csv[0] += [f"{name}_vs_{rival}{end}" for end in ("", "_low", "_high", "_p", "_p_holm")]
-    rows, breaks = [], set()
-    for student, method in grid.models:
-        key = (student, method)
-        if method == "base":
-            breaks.add(len(rows))
-        cells = [grid.cell(*key, size) for size in grid.sizes]
-        row = [Entry(student), Entry(METHOD_NAMES.get(method, method)), Entry(str(len(cells[0]["seeds"])))]
-        line = [student, method, str(len(cells[0]["seeds"]))]
+    found = [results.compare(first, second, spans[name]) for first, second, name in tests]
+    adjusted = holm([comparison.p for comparison in found])
+    compared = {test: (c, p) for test, c, p in zip(tests, found, adjusted, strict=True)}
+    rows, data = [], []
+    for model in results.models:
+        cells = [results.cell(*model, size) for size in sizes]
+        seeds = str(len(cells[0].seeds))
+        row = [Entry(model[0]), Entry(results.names[model[1]]), Entry(seeds)]
+        line = {"student": model[0], "variant": model[1], "seeds": seeds}
         for cell in cells:
-            low, high = (100 * bound for bound in cell["interval"])
-            row.append(Entry(f"{100 * cell['accuracy']:.1f}", f"[{low:.1f}, {high:.1f}]"))
-            line.append(f"{100 * cell['accuracy']:.2f}")
-        for _, sizes in spans:
-            mean, low, high = _mean(answers, key, sizes)
+            row.append(Entry(f"{100 * cell.accuracy:.1f}", f"[{100 * cell.low:.1f}, {100 * cell.high:.1f}]"))
+            line[str(cell.size)] = f"{100 * cell.accuracy:.2f}"
+        for name, part in spans.items():
+            mean, low, high = _mean(results, model, part)
             row.append(Entry(f"{mean:.1f}", f"[{low:.1f}, {high:.1f}]"))
-            line += [f"{value:.2f}" for value in (mean, low, high)]
-        window = grid.window(*key, threshold)
-        interval = stats.bounds_interval(answers.windows(key, threshold))
-        row.append(Entry(window.text(), interval_text(interval, grid.sizes)))
-        line += [f"{value:.4f}" for b in (window, interval) for value in (b.low, b.high)]
-        for rival in grid.rivals:
-            for name, _ in spans:
-                entry, values = _difference(compared.get(((student, rival), key, name)))
+            line |= {name: f"{mean:.2f}", f"{name}_low": f"{low:.2f}", f"{name}_high": f"{high:.2f}"}
+        own = window(results, model, threshold)
+        interval = bounds_interval(window_draws(results, model, threshold))
+        row.append(Entry(own.text(), interval_text(interval, sizes)))
+        ends = {"window": own, "window_ci": interval}
+        line |= {
+            f"{what}_{end}": f"{getattr(b, end):.4f}" for what, b in ends.items() for end in ("low", "high")
+        }
+        for rival in rivals:
+            for name in spans:
+                entry, values = _difference(compared.get(((model[0], rival), model, name)))
                 row.append(entry)
-                line += values
+                line |= {f"{name}_vs_{rival}{end}": value for end, value in values.items()}
         rows.append(row)
-        csv.append(line)
-    header = ["Model", "Variant", "Seeds", *map(str, grid.sizes), *(name.capitalize() for name, _ in spans)]
-    header += [f"Window {threshold:g}"]
-    header += [
-        f"{name.capitalize()} - {METHOD_NAMES.get(rival, rival)}"
-        for rival in grid.rivals
-        for name, _ in spans
-    ]
+        data.append(line)
+    named = {name: name.capitalize() for name in spans}
+    header = ["Model", "Variant", "Seeds", *map(str, sizes), *named.values(), f"Window {threshold:g}"]
+    header += [f"{title} - {results.names[rival]}" for rival in rivals for title in named.values()]
     return Table(
         "sweep",
         "Sweep over the parts of LAid, accuracy (%) on the validation questions",
         header,
         rows,
-        csv,
         [
-            grid.questions_note(),
-            *(f"{name.capitalize()}: mean over {', '.join(map(str, sizes))} images." for name, sizes in spans),
+            results.questions_note(),
+            *(
+                f"{named[name]}: mean over {', '.join(map(str, part))} images."
+                for name, part in spans.items()
+            ),
             f"Window {threshold:g}: images up to which accuracy stays at or above {threshold:g}, interpolated over log size.",
-            *([star_note(answers, len(tests), "zero")] if tests else []),
+            *([star_note(results, len(tests), "zero")] if tests else []),
         ],
-        breaks,
+        {i for i, (_, method) in enumerate(results.models) if method == "base"},
         legend="In brackets the 95 % interval: over questions, and over seeds where there are several.",
-    )  # fmt: skip
+        data=pd.DataFrame(data),
+    )
 
 
-def _mean(answers: Answers, key: tuple[str, str], sizes: Sequence[int]) -> tuple[float, float, float]:
+def _mean(results: Results, model: Model, sizes: Sequence[int]) -> tuple[float, float, float]:
     """Mean accuracy over sizes in %, with its bootstrap interval."""
-    at = [answers.sizes.index(size) for size in sizes]
-    mean = 100 * float(np.mean([answers.right[key][i].mean() for i in at]))
-    low, high = 100 * np.quantile(answers.draws[key][:, at].mean(axis=1), [0.025, 0.975])
+    mean = 100 * float(results.point(model, sizes).mean())
+    low, high = 100 * np.quantile(results.draws(model, sizes).mean(axis=1), [0.025, 0.975])
     return mean, max(0.0, float(low)), min(100.0, float(high))
 
 
-def _difference(found: tuple[stats.Comparison, float] | None) -> tuple[Entry, list[str]]:
+def _difference(found: tuple[Comparison, float] | None) -> tuple[Entry, dict[str, str]]:
     """A difference in points, printed and as CSV values; empty where there is none."""
+    ends = ("", "_low", "_high", "_p", "_p_holm")
     if found is None:
-        return Entry(""), [""] * 5
+        return Entry(""), dict.fromkeys(ends, "")
     comparison, adjusted = found
-    points = [100 * value for value in (comparison.difference, comparison.low, comparison.high)]
-    entry = Entry(
-        f"{points[0]:+.1f}", f"[{points[1]:+.1f}, {points[2]:+.1f}]", "*" if adjusted < LEVEL else ""
-    )
-    return entry, [*(f"{v:.2f}" for v in points), f"{comparison.p:.3g}", f"{adjusted:.3g}"]
+    values = (comparison.difference, comparison.low, comparison.high)
+    texts = [*(f"{100 * v:.2f}" for v in values), f"{comparison.p:.3g}", f"{adjusted:.3g}"]
+    return points(values, "*" if adjusted < LEVEL else ""), dict(zip(ends, texts, strict=True))

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from laid.data.coco import CocoSplit
 from laid.data.haystacks import questions_of_size
@@ -37,20 +38,29 @@ def lengths(
 
 def table(found: Mapping[int, np.ndarray], coco: CocoSplit) -> Table:
     """Means beside the paper's Table 2, with the standard error of the tokens and the difference in percent."""
-    printed = {int(row["images"]): float(row["avg_tokens"]) for row in published.rows("table2")}
-    header = ["Images", "Tokens", "Standard error", "M-RoPE positions", "Paper's tokens", "Difference (%)"]
-    csv = [["images", "tokens", "standard_error", "positions", "paper_tokens", "difference_pct"]]
+    printed = published.tokens()
+    rows = []
     for size, counts in sorted(found.items()):
         tokens, positions = counts.mean(axis=0)
         error = counts[:, 0].std(ddof=1) / len(counts) ** 0.5 if len(counts) > 1 else 0.0
         row = [str(size), f"{tokens:.2f}", f"{error:.2f}", f"{positions:.2f}"]
         paper = printed.get(size)
-        row += ["", ""] if paper is None else [f"{paper:.2f}", f"{100 * (tokens / paper - 1):+.2f}"]
-        csv.append(row)
-    questions = {len(counts) for counts in found.values()}
-    notes = [
-        f"{max(questions)} questions a size, over {len(coco.images)} images of {coco.root}, {coco.name}.",
-        "M-RoPE moves on by the longer side of an image's merged patches, not by its tokens.",
-    ]
-    rows = [[Entry(value) for value in row] for row in csv[1:]]
-    return Table("tokens", "Prompt length over images in the haystack", header, rows, csv, notes, names=0)
+        rows.append(
+            row + (["", ""] if paper is None else [f"{paper:.2f}", f"{100 * (tokens / paper - 1):+.2f}"])
+        )
+    questions = max(len(counts) for counts in found.values())
+    return Table(
+        "tokens",
+        "Prompt length over images in the haystack",
+        ["Images", "Tokens", "Standard error", "M-RoPE positions", "Paper's tokens", "Difference (%)"],
+        [[Entry(value) for value in row] for row in rows],
+        [
+            f"{questions} questions a size, over {len(coco.images)} images of {coco.root}, {coco.name}.",
+            "M-RoPE moves on by the longer side of an image's merged patches, not by its tokens.",
+        ],
+        names=0,
+        data=pd.DataFrame(
+            rows,
+            columns=["images", "tokens", "standard_error", "positions", "paper_tokens", "difference_pct"],
+        ),
+    )

@@ -1,0 +1,40 @@
+"""What tables and figures call a method, and in which order they list methods."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from laid.settings import Settings
+
+# The methods that come with laid, in the paper's order; any other is called by its label or its own name.
+SHIPPED = {
+    "base": "base",
+    "yarn": "YaRN",
+    "self_extend": "SelfExtend",
+    "sft": "SFT (LoRA)",
+    "kd": "KD (ours)",
+    "laid": "LAid",
+    "laid_long": "LAid long (ours)",
+    "laid_wo_kl": "LAid w/o KL",
+    "laid_wo_laid": "LAid w/o alignment",
+}
+NOT_IN_PAPER = ("kd", "laid_long")
+
+
+class Names(dict[str, str]):
+    """Method -> its name, in the order of tables; a method that the configuration no longer has keeps its own name."""
+
+    def __missing__(self, method: str) -> str:
+        return method
+
+    def ordered(self, methods) -> list[str]:
+        """Methods in the order of tables, unknown ones last."""
+        order = {name: i for i, name in enumerate(self)}
+        return sorted(methods, key=lambda method: (order.get(method, len(order)), method))
+
+
+def method_names(settings: Settings) -> Names:
+    """The shipped methods first, then the configuration's own in its order; `methods.<name>.label` counts most."""
+    labels = {name: method.label or SHIPPED.get(name, name) for name, method in settings.methods.items()}
+    return Names({name: labels.get(name, SHIPPED.get(name)) for name in (*SHIPPED, *labels)})
