@@ -98,14 +98,20 @@ def test_the_readme_names_command_commit_and_machine(root, tmp_path, monkeypatch
     spec = importlib.util.spec_from_file_location("readme_tool", ROOT / "tools/readme.py")
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
-    (tmp_path / "README.md").write_text((ROOT / "README.md").read_text())
+    (tmp_path / "docs/img").mkdir(parents=True)
+    for name in ("README.md", "docs/results.md"):
+        (tmp_path / name).write_text((ROOT / name).read_text())
     monkeypatch.setattr(tool, "ROOT", tmp_path)
+    monkeypatch.setattr(tool, "README", tmp_path / "README.md")
+    monkeypatch.setattr(tool, "RESULTS", tmp_path / "docs/results.md")
     (root / "figures/distance_schedule.png").touch()  # drawn where the configuration has a distance schedule
     assert tool.main(root) == 0
-    text = (tmp_path / "README.md").read_text()
+    text = (tmp_path / "docs/results.md").read_text()
     made = "Made by `snakemake --cores all --config seeds=3` at commit `000000000000`, on 2 cores of Test, 8 GiB, no GPU;"
     assert made in text and (tmp_path / "docs/img/figure1.png").stat().st_size > 1000
     section = re.search("<!-- laid:results -->(.*?)<!-- /laid:results -->", text, re.DOTALL)[1]
     assert section.count("3 training seeds per trained method") == 3 and "1 training seed" not in section
     assert "| scale test |" in re.search("<!-- laid:claims -->(.*?)<!-- /laid:claims -->", text, re.DOTALL)[1]
+    # The README's row of LAid: the mean over 1 and 20 images, and 150 alone, each (0.5 + 0.7 + 1) / 3.
+    assert "| tiny | LAid | 73.3 | 73.3 | &lt; 1 (unknown) |" in (tmp_path / "README.md").read_text()
     assert tool.main(tmp_path / "none") == 2
