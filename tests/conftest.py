@@ -15,6 +15,7 @@ TRAINED = {"alignment": {"pairs": [[-1, -1]], "init": "fit"}, "lr": 0.01}
 MICRO = {
     "scale": "micro",
     "haystacks": {
+        "hard_negatives": 0.8,
         "train": {"questions": 24, "min_size": 2, "max_size": 4},
         "long": {"questions": 8, "min_size": 4, "max_size": 6},
         "validation": {"questions": 4, "sizes": [2]},
@@ -35,7 +36,10 @@ MICRO = {
             },
         },
     },
-    "training": {"epochs": 2, "batch_size": 8, "log_every": 1, "checkpoint_minutes": 0, "lr_weights": 0.01},
+    "training": {
+        "epochs": 2, "batch_size": 8, "per_device_batch": 8, "log_every": 1, "checkpoint_minutes": 0,
+        "lr": 0.001, "lr_weights": 0.01, "lr_gain": 0.03,
+    },
     "teacher_cache": {"layers": [-1], "dtype": "float32"},
     "evaluation": {"max_new_tokens": 3},
     "tables": {
@@ -44,7 +48,7 @@ MICRO = {
     },
     "analysis": {"methods": ["base", "sft", "kd", "laid"]},
     "beyond": {"methods": ["base", "kd", "laid"]},
-    "pope": {"methods": ["base", "sft", "kd", "laid"]},
+    "pope": {"wording": "haystack", "methods": ["base", "sft", "kd", "laid"]},
     "methods": {
         "yarn": {"factor": 2.0},
         "self_extend": {"group": 2, "window": 16},

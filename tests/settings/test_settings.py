@@ -88,6 +88,23 @@ def test_overlays_load_and_name_their_scale(overlay):
     assert load([BASE, overlay]).scale == overlay.stem
 
 
+def test_the_paper_inherits_no_value_of_the_small_scale(tmp_path):
+    """Whatever lies below it, even nothing; and what it gives the baselines is what their authors or the paper say."""
+    paper, alone = load([BASE, TOP / "configs/paper.yaml"]), load([TOP / "configs/paper.yaml"])
+    other = write(
+        tmp_path,
+        "training: {weight_decay: 0.5}\nmethods: {yarn: {axes: time}, mine: {extends: sft}, sft: {}}\n",
+    )
+    assert paper == alone == load([BASE, other, TOP / "configs/paper.yaml"])
+    methods, training = paper.methods, paper.training
+    assert (training.lr, methods["sft"].lr or training.lr, methods["sft"].lora.rank) == (1e-5, 1e-5, 8)
+    assert (methods["yarn"].factor, methods["yarn"].original_positions) == (4.0, 32768)
+    assert (methods["self_extend"].group, methods["self_extend"].window) == (4, 1024)
+    over = write(tmp_path, "seeds: 3\n", "over.yaml")  # what comes after it still counts
+    assert load([BASE, TOP / "configs/paper.yaml", over]) == paper.changed({"seeds": 3})
+    assert load([BASE, TOP / "configs/paper.yaml"], {"seeds": "3"}) == paper.changed({"seeds": 3})
+
+
 def test_overlay_merges_deeply_and_replaces_lists(tmp_path):
     over = write(tmp_path, "haystacks: {test: {sizes: [1, 5]}}\nseeds: 3\n")
     merged, base = load([BASE, over]), load([BASE])

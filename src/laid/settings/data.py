@@ -86,7 +86,7 @@ class ValidationQuestions(Section):
 class TestQuestions(Section):
     """Test questions, from val2017."""
 
-    questions: Annotated[int, Field(ge=2)] = 300
+    questions: Annotated[int, Field(ge=2)] = 100
     """Questions per size."""
     sizes: Annotated[Distinct[Count], Field(min_length=1)] = [1, 2, 5, 10, 20, 50, 100, 150]
     """Haystack sizes, in images."""
@@ -99,7 +99,7 @@ class Haystacks(Section):
     """single: one image holds the anchor; multi: two or three do."""
     seed: Natural = 0
     """Seed of the questions."""
-    hard_negatives: Share = 0.8
+    hard_negatives: Share = 0.0
     """Probability that the target is taken from objects that some distractor holds, for "yes" and "no" alike."""
     vocabulary: Literal["all", "official"] = "all"
     """all: every category may be anchor and target; official: the 71 anchors and 32 targets of the official VHs_large files."""

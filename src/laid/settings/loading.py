@@ -34,7 +34,8 @@ def merged(paths: Iterable[str | Path]) -> dict[str, Any]:
     """What the files say together, neither validated nor filled in: one file with it stands for all of them."""
     together: dict[str, Any] = {}
     for path in paths:
-        together = merge(together, read_yaml(path)[0])
+        values = read_yaml(path)[0]
+        together = merge({} if values.get("complete") is True else together, values)
     return together
 
 

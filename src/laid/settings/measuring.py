@@ -66,7 +66,7 @@ class Pope(Section):
     """Objects asked about per image that it holds, and as many that it does not hold; POPE takes 3."""
     seed: Natural = 0
     """Seed of the images, the objects and the order."""
-    wording: Literal["pope", "haystack"] = "haystack"
+    wording: Literal["pope", "haystack"] = "pope"
     """pope: "Is there a dog in the image?" and nothing else, as POPE asks. haystack: the official Visual Haystacks prompt and its question on one image, with another object of the image as anchor: the small-scale family was taught these words only."""
     methods: Names = ["base"]
     """Methods of a student that are measured, those that its tables have; base is before, the others are after."""

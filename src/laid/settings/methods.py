@@ -96,7 +96,7 @@ class Gain(Section):
     """Tokens whose length factor is folded in; null: those of the longest training prompt."""
     length_aware: bool = False
     """Also learn (tokens / reference)^b."""
-    reference: Annotated[float, Field(ge=1)] = 64
+    reference: Annotated[float, Field(ge=1)] = 1.0
     """Tokens at which the length factor is 1."""
     exponent: Annotated[float, Field(ge=-2, le=2)] = 0.0
     """Where b starts."""
@@ -118,8 +118,8 @@ class Base(Method):
 class Yarn(Method):
     """YaRN, through transformers' rope_parameters."""
 
-    factor: Annotated[float, Field(ge=1)] = 1.5
-    """Scale of positions."""
+    factor: Annotated[float, Field(ge=1)] = 1.0
+    """Scale of positions; 1 changes nothing."""
     original_positions: Count | None = None
     """Trained positions; null takes the checkpoint's max_position_embeddings."""
     axes: Literal["all", "time", "image_base"] = "all"
@@ -130,8 +130,8 @@ class SelfExtend(Method):
     """SelfExtend, in M-RoPE positions."""
 
     group: Count = 4
-    """Positions per group, G."""
-    window: Count = 32
+    """Positions per group, G. The default and that of window are those of the authors' README."""
+    window: Count = 1024
     """Neighbour window, W, in positions."""
     axes: Literal["all", "text", "image_base"] = "all"
     """all: far keys by merged positions on every axis; text: far text keys only; image_base: merged base positions, offsets inside an image as they are."""

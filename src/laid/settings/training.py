@@ -10,17 +10,17 @@ from laid.settings.base import Count, NonNegative, Positive, Section
 class Training(Section):
     """Post-training, shared by all trained methods."""
 
-    epochs: Positive = 5
-    """Passes over the training questions."""
+    epochs: Positive = 10
+    """Passes over the training questions (the paper: 10)."""
     batch_size: Count = 8
     """Questions per optimiser step, over all devices (the paper: 8)."""
-    per_device_batch: Count = 8
+    per_device_batch: Count = 1
     """Questions per forward pass and device; the rest is accumulated."""
-    lr: Positive = 0.001
+    lr: Positive = 1e-5
     """Peak learning rate of the student (the paper: 1e-5)."""
-    lr_weights: Positive = 0.005
+    lr_weights: Positive = 1e-4
     """Peak learning rate of LAid's head weights w (the paper: 1e-4)."""
-    lr_gain: Positive = 0.03
+    lr_gain: Positive = 1e-4
     """Peak learning rate of the RoPE gain."""
     warmup: Annotated[float, Field(ge=0, le=0.9)] = 0.05
     """Share of steps with rising learning rate (the paper: 0.05)."""
@@ -40,14 +40,14 @@ class Training(Section):
     """How several GPUs share a training run (resources.train.gpu, --processes): ddp, each holds the whole student; fsdp2, each holds a part of weights, gradients and optimiser state; zero3, the same by DeepSpeed, which is to be installed (laid[zero3]). Results agree to float tolerance."""
     checkpoint_minutes: NonNegative = 5
     """Minutes between checkpoints to resume from; also on SIGTERM. 0: none."""
-    log_every: Count = 35
+    log_every: Count = 10
     """Steps between lines of log.jsonl."""
 
 
 class TeacherCache(Section):
     """What is kept of the teacher's one pass over the training questions."""
 
-    layers: list[int] = [0]
+    layers: list[int] = [-1]
     """Teacher layers whose queries and keys are kept (negative: from the end)."""
     dtype: Literal["float32", "bfloat16", "float8"] = "bfloat16"
     """Number format of queries and keys on disk; logits are exact. float8: e4m3 with a power of two per token and head, half of bfloat16's size; its relative error is written to the index."""

@@ -40,6 +40,9 @@ class Settings(Section):
     seeds: Annotated[int, Field(ge=1, le=100)] = 1
     """Training seeds per trained method (seed 0, 1, ...). One gives intervals over questions, several over questions
     and seeds."""
+    complete: bool = False
+    """In an overlay: it says all of its scale itself. What it leaves out then comes from the defaults, not from the
+    files before it: nothing of config.yaml shines through."""
     data: Data = Data()
     haystacks: Haystacks = Haystacks()
     models: Models = Models()
