@@ -27,7 +27,7 @@ VERBS = {
     "beyond": "draw and tell what lies beyond the paper: why windows shrink, where they end",
     "distill": "distil a student from a teacher on any question file, without the workflow",
     "tables": "build Tables 1, 2 and 3 from cells and print them",
-    "sweep": "tell which variants of a method do what, on the validation questions",
+    "sweep": "tell which part of a method does what, on the validation questions",
     "figures": "draw the figures from cells and training logs",
     "report": "write one offline results page: tables, figures, claims, provenance",
     "claims": "hold the paper's claims against its tables and against the cells",

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import pickle
 import typing
 from pathlib import Path
 
@@ -15,8 +16,12 @@ from laid.cli import main
 from laid.errors import LaidError
 from laid.settings import (
     SLICES,
+    Base,
     Section,
+    SelfExtend,
     Settings,
+    TrainedMethod,
+    Yarn,
     json_schema,
     load,
     merge,
@@ -303,33 +308,130 @@ def test_a_configuration_redirected_onto_itself_is_said(capsys, tmp_path):
     assert said.count("\n") == 1
 
 
-def test_variants_of_the_sweep_are_methods_to_every_step():
-    """In the order written, inheriting like methods; validating the resolved configuration again changes nothing."""
+def test_methods_of_the_sweep_are_methods_like_others():
+    """In the order written, inheriting at any depth; validating the resolved settings again changes nothing."""
     full = load([BASE, SWEEP])
-    written = yaml.safe_load(SWEEP.read_text())["sweep"]["variants"]
-    assert [name for name in full["methods"] if name in written] == list(written)
-    alone, tokens = full["methods"]["alignment"], full["methods"]["distance_tokens"]
-    assert tokens == alone | {"extends": "alignment", "distance": alone["distance"] | {"strength": 4.0}}
-    assert full["methods"]["without_kl"] == full["methods"]["laid"] | {"extends": "laid", "lambda_kl": 0.0}
-    assert full["methods"]["without_gain"]["gain"] is None and full["methods"]["labels"]["lambda_kl"] == 0
-    assert validate(full) == full
+    written = yaml.safe_load(SWEEP.read_text())
+    assert [name for name in full.methods if name in written["methods"]] == list(written["methods"])
+    assert list(written["methods"]) == written["sweep"]["methods"] == full.sweep.methods
+    alone, tokens = full.methods["alignment"], full.methods["distance_tokens"]
+    assert tokens == alone.changed({"extends": "alignment", "distance": {"strength": 4.0}})
+    assert full.methods["without_kl"] == full.methods["laid"].changed({"extends": "laid", "lambda_kl": 0.0})
+    assert full.methods["without_gain"].gain is None and full.methods["labels"].lambda_kl == 0
+    assert validate(full.model_dump()) == full
     assert slice_for("train", full, method="gain")["methods"].keys() == {"gain"}
+
+
+def test_a_method_of_ones_own(tmp_path):
+    """Of the kind of what it extends, in a table by being named there; only its own runs depend on it."""
+    text = """
+methods:
+  mine: {extends: laid, lambda_kl: 0.1, label: Mine}
+  mine_2: {extends: mine, gaps: {reach: 64}}
+  yarn_4: {extends: yarn, factor: 4}
+  plain: {}
+tables: {methods: [base, yarn_4, laid, mine], ablations: [base, mine_2]}
+"""
+    base, full = load([BASE]), load([BASE, write(tmp_path, text)])
+    mine, laid = full.methods["mine"], full.methods["laid"]
+    assert mine == laid.changed({"extends": "laid", "lambda_kl": 0.1, "label": "Mine"})
+    assert full.methods["mine_2"].gaps == laid.gaps.changed({"reach": 64})
+    assert full.methods["mine_2"].lambda_kl == 0.1
+    assert full.methods["yarn_4"] == Yarn(extends="yarn", factor=4.0)
+    kinds = {name: type(full.methods[name]) for name in ("base", "self_extend", "plain", "mine_2")}
+    assert kinds == {"base": Base, "self_extend": SelfExtend, "plain": TrainedMethod, "mine_2": TrainedMethod}
+    for name in base.methods:
+        assert slice_json("train", base, method=name) == slice_json("train", full, method=name)
+    assert slice_json("train", full, method="mine") != slice_json("train", full, method="laid")
+    assert validate(full.model_dump()) == full
 
 
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("sweep: {variants: {laid: {}}}", "'laid' is a method already"),
         (
-            "sweep: {variants: {mine: {extends: laidd}}}",
-            "sweep.variants.mine.extends = 'laidd': no such method",
+            "methods: {mine: {extends: laidd}}",
+            "line 1: methods.mine.extends = 'laidd': no such method; methods: base,",
         ),
-        ("sweep: {variants: {mine: {lambda_kll: 1}}}", "sweep.variants.mine.lambda_kll: unknown key"),
-        ("sweep: {variants: {My-own: {}}}", "'My-own': must match"),
-        ("sweep: {only: [mine]}", "sweep.only: 'mine' is not among none"),
-        ("sweep: {against: [base]}", "sweep.against: 'base' is not among sft, kd"),
+        (
+            "methods: {mine: {lambda_kll: 1}}",
+            "methods.mine.lambda_kll: unknown key; did you mean 'lambda_kl'?",
+        ),
+        ("methods: {mine: {extends: yarn, lambda_kl: 1}}", "methods.mine.lambda_kl: unknown key; keys in"),
+        (
+            "methods: {a: {extends: b}, b: {extends: a}}",
+            "methods.b.extends = 'a': goes in a circle (a -> b -> a)",
+        ),
+        ("methods: {yarn: {extends: laid}}", "methods.yarn.extends = 'laid': yarn is built in"),
+        ("methods: {My-own: {}}", "'My-own': must match"),
+        ("methods: [mine]", 'methods = ["mine"]: expected a mapping, found a list'),
+        ("methods: {mine: 3}", "methods.mine = 3: expected a mapping, found a whole number"),
+        ("tables: {methods: [base, lade]}", "tables.methods: 'lade' is not among base, yarn"),
+        ("analysis: {methods: [lade]}", "analysis.methods: 'lade' is not among base, yarn"),
+        ("sweep: {methods: [mine]}", "sweep.methods: 'mine' is not among base, yarn"),
+        ("sweep: {against: [mine]}", "sweep.against: 'mine' is not among base, yarn"),
         ("sweep: {students: [teacher]}", "sweep.students: 'teacher' is not among medium, small"),
     ],
 )
-def test_mistakes_in_a_sweep(tmp_path, text, said):
+def test_mistakes_in_methods_and_their_names(tmp_path, text, said):
     assert said in complaint(BASE, write(tmp_path, text + "\n"))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("1: 2", "overlay.yaml: line 1: key 1: a key must be a name"),
+        ("? [a, b]\n: 1", "line 1: key a list or mapping: a key must be a name"),
+        ("seeds: !!int foo", "line 1: foo: no whole number"),
+        ("seeds: !!binary aGk=", "not valid YAML, line 1"),
+        ("seeds: " + "9" * 5000, "no whole number that fits 64 bits"),
+        ("training: {lr: .nan}", "line 1: training.lr = .nan: must be a finite number"),
+        ("training: {lr: .inf}", "line 1: training.lr = .inf: must be a finite number"),
+        ("scale: 2024-13-45x!", "line 1: scale = '2024-13-45x!': must match"),
+        ("a: " * 60 + "1", "line 1"),
+        ("a: " + "[" * 3000 + "]" * 3000, "nested more than 40 levels deep"),
+        ("a: &a [*a]", "line 1: nested more than 40 levels deep"),
+        ('"a\\nb": 1', "'a\\nb': unknown key"),
+        (
+            "a0: &a0 [1,1,1,1,1,1,1,1]\n"
+            + "".join(f"a{k}: &a{k} [{', '.join([f'*a{k - 1}'] * 8)}]\n" for k in range(1, 9)),
+            "its aliases stand for more than 100,000 values",
+        ),
+    ],
+)
+def test_what_yaml_can_say_and_settings_cannot(tmp_path, text, said):
+    assert said in complaint(BASE, write(tmp_path, text + "\n"))
+
+
+def test_numbers_and_dates_are_read_as_they_look(tmp_path):
+    full = load(
+        [BASE, write(tmp_path, "training: {lr: 1e-4, lr_gain: 2.5E+1, epochs: 3}\nresults: 2024-01-01\n")]
+    )
+    assert (full.training.lr, full.training.lr_gain, full.results) == (1e-4, 25.0, "2024-01-01")
+    assert isinstance(full.training.epochs, float)
+
+
+def test_the_command_line_comes_last_and_is_read_as_a_file_is(tmp_path):
+    """Snakemake hands on what stands in braces as text."""
+    over = write(tmp_path, "training: {lr: 2e-4}\nseeds: 2\n")
+    given = {"training": {"lr": "1e-4", "train_vision": "true"}, "models": {"students": ["small"]}}
+    full = load([BASE, over], given)
+    assert (full.training.lr, full.training.train_vision, full.seeds) == (1e-4, True, 2)
+    assert full.models.students == ["small"]
+    for given, said in (
+        ({"training": {"lr": "-1e-4"}}, "command line: training.lr = -0.0001: must be greater than 0"),
+        ({"training": {"lrr": "1"}}, "command line: training.lrr: unknown key; did you mean 'lr'?"),
+        ({"seeds": "many"}, "command line: seeds = 'many': expected a whole number"),
+    ):
+        with pytest.raises(LaidError) as caught:
+            load([BASE, over], given)
+        assert str(caught.value).startswith(said)
+
+
+def test_settings_are_frozen_and_travel(tmp_path):
+    full = load([BASE])
+    assert pickle.loads(pickle.dumps(full)) == copy.deepcopy(full) == full
+    with pytest.raises(ValueError, match="frozen"):
+        full.seeds = 2
+    with pytest.raises(LaidError, match="seeds"):
+        full.changed({"seeds": 0})

@@ -6,8 +6,7 @@ localrules:
     sweep,
 
 
-ASKED = config["sweep"]["only"] or list(config["sweep"]["variants"])
-SWEPT = [*config["sweep"]["against"], *ASKED]
+SWEPT = [*config.sweep.against, *config.sweep.methods]
 VALIDATION = sorted(config["haystacks"]["validation"]["sizes"])
 
 
@@ -69,7 +68,6 @@ rule sweep:
         runtime=ask("tables", "runtime"),
     params:
         relevant=relevant("sweep"),
-        variants=ASKED,
         cells=lambda wildcards, input: above(input[0], 3),
         out=lambda wildcards, output: above(output[0]),
     shell:

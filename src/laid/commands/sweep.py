@@ -1,4 +1,4 @@
-"""`laid sweep`: which variant of the method does what, from the sweep's cells, as CSV and Markdown, and printed."""
+"""`laid sweep`: which part of the method does what, from the sweep's cells, as CSV and Markdown, and printed."""
 
 from __future__ import annotations
 
@@ -14,9 +14,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--cells", type=Path, help="the sweep's cells (default <results>/<scale>/sweep/cells)"
     )
     parser.add_argument("--out", type=Path, help="where to write (default <results>/<scale>/sweep)")
-    parser.add_argument(
-        "--only", nargs="+", default=[], metavar="NAME", help="these variants alone (sweep.variants)"
-    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -29,6 +26,6 @@ def run(args: argparse.Namespace) -> None:
     settings = load(args.config)
     root = root_of(settings) / "sweep"
     cells = args.cells or root / "cells"
-    table = sweep.sweep_table(sweep.read(load_cells(cells), settings, cells, args.only))
+    table = sweep.sweep_table(sweep.read(load_cells(cells), settings, cells))
     write([table], args.out or root)
     show([table])

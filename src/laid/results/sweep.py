@@ -22,21 +22,11 @@ if TYPE_CHECKING:
     from laid.settings import Settings
 
 
-def swept(settings: Settings, only: Sequence[str] = ()) -> list[str]:
-    """The methods that the sweep compares: those named in `only`, else sweep.only, else all of them."""
-    known = list(settings.sweep.variants)
-    unknown = [name for name in only if name not in known]
-    if unknown or not known:
-        told = ", ".join(known) or "none; give --config config.yaml configs/sweep.yaml"
-        raise LaidError(f"no variant {(unknown or ['to tell about'])[0]!r} in sweep.variants: {told}")
-    return list(only or settings.sweep.only or known)
-
-
-def read(
-    cells: Cells, settings: Settings, folder: str | Path, only: Sequence[str] = (), resamples: int = RESAMPLES
-) -> Results:
+def read(cells: Cells, settings: Settings, folder: str | Path, resamples: int = RESAMPLES) -> Results:
     """The sweep's cells on the validation questions, base and rivals first. Raises LaidError where one is missing."""
-    methods = dict.fromkeys(["base", *settings.sweep.against, *swept(settings, only)])
+    if not settings.sweep.methods:
+        raise LaidError("sweep.methods names no method; give --config config.yaml configs/sweep.yaml")
+    methods = dict.fromkeys(["base", *settings.sweep.against, *settings.sweep.methods])
     keys = [
         (student, method, size)
         for student in settings.sweep.students or settings.models.students

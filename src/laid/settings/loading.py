@@ -171,7 +171,12 @@ def _choices(annotation: Any) -> list[str]:
 
 
 def _where(path: tuple[str, ...], sources: list[tuple], bad: Any) -> str:
-    """`file, line N: ` of the last file that sets `path` (or the nearest key above it) and is to blame for `bad`."""
+    """`file, line N: ` of the last file that sets `path` (or the nearest key above it) and is to blame for `bad`.
+
+    A value that is there, but in no file, came from the command line.
+    """
+    if sources and bad is not None and all(_lookup(values, path) is None for _, values, _ in sources):
+        return "command line: "
     for depth in range(len(path), 0, -1):
         for file, values, node in reversed(sources):
             found = _lookup(values, path[:depth], default=_MISSING)

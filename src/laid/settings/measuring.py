@@ -5,7 +5,6 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from laid.settings.base import Count, Distinct, Fraction, Natural, NonNegative, Section
-from laid.settings.methods import MethodName, TrainedMethod
 
 Names = Annotated[Distinct[str], Field(min_length=1)]
 
@@ -92,15 +91,13 @@ class Tables(Section):
 
 
 class Sweep(Section):
-    """Variants of methods, trained with several seeds and measured on the validation questions: which part does what (snakemake sweep; configs/sweep.yaml)."""
+    """Methods, trained with several seeds and measured on the validation questions: which part does what (snakemake sweep; configs/sweep.yaml)."""
 
+    methods: Distinct[str] = []
+    """Methods that are swept, in the order of the table; each stands in section methods."""
     seeds: Annotated[int, Field(ge=1, le=100)] = 3
-    """Training seeds per variant."""
+    """Training seeds per method."""
     students: Names | None = None
     """Students that are swept; null for all."""
     against: Distinct[str] = []
-    """Trained methods that every variant is tested against."""
-    only: Distinct[str] = []
-    """Variants to run; none named, all."""
-    variants: dict[MethodName, TrainedMethod] = {}
-    """Name -> a trained method, which may extend any other; its name must be new."""
+    """Methods that each of them is tested against."""

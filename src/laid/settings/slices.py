@@ -71,7 +71,6 @@ SLICES: dict[str, list[str]] = {
     "tables": ["tables", "models", "haystacks.test.sizes", "methods.*.label"],
     "sweep": [
         "sweep",
-        "-sweep.variants",
         "methods.*.label",
         "tables.short_max",
         "tables.threshold",

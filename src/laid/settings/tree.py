@@ -64,23 +64,14 @@ class Settings(Section):
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Self:
         """Settings from what is written in files. Raises Invalid."""
-        values = _without_variants(plain(values))
-        sweep = values.get("sweep")
-        variants = sweep.get("variants") if isinstance(sweep, dict) else None
+        values = plain(values)
         written = values.get("methods", {})
         if not isinstance(written, dict):
             _checked(cls, {"methods": written})
-        everything = {**{name: {} for name in BUILT_IN}, **written}
-        if isinstance(variants, dict):
-            everything |= variants
-        for name in everything:
-            section = (
-                ("sweep", "variants") if isinstance(variants, dict) and name in variants else ("methods",)
-            )
-            _checked(kind(name, everything, section), everything[name], (*section, name))
-        methods = {name: extended(name, everything) for name in everything}
-        if isinstance(variants, dict):
-            values["sweep"]["variants"] = {name: methods[name] for name in variants}
+        written = {**{name: {} for name in BUILT_IN}, **written}
+        for name in written:
+            _checked(kind(name, written), written[name], ("methods", name))
+        methods = {name: extended(name, written) for name in written}
         settings = _checked(cls, values | {"methods": methods})
         for path, complaint in contradictions(settings):
             raise Invalid(path, complaint)
@@ -91,22 +82,22 @@ class Settings(Section):
         return self.of(merge(self.model_dump(), values))
 
 
-def kind(name: str, methods: Mapping[str, Any], section: Path = ("methods",)) -> type[Method]:
+def kind(name: str, methods: Mapping[str, Any]) -> type[Method]:
     """The class of a method: that of the root of what it extends. Raises Invalid for a parent that cannot be."""
-    if name in BUILT_IN and isinstance(methods[name], dict) and methods[name].get("extends") is not None:
-        raise Invalid((*section, name, "extends"), f"{name} is built in and extends no other method")
-    seen = [name]
+    chain = [name]
     while True:
-        own = methods[seen[-1]]
+        own = methods[chain[-1]]
         parent = own.get("extends") if isinstance(own, dict) else None
-        if seen[-1] in BUILT_IN or not isinstance(parent, str):
-            return BUILT_IN.get(seen[-1], TrainedMethod)
-        at = (*(section if seen[-1] == name else ("methods",)), seen[-1], "extends")
-        if parent in seen:
-            raise Invalid(at, f"goes in a circle ({' -> '.join((*seen, parent))})")
+        if not isinstance(parent, str):
+            return BUILT_IN.get(chain[-1], TrainedMethod)
+        at = ("methods", chain[-1], "extends")
+        if chain[-1] in BUILT_IN:
+            raise Invalid(at, f"{chain[-1]} is built in and extends no other method")
+        if parent in chain:
+            raise Invalid(at, f"goes in a circle ({' -> '.join((*chain, parent))})")
         if parent not in methods:
             raise Invalid(at, f"no such method; methods: {', '.join(methods)}")
-        seen.append(parent)
+        chain.append(parent)
 
 
 def extended(name: str, methods: Mapping[str, Any]) -> Method:
@@ -114,7 +105,7 @@ def extended(name: str, methods: Mapping[str, Any]) -> Method:
 
     def resolved(name: str) -> dict[str, Any]:
         own, parent = methods[name], methods[name].get("extends")
-        return own if parent is None or name in BUILT_IN else merge(resolved(parent), own)
+        return own if parent is None else merge(resolved(parent), own)
 
     return kind(name, methods).model_validate(resolved(name))
 
@@ -140,8 +131,8 @@ def contradictions(settings: Settings) -> Iterator[tuple[Path, str]]:
     trained = [name for name, method in methods.items() if isinstance(method, TrainedMethod)]
     for path, names, allowed in (
         (("sweep", "students"), settings.sweep.students or [], models.students),
-        (("sweep", "against"), settings.sweep.against, trained),
-        (("sweep", "only"), settings.sweep.only, list(settings.sweep.variants)),
+        (("sweep", "against"), settings.sweep.against, list(methods)),
+        (("sweep", "methods"), settings.sweep.methods, list(methods)),
         (("tables", "methods"), settings.tables.methods, list(methods)),
         (("tables", "ablations"), settings.tables.ablations, list(methods)),
         (("analysis", "methods"), settings.analysis.methods, list(methods)),
@@ -168,17 +159,3 @@ def _checked(model: type[Section], values: Any, at: Path = ()) -> Any:
     except ValidationError as error:
         first = min(error.errors(), key=lambda e: list(map(str, e["loc"])))
         raise Invalid((*at, *map(str, first["loc"])), first, model, len(at)) from None
-
-
-def _without_variants(values: dict[str, Any]) -> dict[str, Any]:
-    """`values` without what an earlier validation put among the methods: the variants of the sweep."""
-    sweep, methods = values.get("sweep"), values.get("methods")
-    variants = sweep.get("variants") if isinstance(sweep, dict) else None
-    if not isinstance(variants, dict) or not isinstance(methods, dict):
-        return values
-    for name, variant in variants.items():
-        if name in BUILT_IN or (name in methods and methods[name] != variant):
-            raise Invalid(
-                ("sweep", "variants", name), f"{name!r} is a method already; give the variant a new name"
-            )
-    return {**values, "methods": {name: method for name, method in methods.items() if name not in variants}}
