@@ -2,6 +2,9 @@
 #   snakemake --cores all                                    the small scale of config.yaml
 #   snakemake --cores all --configfile configs/ci.yaml       the same, cut down to a few minutes
 #   snakemake --cores all --profile slurm --configfile configs/paper.yaml
+from snakemake.utils import min_version
+
+min_version("9.0")
 
 
 configfile: "config.yaml"
@@ -18,10 +21,10 @@ include: "workflow/rules/distill.smk"
 include: "workflow/rules/evaluate.smk"
 include: "workflow/rules/tables.smk"
 include: "workflow/rules/analysis.smk"
+include: "workflow/rules/pope.smk"
 include: "workflow/rules/report.smk"
 include: "workflow/rules/beyond.smk"
 include: "workflow/rules/sweep.smk"
-include: "workflow/rules/pope.smk"
 
 
 rule all:
@@ -30,31 +33,27 @@ rule all:
         rules.tables.output,
 
 
-# Figures, claims and the results page, with the analyses behind them (`make report`).
+# Figures, claims and the results page, with the analyses and POPE's questions behind them (`make report`).
 rule page:
     input:
         rules.report_page.output,
+        rules.pope.output,
 
 
 # Coarse targets, which the stages of dvc.yaml name.
 rule dataset:
     input:
         rules.haystacks.output,
-        LONG_ASKED,
-        IMAGES,
+        [LAYOUT.training_questions(name) for name in ASKED],
+        images("haystacks"),
 
 
 rule family:
     input:
-        [checkpoint_files(member) for member in [TEACHER, *STUDENTS]],
-        f"{ROOT}/teacher_cache/index.json",
+        [checkpoint_files(member) for member in MEMBERS],
+        [LAYOUT.teacher_cache(name) for name in LAYOUT.asked(heard=True)],
 
 
-rule baselines:
+rule cells:
     input:
-        [f"{ROOT}/cells/{cell}" for cell in CELLS if cell.split("/")[1] not in ABLATED],
-
-
-rule distill:
-    input:
-        [f"{ROOT}/cells/{cell}" for cell in CELLS if cell.split("/")[1] in ABLATED],
+        CELLS,

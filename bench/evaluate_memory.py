@@ -18,7 +18,7 @@ import torch
 
 from laid.data.haystacks import build_haystacks
 from laid.errors import LaidError
-from laid.evaluation.evaluate import evaluate_cells
+from laid.evaluation.evaluate import evaluate_cells, question_sets
 from laid.plan.estimate import Estimator
 from laid.plan.measure import peak_bytes
 from laid.plan.shapes import meta_model, published_config
@@ -80,8 +80,8 @@ def compare(args: argparse.Namespace, folder: Path) -> None:
     def evaluate() -> None:
         cells.extend(
             evaluate_cells(
-                settings, "small", "base", checkpoint, [], args.coco, folder / "haystacks/test", [args.images],
-                folder / "cells/small/base",
+                settings, "small", "base", checkpoint, [], args.coco,
+                question_sets([folder / "haystacks/test"], [args.images], args.coco), folder / "cells/small/base",
             )
         )  # fmt: skip
 

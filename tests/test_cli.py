@@ -48,15 +48,13 @@ RIGHT = {
     " --questions {questions} --out {out} --device cpu",
     "evaluate": "evaluate --config {micro} --student-name small --method base --model {small} --coco {coco}"
     " --questions {test} --sizes 1 2 --out {out} --device cpu",
-    "pope": "pope evaluate --config {micro} --student-name small --method base --model {small} --coco {coco}"
-    " --questions {test} --out {out} --device cpu",
     "tokens": "tokens --config {micro} --model {small} --coco {coco} --out {out}",
     "analyse": "analyse --config {micro} --student-name small --model {small} --coco {coco} --questions {test} --out {out}",
     "tables": "tables --config {micro} --cells {tmp}/cells --out {out}",
     "figures": "figures --config {micro} --cells {tmp}/cells --out {out}",
     "report": "report --config {micro} --cells {tmp}/cells --out {out}",
     "verify": "verify --config {micro}",
-    "explain": "explain {tmp}/cells/small/base/1.json --config {micro}",
+    "explain": "explain {tmp}/cells/test/small/base/1.json --config {micro}",
     "config": "config --config {micro}",
 }
 # (verb, what replaces what in its command line, what the one line says)
@@ -89,7 +87,9 @@ WRONG = [
     ("evaluate", ("{test}", "{tmp}"), "visual_haystack_1.json: no such file"),
     ("evaluate", ("--sizes 1 2", "--sizes 3"), "visual_haystack_3.json: no such file"),
     ("evaluate", ("{coco}", "{tmp}"), "no such image"),
-    ("pope", None, "coco_pope_random.json: cannot be read: No such file"),
+    ("evaluate", ("{test}", "{tmp}/coco_pope_random.json"), "coco_pope_random.json: no such file"),
+    ("evaluate", ("--sizes 1 2", ""), "give the sizes with --sizes"),
+    ("evaluate", ("{test}", "{questions} {questions}"), "has "),
     ("tokens", ("{small}", "{tmp}/none"), "no such checkpoint folder"),
     ("tokens", ("{coco}", "{tmp}"), "instances_val2017.json: no such file"),
     ("tables", None, "no such folder of cells"),

@@ -29,7 +29,7 @@ def check(name: str, root: Path, rows_expected: list[tuple[str, str]], sizes: li
     for row, (student, method) in zip(rows, rows_expected, strict=True):
         values = dict(zip(header, row, strict=True))
         for size in sizes:
-            cell = json.loads((root / "cells" / student / method / f"{size}.json").read_text())
+            cell = json.loads((root / "cells" / "test" / student / method / f"{size}.json").read_text())
             right = sum(a["answer"] in (a["label"], "both") for a in cell["answers"])
             accuracy = 100 * right / len(cell["answers"])
             shown = float(values[str(size)])

@@ -46,14 +46,12 @@ def table(file: Path) -> str:
 def made(results: Path) -> str:
     """One sentence: the command, the code and the machine behind the cells. Raises LaidError without cells."""
     codes, machines, seeds = set(), set(), 1
-    cells = results / "cells" / "test"
-    cells = cells if cells.is_dir() else cells.parent
-    for path in sorted(cells.glob("*/*/*cost.json")):
+    for path in sorted(results.glob("cells/test/*/*/*cost.json")):
         hardware = read_json(path)["hardware"]
         graphics = ", ".join(hardware["gpus"]) or "no GPU"
         memory = hardware["memory_bytes"] / 2**30
         machines.add(f"{hardware['cores']} cores of {hardware['cpu']}, {memory:.0f} GiB, {graphics}")
-    for path in sorted(p for p in cells.glob("*/*/*.json") if p.stem.isdigit()):
+    for path in sorted(p for p in results.glob("cells/test/*/*/*.json") if p.stem.isdigit()):
         cell = read_json(path)
         code, seeds = cell["provenance"]["code"], max(seeds, len(cell["seeds"]))
         changed = " with uncommitted changes" if code["dirty"] else ""

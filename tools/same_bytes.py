@@ -1,7 +1,7 @@
 """Build a configuration twice from nothing, in two ways, and compare every byte of the results.
 
     python tools/same_bytes.py --config config.yaml configs/ci.yaml
-    python tools/same_bytes.py --config config.yaml configs/ci.yaml --against results/ci --target cells/small/laid/5.json
+    python tools/same_bytes.py --config config.yaml configs/ci.yaml --against results/ci --target cells/test/small/laid/5.json
 
 The first build has two cores, the second one core and the jobs in another order. With --against there is one build,
 compared with results that are there; with --target it makes that file (below <results>/<scale>) and what it needs.
@@ -16,7 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from laid.commands.verify import differences
+from laid.audit.rebuild import differences
 from laid.errors import LaidError
 from laid.io import read_json
 from laid.results.needed import needed
@@ -74,7 +74,7 @@ def run(config: list[Path], against: Path | None, target: str | None) -> int:
             build(config, first, goal(first), "--cores", "2")
             # The cell that the tables name last, and all it needs, come first.
             last = "/".join(map(str, list(needed(settings))[-1]))
-            before = f"{second}/{scale}/cells/{last}.json"
+            before = f"{second}/{scale}/cells/test/{last}.json"
             build(config, second, goal(second), "--cores", "1", "--prioritize", before)
         else:
             build(config, second, goal(second), "--cores", "2")

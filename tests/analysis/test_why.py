@@ -151,9 +151,9 @@ def test_verbs_from_models_to_words(family, haystacks, coco_root, micro_file, tm
         "8",
         "12",
     ]
-    assert main([*cells, "--student-name", "small", "--out", str(out / "cells/small/base")]) == 0
+    assert main([*cells, "--student-name", "small", "--out", str(tmp_path / "cells/beyond/small/base")]) == 0
     capsys.readouterr()
-    assert main(["beyond", *files, "--out", str(out), "--cells", str(tmp_path / "none")]) == 0
+    assert main(["beyond", *files, "--out", str(out), "--cells", str(tmp_path / "cells")]) == 0
     text = capsys.readouterr().out
     assert "## Where it stops" in text and (out / "why.md").read_text() + "\n" == text
     assert {p.name for p in (out / "figures").glob("*.svg")} == {"why.svg", "beyond.svg"}

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,15 +10,15 @@ import yaml
 
 from laid import provenance
 from laid.audit.lineage import Lineage, changed_settings
+from laid.audit.rebuild import differences
 from laid.cli import main
-from laid.commands.verify import differences
 from laid.data.questions import Question, haystack_file, write_questions
 from laid.evaluation.cells import make_cell, write_cell
 from laid.io import read_json, write_json
 from laid.settings import load, merge
 
 TOP = Path(__file__).resolve().parents[2]
-LINK = {"cell": "cells/small/sft/2.json", "run": "runs/small/sft/seed0", "model": "models/small"}
+LINK = {"cell": "cells/test/small/sft/2.json", "run": "runs/small/sft/seed0", "model": "models/small"}
 
 
 @pytest.fixture
@@ -80,7 +81,7 @@ def make_results(tmp_path):
     write_questions(root / "haystacks/train.json", asked)
 
     def record(step, names, **wildcards):
-        where = {"train": lineage.run, "evaluate": lineage.cell}
+        where = {"train": lineage.run, "evaluate": partial(lineage.cell, "test")}
         made = where[step](*wildcards.values()) if step in where else lineage.member(wildcards["member"])
         inputs = {name: lineage.inputs_of(made, name)[0] for name in names}
         return provenance.collect(step, settings, inputs, **wildcards)
@@ -108,7 +109,7 @@ def make_results(tmp_path):
             method=method, size=2, answers=answers, tokens_mean=9.0, positions_mean=8.0,
             provenance=record("evaluate", names, student=student, method=method, size=2),
         )  # fmt: skip
-        write_cell(root / f"cells/{student}/{method}/2.json", cell)
+        write_cell(root / f"cells/test/{student}/{method}/2.json", cell)
 
 
 def verify(capsys, *words):
@@ -134,7 +135,7 @@ def test_untouched_results_are_sound(tree, capsys):
         ("coco/annotations/instances_val2017.json", 0, "input annotations_val2017"),
         ("models/small/model.safetensors", 1, "input model (results/mini/models/small) is"),
         ("runs/small/sft/seed0/model/adapter.safetensors", 2, "input run_seed0 (results/mini/runs/small/sft/seed0/model)"),
-        ("haystacks/train.json", 2, "stale: results/mini/cells/small/sft/2.json: results/mini/runs/small/sft/seed0: input questions"),
+        ("haystacks/train.json", 2, "stale: results/mini/cells/test/small/sft/2.json: results/mini/runs/small/sft/seed0: input questions"),
         ("coco/annotations/instances_train2017.json", 0, "results/mini/models/small: input annotations"),
     ],
 )  # fmt: skip
@@ -179,11 +180,14 @@ def test_a_changed_value_matters_where_it_matters(tree, capsys, changes, sound, 
 def test_a_tampered_cell_and_a_missing_one(tree, capsys):
     text = (tree / LINK["cell"]).read_text()
     (tree / LINK["cell"]).write_text(text.replace('"accuracy": 0.5', '"accuracy": 0.9'))
-    (tree / "cells/teacher/base/2.json").unlink()
+    (tree / "cells/test/teacher/base/2.json").unlink()
     status, output = verify(capsys)
     assert status == 1 and "1 sound, 1 tampered, 1 missing" in output
-    assert "tampered: results/mini/cells/small/sft/2.json: accuracy says 0.9, its answers give 0.5" in output
-    assert "missing: results/mini/cells/teacher/base/2.json" in output
+    assert (
+        "tampered: results/mini/cells/test/small/sft/2.json: accuracy says 0.9, its answers give 0.5"
+        in output
+    )
+    assert "missing: results/mini/cells/test/teacher/base/2.json" in output
 
 
 def test_a_half_written_record(tree, capsys):
@@ -210,7 +214,7 @@ def test_an_overlay_without_its_base_is_pointed_out(tree, capsys):
 
 
 @pytest.mark.parametrize(
-    "path", ["nowhere.json", "results/mini/cells/small/sft/two.json", "elsewhere/small/sft/2.json"]
+    "path", ["nowhere.json", "results/mini/cells/test/small/sft/two.json", "elsewhere/test/small/sft/2.json"]
 )
 def test_what_is_no_cell(tree, capsys, path):
     assert main(["verify", "--config", str(TOP / "config.yaml"), "over.yaml", "--", path]) == 2
@@ -228,7 +232,7 @@ def test_an_input_of_an_unknown_name(tree, capsys):
 def test_published_checkpoints_stand_for_themselves(tree):
     settings = load([TOP / "config.yaml", Path("over.yaml")])
     lineage = Lineage(settings.changed({"models": {"checkpoints": {"small": "Qwen/Some-VL"}}}))
-    assert lineage.inputs_of(lineage.cell("small", "base", 2), "model") == ("hub:Qwen/Some-VL", None)
+    assert lineage.inputs_of(lineage.cell("test", "small", "base", 2), "model") == ("hub:Qwen/Some-VL", None)
 
 
 def test_explain_walks_from_the_images_to_the_number(tree, capsys):
@@ -259,7 +263,7 @@ def test_changed_settings_name_the_key():
     assert list(changed_settings(old, json.loads(json.dumps(old)))) == []
 
 
-def testdifferences_of_a_rebuilt_cell():
+def test_differences_of_a_rebuilt_cell():
     old = {"answers": [1, 2, 3], "provenance": {"code": {"commit": "a"}}, "accuracy": 0.5}
     new = {"answers": [1, 5, 3], "provenance": {"code": {"commit": "b"}}, "accuracy": 0.25}
     assert list(differences(old, new)) == [
@@ -270,8 +274,8 @@ def testdifferences_of_a_rebuilt_cell():
 def test_what_learns_from_long_haystacks_is_followed_there():
     lineage = Lineage(load([TOP / "config.yaml"]), "r")
     for method, questions, cache in (
-        ("laid", "train", "teacher_cache"),
-        ("laid_long", "long", "teacher_cache_long"),
+        ("laid", "train", "teacher_cache/train"),
+        ("laid_long", "long", "teacher_cache/long"),
     ):
         run = lineage.run("small", method, 0)
         assert lineage.inputs_of(run, "questions")[0] == Path(f"r/haystacks/{questions}.json")

@@ -12,7 +12,7 @@ from laid.cli import main
 from laid.io import read_json
 from laid.settings import load, merge
 
-CELL = "results/micro/cells/small/laid/2.json"
+CELL = "results/micro/cells/test/small/laid/2.json"
 
 
 @pytest.fixture(scope="module")
@@ -31,16 +31,16 @@ def made(micro_file, tmp_path_factory):
         f"pretrain --member teacher --coco {root}/coco --out {root}/models/teacher",
         f"pretrain --member small --coco {root}/coco --out {root}/models/small",
         (
-            f"teacher-cache --teacher {root}/models/teacher --questions {root}/haystacks/train.json --out {root}/teacher_cache"
+            f"teacher-cache --teacher {root}/models/teacher --questions {root}/haystacks/train.json --out {root}/teacher_cache/train"
             f" --coco {root}/coco --device cpu"
         ),
         (
-            f"train --method laid --student {root}/models/small --teacher-cache {root}/teacher_cache"
+            f"train --method laid --student {root}/models/small --teacher-cache {root}/teacher_cache/train"
             f" --questions {root}/haystacks/train.json --out {root}/runs/small/laid/seed0 {student}"
         ),
         (
             f"evaluate --method laid --model {root}/models/small --runs {root}/runs/small/laid/seed0 --sizes 1 2"
-            f" --questions {root}/haystacks/test --out {root}/cells/small/laid {student}"
+            f" --questions {root}/haystacks/test --out {root}/cells/test/small/laid {student}"
         ),
     )
     threads = torch.get_num_threads()
@@ -64,7 +64,7 @@ def tree(made, tmp_path, monkeypatch, capsys):
 
 def test_a_cell_is_rebuilt_from_its_inputs_alone(tree, capsys):
     """Other cells, logs, the teacher and its cache are away: a cell's inputs are images, questions, model, run."""
-    for name in ("teacher_cache", "models/teacher", "haystacks/train.json", "cells/small/laid/1.json"):
+    for name in ("teacher_cache", "models/teacher", "haystacks/train.json", "cells/test/small/laid/1.json"):
         path = tree / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     before = {path: path.stat().st_mtime_ns for path in tree.rglob("*")}
@@ -109,10 +109,13 @@ def test_a_tampered_number_comes_out(tree, capsys):
         (CELL.replace("2.json", "3.json"), "the configuration has no size 3; it has 1, 2, 5"),
         (
             CELL.replace("/laid/", "/lade/"),
-            "the configuration has no method lade; it has base, yarn, self_extend, sft",
+            "the configuration has no method lade; it has base, yarn, self_extend, ",
         ),
         (CELL.replace("/small/", "/tiny/"), "the configuration has no model tiny; it has teacher, small"),
-        ("results/micro/cells/small/laid/cost.json", "not a cell; expected results/micro/cells/<student>"),
+        (
+            "results/micro/cells/test/small/laid/cost.json",
+            "not a cell; expected results/micro/cells/<suite>/<student>",
+        ),
         (CELL, "not valid JSON, line "),
     ],
 )
@@ -157,7 +160,11 @@ def test_a_setting_of_the_questions_makes_stale_just_what_it_changes(tree, capsy
     Path("config.yaml").write_text(yaml.safe_dump(merge(values, {"haystacks": changes})))
     assert main(["haystacks", "--coco", str(tree / "coco"), "--out", "anew"]) == 0
     lineage = Lineage(load(["config.yaml"]))
-    for part, name in (("train", "train.json"), ("test", "test/visual_haystack_2.json")):
+    for part, name in (
+        ("train", "train.json"),
+        ("test", "test/visual_haystack_2.json"),
+        ("validation", "validation/visual_haystack_2.json"),
+    ):
         same = Path("anew", name).read_bytes() == (tree / "haystacks" / name).read_bytes()
         assert same == (lineage.problems(lineage.haystacks(part)) == []), (part, changes)
     capsys.readouterr()
@@ -184,7 +191,7 @@ def test_results_from_before_data_left_a_record_are_known_by_their_hashes(tree, 
 RECORDS = (
     "runs/small/laid/seed0/run.json",
     "models/small/laid.json",
-    "teacher_cache/index.json",
+    "teacher_cache/train/index.json",
     "haystacks/laid.json",
 )
 

@@ -303,7 +303,7 @@ def test_unknown_images_and_two_at_once_are_refused(make, names):
 
 
 def test_whole_chain_by_the_command_line(site, content, origin, tmp_path, monkeypatch, capsys):
-    """data fetches annotations; haystacks then fetches the images its questions name, and no others."""
+    """data fetches annotations, then the images that the questions of haystacks name, and no others."""
     monkeypatch.setattr(download, "ARCHIVES", content[1])
     overlay = tmp_path / "overlay.yaml"
     settings = {
@@ -323,11 +323,13 @@ def test_whole_chain_by_the_command_line(site, content, origin, tmp_path, monkey
     assert main(["haystacks", *config, "--coco", str(coco), "--out", str(out)]) == 0
     files = sorted(p for p in out.rglob("*.json") if p.name not in ("shortcuts.json", "laid.json"))
     needed = {path for file in files for q in read_questions(file) for path in q.needles + q.distractors}
+    assert images(coco) == []
+    ask = ["data", *config, "--out", str(coco), "--questions", *map(str, files)]
+    assert main(ask) == 0
     assert images(coco) == sorted(needed) and 4 < len(needed) < 54
     # Question files by hand, as for the official ones: missing images are fetched, broken ones are named.
     victim, broken = sorted(needed)[:2]
     (coco / victim).unlink()
-    ask = ["data", *config, "--out", str(coco), "--questions", *map(str, files)]
     assert main(ask) == 0 and same(origin, coco, victim)
     (coco / broken).write_bytes((coco / broken).read_bytes()[:-400])
     capsys.readouterr()

@@ -8,7 +8,7 @@ import torch
 from laid.data.questions import haystack_file, ordered_images, read_questions, write_questions
 from laid.errors import LaidError
 from laid.evaluation.cells import read_cell
-from laid.evaluation.evaluate import Evaluator, evaluate_cells, seed_of
+from laid.evaluation.evaluate import Evaluator, evaluate_cells, question_sets, seed_of
 from laid.evaluation.scoring import spoken_answer
 from laid.io import read_json
 from laid.methods.registry import load_with_method
@@ -131,9 +131,8 @@ def test_a_model_that_says_yes_scores_yes(loaded, coco_root, micro, questions):
 
 
 def cells(micro, family, coco_root, haystacks, out, method="base", runs=(), sizes=(1, 2, 5)):
-    return evaluate_cells(
-        micro, "small", method, family["small"], runs, coco_root, haystacks / "test", sizes, out
-    )
+    sets = question_sets([haystacks / "test"], sizes, coco_root)
+    return evaluate_cells(micro, "small", method, family["small"], runs, coco_root, sets, out)
 
 
 @pytest.mark.parametrize("method", ["base", "yarn", "self_extend"])
@@ -182,8 +181,7 @@ def test_labels_of_tables(micro, family, coco_root, haystacks, tmp_path):
         family["teacher"],
         [],
         coco_root,
-        haystacks / "test",
-        [2],
+        question_sets([haystacks / "test/visual_haystack_2.json"], [], coco_root),
         tmp_path / "teacher/base",
     )
     assert cell["label"] == "32B" and cell["role"] == "teacher"

@@ -68,7 +68,7 @@ def place(folder, student, method, right):
             scale="test", student=student, label=student, role="student", method=method, size=1, answers=answers,
             tokens_mean=40.0, positions_mean=40.0, provenance=synthetic.PROVENANCE,
         )  # fmt: skip
-        write_cell(folder / strategy / student / method / "1.json", cell)
+        write_cell(folder / f"pope_{strategy}" / student / method / "1.json", cell)
 
 
 def of_images(share, images=200):
@@ -100,8 +100,8 @@ class Here(Curves):
     ("after", "verdict"), [(of_images(0.5), SUPPORTED), (of_images(0.3), NOT), (of_images(0.49), UNDECIDED)]
 )
 def test_the_claim(tmp_path, after, verdict):
-    place(tmp_path / "pope/cells", "S", "base", of_images(0.5))
-    place(tmp_path / "pope/cells", "S", "laid", after)
+    place(tmp_path / "cells", "S", "base", of_images(0.5))
+    place(tmp_path / "cells", "S", "laid", after)
 
     outcome = claim_tests.benchmark_kept(Here(), "laid", 1, tmp_path)
     assert outcome.verdict == verdict and outcome.statements[0].bound == -1
@@ -115,7 +115,7 @@ def test_the_claim_without_a_table(tmp_path):
 
 def test_a_missing_cell_and_other_images_are_one_line(tmp_path):
     place(tmp_path, "S", "base", of_images(0.5, 4))
-    (tmp_path / "popular/S/base/1.json").unlink()
+    (tmp_path / "pope_popular/S/base/1.json").unlink()
     with pytest.raises(LaidError, match="popular/S/base/1.json: no such cell; make it with"):
         read_pope_answers(tmp_path)
     place(tmp_path, "S", "base", of_images(0.5, 4))
@@ -147,8 +147,10 @@ def asked(micro_file, coco_root, family, tmp_path_factory):
             "--coco",
             str(coco_root),
         ]
-        words += ["--questions", str(root / "questions"), "--out", str(root / "cells"), "--device", "cpu"]
-        assert main(["pope", "evaluate", *config, *words]) == 0
+        for strategy in STRATEGIES:
+            file, out = pope_file(root / "questions", strategy), root / f"cells/pope_{strategy}/{name}/base"
+            asked = ["--questions", str(file), "--out", str(out), "--device", "cpu"]
+            assert main(["evaluate", *config, *words, *asked]) == 0
     return root, config
 
 
@@ -163,7 +165,7 @@ def test_questions_to_table(asked, coco_root, capsys):
     ]
     for row in rows[4:7]:
         questions = read_pope(pope_file(root / "questions", row["strategy"]), coco_root)
-        cell = read_cell(root / "cells" / row["strategy"] / "small/base/1.json")
+        cell = read_cell(root / f"cells/pope_{row['strategy']}/small/base/1.json")
         said = {a["id"]: a["answer"] for a in cell["answers"]}
         right = [said[q.id] == q.answer for q in questions]
         assert row["n"] == "72" and float(row["accuracy"]) == pytest.approx(100 * np.mean(right), abs=1e-3)
@@ -175,7 +177,7 @@ def test_questions_to_table(asked, coco_root, capsys):
 def test_a_positive_question_is_answered_alike_whatever_the_absent_ones(asked):
     root, _ = asked
     by_strategy = [
-        {a["id"]: a["p_yes"] for a in read_cell(root / "cells" / s / "small/base/1.json")["answers"] if a["label"] == "yes"}
+        {a["id"]: a["p_yes"] for a in read_cell(root / f"cells/pope_{s}/small/base/1.json")["answers"] if a["label"] == "yes"}
         for s in STRATEGIES
     ]  # fmt: skip
     for other in by_strategy[1:]:

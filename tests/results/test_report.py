@@ -39,7 +39,7 @@ def root(tmp_path_factory):
                 data["run_seed0"] = "e" * 64
             provenance = {**synthetic.PROVENANCE, "data": data, "settings": {"note": "</script><b>bold</b>"}}
             cell = synthetic.cell(student, method, size, right, provenance=provenance)
-            write_cell(root / "cells" / student / method / f"{size}.json", cell)
+            write_cell(root / "cells/test" / student / method / f"{size}.json", cell)
     write_json(root / "runs" / "mid" / "laid" / "seed0" / "run.json", {"config": "f" * 64, "steps": 1500})
     flags = ["--config", str(folder / "config.yaml")]
     for verb in ("figures", "claims", "report"):
@@ -112,8 +112,8 @@ def test_every_cell_of_tables_1_and_3_leads_to_its_chain(page, tags, root):
     )  # Table 1, and 1 and 20 images of Table 3
     cell = data["cells"]["mid/laid/20"]
     assert cell["title"] == "mid, LAid, 20 images"
-    assert cell["command"] == f"snakemake --cores all {root}/cells/mid/laid/20.json"
-    stored = json.loads((root / "cells" / "mid" / "laid" / "20.json").read_text())
+    assert cell["command"] == f"snakemake --cores all {root}/cells/test/mid/laid/20.json"
+    stored = json.loads((root / "cells/test" / "mid" / "laid" / "20.json").read_text())
     assert f"{100 * stored['accuracy']:.2f} %" in cell["facts"][0][1]
     hashes = {name: value for step in cell["chain"] for name, value in step["hashes"]}
     assert (

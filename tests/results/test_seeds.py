@@ -32,7 +32,7 @@ def root(tmp_path_factory):
         ("big", "base", [0.9]), ("tiny", "base", [0.5]), ("tiny", "yarn", [0.8]),
         ("tiny", "sft", [0.8, 0.8, 0.8]), ("tiny", "laid", [0.5, 0.7, 1.0]),
     ):  # fmt: skip
-        cells = folder / "test/cells" / student / method
+        cells = folder / "test/cells/test" / student / method
         for k, size in enumerate(SIZES):
             luck = np.random.default_rng([7, k]).permutation(100)  # the same questions are hard for all
             right = np.stack([(luck < 100 * share).astype(int) for share in shares])
@@ -45,7 +45,7 @@ def root(tmp_path_factory):
 
 
 def test_accuracy_is_the_mean_and_its_interval_is_students(root):
-    cell = read_cell(root / "cells/tiny/laid/20.json")
+    cell = read_cell(root / "cells/test/tiny/laid/20.json")
     assert cell["seeds"] == [0, 1, 2] and cell["accuracy"] == pytest.approx((0.5 + 0.7 + 1) / 3)
     # Nearly all of the error is the seeds'; what the questions add makes it a little wider, and 1 is the end.
     low, high = scipy.stats.t.interval(0.95, 2, 0.73333, scipy.stats.sem([0.5, 0.7, 1.0]))

@@ -183,7 +183,7 @@ def test_the_verb_prints_and_writes(tmp_path, capsys):
         ("s", "laid"): {1: 1.0, 50: 0.75},
     }
     for (student, method, size), cell in synthetic.grid_of(curves, 8).items():
-        write_cell(tmp_path / "cells" / student / method / f"{size}.json", cell)
+        write_cell(tmp_path / "cells/test" / student / method / f"{size}.json", cell)
     arguments = ["--config", str(tmp_path / "config.yaml"), "--cells", str(tmp_path / "cells")]
     assert main(["tables", *arguments, "--out", str(tmp_path / "tables")]) == 0
     printed = capsys.readouterr().out
@@ -212,7 +212,7 @@ def test_the_verb_prints_and_writes(tmp_path, capsys):
     )
     # Nothing changed, so nothing was written: the workflow has nothing to do afterwards.
     assert {p.name: p.stat().st_mtime_ns for p in (tmp_path / "tables").iterdir()} == before
-    (tmp_path / "cells" / "s" / "laid" / "50.json").unlink()
+    (tmp_path / "cells/test" / "s" / "laid" / "50.json").unlink()
     assert main(["tables", *arguments, "--out", str(tmp_path / "tables")]) == 2
     assert "s/laid/50.json: no such cell; make it with: snakemake" in capsys.readouterr().err
 

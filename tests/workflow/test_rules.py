@@ -1,11 +1,14 @@
 """The rules, through real Snakemake: what is planned, what is made again and why, how mistakes look."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
+
+from laid.data.pope import STRATEGIES
 
 TOP = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.workflow
@@ -33,7 +36,7 @@ def expected_jobs(config):
             methods |= set(tables["ablations"])
         evaluated += len(methods)
         trained += len(methods - {"base", "yarn", "self_extend"})
-    return {"pretrain": 1 + len(students), "evaluate": evaluated, "train": trained * config["seeds"]}
+    return {"pretrain": 1 + len(students), "evaluate_test": evaluated, "train": trained * config["seeds"]}
 
 
 def test_plan_of_the_default(workdir):
@@ -47,15 +50,17 @@ def test_three_seeds_train_three_times(workdir):
     config = yaml.safe_load((TOP / "config.yaml").read_text())
     jobs = workdir.planned("--config", "seeds=3", overlay=None)
     assert jobs["train"] == 3 * expected_jobs({**config, "seeds": 1})["train"]
-    assert jobs["evaluate"] == expected_jobs(config)["evaluate"]
+    assert jobs["evaluate_test"] == expected_jobs(config)["evaluate_test"]
 
 
 def test_one_cell_needs_one_student_and_one_run(workdir):
-    jobs = workdir.planned("results/micro/cells/small/laid/5.json")
-    assert (jobs["pretrain"], jobs["train"], jobs["evaluate"]) == (2, 1, 1)
-    jobs = workdir.planned("results/micro/cells/small/yarn/5.json")
+    jobs = workdir.planned("results/micro/cells/test/small/laid/5.json")
+    assert (jobs["pretrain"], jobs["train"], jobs["evaluate_test"]) == (2, 1, 1)
+    jobs = workdir.planned("results/micro/cells/test/small/yarn/5.json")
     assert (
-        (jobs["pretrain"], jobs["evaluate"]) == (1, 1) and "train" not in jobs and "teacher_cache" not in jobs
+        (jobs["pretrain"], jobs["evaluate_test"]) == (1, 1)
+        and "train" not in jobs
+        and "teacher_cache" not in jobs
     )
 
 
@@ -63,22 +68,54 @@ def test_one_job_per_cell_for_large_models(workdir):
     (workdir.path / "cell.yaml").write_text("evaluation: {shard: cell}\n")
     jobs = workdir.planned("--configfile", "micro.yaml", "cell.yaml", overlay=None)
     config = yaml.safe_load((TOP / "config.yaml").read_text())
-    assert jobs["evaluate"] == 2 * expected_jobs(config)["evaluate"]  # two sizes
-    cell = "results/micro/cells/small/base/5"
+    assert jobs["evaluate_test"] == 2 * expected_jobs(config)["evaluate_test"]  # two sizes
+    cell = "results/micro/cells/test/small/base/5"
     overlays = ["--configfile", "micro.yaml", "cell.yaml"]
     plan = workdir.snakemake("--dry-run", "--printshellcmds", f"{cell}.json", *overlays, overlay=None)
     # A cost file each: jobs of one folder do not write over each other's.
-    assert f"output: {cell}.json, {cell}.cost.json" in plan and " --cost 5.cost.json " in plan
+    assert f"output: {cell}.json, {cell}.cost.json" in plan and f" --cost {cell}.cost.json " in plan
 
 
 def test_pope_asks_teacher_and_students_before_and_after(workdir):
     """Base of all three, and what follows it of each student; images are looked at where they are not rendered."""
     jobs = workdir.planned("pope")
-    assert (jobs["pope_questions"], jobs["pope_evaluate"], jobs["pope"]) == (1, 1 + 2 * 4, 1)
-    assert "evaluate" not in jobs and "pope_images" not in jobs
+    asked = {f"evaluate_pope_{strategy}": 1 + 2 * 4 for strategy in STRATEGIES}
+    assert jobs.items() >= {"pope_questions": 1, "pope": 1, **asked}.items()
+    assert "evaluate_test" not in jobs and "images" not in jobs
     (workdir.path / "fetched.yaml").write_text("data: {source: download}\n")
     jobs = workdir.planned("pope", "--configfile", "micro.yaml", "fetched.yaml", overlay=None)
-    assert jobs["pope_images"] == 1
+    assert jobs["images"] == 2  # those of the haystacks, which the students learn from, and POPE's
+
+
+def test_the_claims_rest_on_the_same_cells_whatever_was_made_before(workdir):
+    """What lies in the folder of results is no part of the plan."""
+    before = workdir.planned("page")
+    (workdir.root / "pope").mkdir(parents=True)
+    (workdir.root / "pope/pope.csv").write_text("")
+    assert workdir.planned("page") == before and before["evaluate_pope_random"] == 9
+
+
+def test_a_method_of_an_overlay_is_a_method_like_any_other(workdir):
+    """Named in tables.methods it is trained, evaluated and a row; extending one without labels, it learns from long."""
+    (workdir.path / "mine.yaml").write_text(
+        "methods:\n  mine_2: {extends: laid, lambda_kl: 0.1}\n  apart: {extends: laid_long}\n"
+        "tables: {methods: [base, mine_2, apart], ablations: [base]}\n"
+    )
+    overlays = ["--configfile", "micro.yaml", "mine.yaml"]
+    jobs = workdir.planned(*overlays, overlay=None)
+    assert (jobs["train"], jobs["evaluate_test"], jobs["teacher_cache"], jobs["haystacks_long"]) == (
+        4,
+        7,
+        2,
+        1,
+    )
+    plan = workdir.snakemake("--dry-run", "--printshellcmds", *overlays, overlay=None)
+    (trained,) = re.findall(r"laid train .*--method mine_2 .*--student-name small .*", plan)
+    assert "teacher_cache/train " in trained and "haystacks/train.json" in trained
+    (trained,) = re.findall(r"laid train .*--method apart .*--student-name small .*", plan)
+    assert "teacher_cache/long " in trained and "haystacks/long.json" in trained
+    (asked,) = re.findall(r"laid teacher-cache .*haystacks/long.json.*", plan)
+    assert " --without-labels " in asked and plan.count("--without-labels") == 1
 
 
 @pytest.mark.parametrize(

@@ -1,22 +1,19 @@
-# Looking into the models: attention heads for Figure 4 and the spectra, and what an exported student costs.
+# Looking into the models: attention heads for Figure 4 and the spectra, why windows end, what an exported student costs.
 
-
-ANALYSES = [f"{ROOT}/analysis/{member}.json" for member in [TEACHER, *STUDENTS]]
+ANALYSES = [f"{ROOT}/analysis/{member}.json" for member in MEMBERS]
 COSTS = [
     f"{ROOT}/inference_cost/{student}.json"
     for student in STUDENTS
-    if "laid" in chosen("analysis", student)
+    if "laid" in LAYOUT.chosen("analysis", student)
 ]
 
 
 rule analysis:
     input:
-        model=lambda wildcards: checkpoint_files(wildcards.student),
+        model=student_files,
         runs=first_runs("analysis"),
-        images=IMAGES,
-        questions=expand(
-            f"{ROOT}/haystacks/test/visual_haystack_{{size}}.json", size=SIZES
-        ),
+        images=images("haystacks"),
+        questions=test_questions(),
     output:
         f"{ROOT}/analysis/{{student}}.json",
     log:
@@ -25,32 +22,47 @@ rule analysis:
     priority: 10
     conda:
         "../../envs/laid.yaml"
-    threads: ask("evaluate", "threads")
+    threads: cores("evaluate")
     resources:
-        cpus_per_task=ask("evaluate", "threads"),
-        mem_mb=ask("evaluate", "mem_mb"),
-        runtime=ask("evaluate", "runtime"),
-        gpu=ask("evaluate", "gpu"),
+        **ask("evaluate"),
     params:
         relevant=relevant("analyse"),
-        model=lambda wildcards: checkpoint(wildcards.student),
-        methods=lambda wildcards: chosen("analysis", wildcards.student),
+        verb="analyse",
+        model=student_checkpoint,
+        methods=lambda wildcards: LAYOUT.chosen("analysis", wildcards.student),
         coco=COCO,
         questions=lambda wildcards, input: above(input.questions[0]),
     shell:
-        "laid analyse --config $CONFIG --student-name {wildcards.student} --model {params.model}"
+        "laid {params.verb} --config $CONFIG --student-name {wildcards.student} --model {params.model}"
         " --methods {params.methods} --runs {input.runs} --coco {params.coco} --questions {params.questions}"
         " --out {output} --threads {resources.cpus_per_task} 2>&1 | tee {log}"
 
 
+use rule analysis as why with:
+    input:
+        model=student_files,
+        runs=first_runs("beyond"),
+        images=images("haystacks"),
+        questions=test_questions(),
+    output:
+        f"{ROOT}/beyond/why/{{student}}.json",
+    log:
+        f"{ROOT}/logs/beyond/why-{{student}}.log",
+    params:
+        relevant=relevant("why"),
+        verb="why",
+        model=student_checkpoint,
+        methods=lambda wildcards: LAYOUT.chosen("beyond", wildcards.student),
+        coco=COCO,
+        questions=lambda wildcards, input: above(input.questions[0]),
+
+
 rule inference_cost:
     input:
-        model=lambda wildcards: checkpoint_files(wildcards.student),
-        run=f"{ROOT}/runs/{{student}}/laid/seed0",
-        images=IMAGES,
-        questions=expand(
-            f"{ROOT}/haystacks/test/visual_haystack_{{size}}.json", size=SIZES
-        ),
+        model=student_files,
+        run=LAYOUT.run("{student}", "laid", 0),
+        images=images("haystacks"),
+        questions=test_questions(),
     output:
         f"{ROOT}/inference_cost/{{student}}.json",
     log:
@@ -58,17 +70,14 @@ rule inference_cost:
     priority: 5
     conda:
         "../../envs/laid.yaml"
-    threads: ask("evaluate", "threads")
+    threads: cores("evaluate")
     resources:
-        cpus_per_task=ask("evaluate", "threads"),
-        mem_mb=ask("evaluate", "mem_mb"),
-        runtime=ask("evaluate", "runtime"),
-        gpu=ask("evaluate", "gpu"),
+        **ask("evaluate"),
     params:
-        model=lambda wildcards: checkpoint(wildcards.student),
+        model=student_checkpoint,
         coco=COCO,
         questions=lambda wildcards, input: above(input.questions[0]),
-        sizes=sorted({SIZES[len(SIZES) // 2], SIZES[-1]}),
+        sizes=sorted({TEST[len(TEST) // 2], TEST[-1]}),
     shell:
         "python $BENCH/inference_cost.py --config $CONFIG --student-name {wildcards.student} --model {params.model}"
         " --run {input.run} --coco {params.coco} --questions {params.questions} --sizes {params.sizes}"

@@ -1,21 +1,21 @@
-# What all rules share: the validated configuration, the folder of results, and which cells the tables need.
+# What all rules share: the validated settings, where results lie, what a job may use.
+# Where things lie and what depends on what is laid.layout: plain Python, with tests of its own.
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 
-from laid.settings import TrainedMethod, load, resolved_file, slice_json
 from laid.errors import LaidError
 from laid.io import sha256_json
-from laid.results.needed import needed
+from laid.layout import Layout
+from laid.settings import load, resolved_file, slice_json
 
 try:
     # Read again as laid reads YAML, config.yaml first: a message then says where a value stands.
     overlays = workflow.overwrite_configfiles
     base = [file for file in workflow.configfiles if file not in overlays]
     config = load([*base, *overlays], workflow.config_settings.config)
-    CELLS = [
-        f"{student}/{method}/{size}.json" for student, method, size in needed(config)
-    ]
+    LAYOUT = Layout(config)
+    CELLS = LAYOUT.needed()
 except LaidError as error:
     raise WorkflowError(str(error)) from None
 
@@ -26,28 +26,20 @@ shell.prefix(
     f"set -euo pipefail; CONFIG={resolved_file(config, '.snakemake/laid')}; BENCH={workflow.basedir}/bench; "
 )
 
-ROOT = f"{config['results']}/{config['scale']}"
-COCO = config["data"]["root"] if config["data"]["source"] == "local" else f"{ROOT}/coco"
-# Beside the questions whose images it vouches for: new questions take it away with the old ones.
-CHECKED = f"{ROOT}/haystacks/images.checked"
-IMAGES = [] if config["data"]["source"] == "rendered" else CHECKED
-TEACHER, STUDENTS = config["models"]["teacher"], config["models"]["students"]
-SIZES = sorted(config["haystacks"]["test"]["sizes"])
-# The ledger that comes with the workflow; one in the working folder, an edited copy, goes before it.
-LEDGER = next(
-    p for p in ("claims.yaml", f"{workflow.basedir}/claims.yaml") if Path(p).is_file()
-)
-TRAINED = [
-    name for name, method in config.methods.items() if isinstance(method, TrainedMethod)
-]
-ABLATED = [method for method in TRAINED if method.startswith("laid")]
+ROOT, COCO, SUITES = LAYOUT.root, LAYOUT.coco, LAYOUT.suites
+MEMBERS = LAYOUT.members
+TEACHER, STUDENTS = MEMBERS[0], MEMBERS[1:]
+TEST = SUITES["test"].sizes
+# The training questions, train or long, that the tables' methods learn from.
+ASKED = LAYOUT.asked()
 
 
 wildcard_constraints:
-    member="|".join([TEACHER, *STUDENTS]),
-    student="|".join([TEACHER, *STUDENTS]),
-    trained="|".join(TRAINED),
-    method="[a-z_]+",
+    member="|".join(MEMBERS),
+    student="|".join(MEMBERS),
+    method="|".join(config.methods),
+    questions="train|long",
+    asked="haystacks|beyond|pope",
     seed=r"\d+",
     size=r"\d+",
 
@@ -62,75 +54,96 @@ def above(path, levels=1):
     return str(Path(path).parents[levels - 1])
 
 
-def checkpoint(member):
-    """Where a member's checkpoint is: a folder made here, a folder of the user's, or a hub id."""
-    return config["models"]["checkpoints"].get(member, f"{ROOT}/models/{member}")
+def cores(rule):
+    """threads: what config.yaml grants a job of `rule`."""
+    return getattr(config.resources, rule).threads
+
+
+def ask(rule):
+    """resources: the same for all of them; memory and time grow by half with every further attempt.
+
+    Snakemake lowers `threads` to --cores; a job computes with cpus_per_task, so that its bytes do not depend on --cores.
+    """
+    granted = getattr(config.resources, rule)
+
+    def growing(value):
+        return lambda wildcards, attempt: -(-value * (attempt + 1) // 2)
+
+    return {
+        "cpus_per_task": granted.threads,
+        "mem_mb": growing(granted.mem_mb),
+        "runtime": growing(granted.runtime),
+        "gpu": granted.gpu,
+    }
 
 
 def checkpoint_files(member):
-    """input: the checkpoint, unless it is a hub id, which is no file."""
-    given = config["models"]["checkpoints"].get(member)
-    return [] if given and not Path(given).exists() else checkpoint(member)
+    """input: the checkpoint, unless it is a hub id, which is no file. A folder that the user names must be there."""
+    given = LAYOUT.given(member)
+    return [] if given and not Path(given).exists() else LAYOUT.checkpoint(member)
 
 
-def long(method):
-    """Whether a method learns from the long haystacks, without labels."""
-    return config["methods"][method].get("questions") == "long"
+def student_files(wildcards):
+    """input: the checkpoint of the student as it is."""
+    return checkpoint_files(wildcards.student)
 
 
-LONG = f"{ROOT}/haystacks/long.json"
-# The long haystacks, where a table asks for a method that learns from them.
-LONG_ASKED = [LONG] if any(long(cell.split("/")[1]) for cell in CELLS) else []
+def student_checkpoint(wildcards):
+    """params: the same as a command takes it, hub ids included."""
+    return LAYOUT.checkpoint(wildcards.student)
 
 
-def questions_for(wildcards):
-    """The questions a method learns from."""
-    return LONG if long(wildcards.trained) else f"{ROOT}/haystacks/train.json"
+def images(folder):
+    """input: a word that the images named by the questions in `folder` are there; rendered ones always are."""
+    rendered = config.data.source == "rendered"
+    return [] if rendered else f"{ROOT}/{folder}/images.checked"
 
 
-def teacher_cache_for(wildcards):
-    """Where a teacher's loss has weight, what the teacher said of the same questions."""
-    method = config["methods"][wildcards.trained]
-    if not any(method[f"lambda_{part}"] for part in ("kl", "laid", "rows")):
-        return []
-    folder = "teacher_cache_long" if long(wildcards.trained) else "teacher_cache"
-    return f"{ROOT}/{folder}/index.json"
-
-
-def runs_of(student, method, seeds):
-    """The training runs of a method, one per seed; none for base, YaRN and SelfExtend."""
-    seeds = range(seeds) if method in TRAINED else []
-    return [f"{ROOT}/runs/{student}/{method}/seed{seed}" for seed in seeds]
-
-
-def runs_for(wildcards):
-    """The training runs behind a cell."""
-    return runs_of(wildcards.student, wildcards.method, config["seeds"])
-
-
-def sweep_runs(wildcards):
-    """The training runs behind a cell of the sweep; runs of the tables' own methods serve as well."""
-    return runs_of(wildcards.student, wildcards.method, config["sweep"]["seeds"])
-
-
-def chosen(section, student):
-    """The methods that a section of the configuration names, those that the student's tables have."""
-    own = {Path(cell).parts[1] for cell in CELLS if Path(cell).parts[0] == student}
-    return [method for method in config[section]["methods"] if method in own]
+def test_questions():
+    """input: the question files of the test."""
+    return [LAYOUT.questions("test", size) for size in TEST]
 
 
 def first_runs(section):
     """input: the first seed's runs of the methods that a section of the configuration names."""
     return lambda wildcards: [
         run
-        for method in chosen(section, wildcards.student)
-        for run in runs_of(wildcards.student, method, 1)
+        for method in LAYOUT.chosen(section, wildcards.student)
+        for run in LAYOUT.runs(wildcards.student, method, 1)
     ]
 
 
-def ask(rule, key):
-    """resources: what config.yaml grants a job of `rule`; memory and time grow by half with every further attempt."""
-    value = config["resources"][rule][key]
-    if key in ("mem_mb", "runtime"):
-        return lambda wildcards, attempt: -(-value * (attempt + 1) // 2)
-    return value
+def cells_of(suite, section):
+    """input: the cells of a suite for every model under the methods that a section of the configuration names."""
+    return [
+        LAYOUT.cell(suite, member, method, size)
+        for member in MEMBERS
+        for method in LAYOUT.chosen(section, member)
+        for size in SUITES[suite].sizes
+    ]
+
+
+def training_inputs(wildcards):
+    """input: the questions that a method learns from, and what the teacher said of them where a loss needs it."""
+    questions = LAYOUT.learns_from(wildcards.method)
+    found = {"questions": LAYOUT.training_questions(questions)}
+    if LAYOUT.hears_teacher(wildcards.method):
+        found["cache"] = LAYOUT.teacher_cache(questions)
+    return found
+
+
+def runs_behind(suite):
+    """input: the training runs behind the cells of a suite."""
+    return lambda wildcards: LAYOUT.runs(
+        wildcards.student, wildcards.method, suite.seeds
+    )
+
+
+def ledger():
+    """The ledger that comes with the workflow; one in the working folder, an edited copy, goes before it."""
+    found = (Path(folder) / "claims.yaml" for folder in (".", workflow.basedir))
+    return str(next(path for path in found if path.is_file()))
+
+
+POPE = [suite for suite in SUITES if suite.startswith("pope_")]
+POPE_CELLS = [cell for suite in POPE for cell in cells_of(suite, "pope")]

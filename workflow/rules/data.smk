@@ -1,6 +1,6 @@
-# COCO data and the haystacks built from them.
+# COCO data and the questions built from them.
 
-if config["data"]["source"] != "local":
+if config.data.source != "local":
 
     rule data:
         output:
@@ -13,11 +13,9 @@ if config["data"]["source"] != "local":
         priority: 100
         conda:
             "../../envs/laid.yaml"
-        threads: ask("data", "threads")
+        threads: cores("data")
         resources:
-            cpus_per_task=ask("data", "threads"),
-            mem_mb=ask("data", "mem_mb"),
-            runtime=ask("data", "runtime"),
+            **ask("data"),
         params:
             relevant=relevant("data"),
             out=lambda wildcards, output: above(output.train, 2),
@@ -30,80 +28,90 @@ rule haystacks:
         train=f"{COCO}/annotations/instances_train2017.json",
         val=f"{COCO}/annotations/instances_val2017.json",
     output:
-        train=f"{ROOT}/haystacks/train.json",
-        test=expand(f"{ROOT}/haystacks/test/visual_haystack_{{size}}.json", size=SIZES),
-        validation=expand(
-            f"{ROOT}/haystacks/validation/visual_haystack_{{size}}.json",
-            size=config["haystacks"]["validation"]["sizes"],
-        ),
+        train=LAYOUT.training_questions("train"),
+        test=test_questions(),
+        validation=[
+            LAYOUT.questions("validation", size) for size in SUITES["validation"].sizes
+        ],
         shortcuts=multiext(f"{ROOT}/haystacks/shortcuts", ".json", ".md"),
     log:
         f"{ROOT}/logs/haystacks.log",
     conda:
         "../../envs/laid.yaml"
-    threads: ask("data", "threads")
+    threads: cores("data")
     resources:
-        cpus_per_task=ask("data", "threads"),
-        mem_mb=ask("data", "mem_mb"),
-        runtime=ask("data", "runtime"),
+        **ask("data"),
     params:
         relevant=relevant("haystacks"),
         coco=lambda wildcards, input: above(input.train, 2),
-        out=lambda wildcards, output: above(output.train),
+        out=lambda wildcards, output: f"--out {above(output.train)}",
     shell:
-        "laid haystacks --config $CONFIG --coco {params.coco} --out {params.out} 2>&1 | tee {log}"
+        "laid haystacks --config $CONFIG --coco {params.coco} {params.out} 2>&1 | tee {log}"
 
 
-rule haystacks_long:
+use rule haystacks as haystacks_long with:
     input:
         train=f"{COCO}/annotations/instances_train2017.json",
-        # Built second: `laid haystacks` replaces the folder.
-        first=f"{ROOT}/haystacks/train.json",
+        # Built second: `laid haystacks --out` replaces the folder.
+        first=LAYOUT.training_questions("train"),
     output:
-        LONG,
+        LAYOUT.training_questions("long"),
     log:
         f"{ROOT}/logs/haystacks_long.log",
-    conda:
-        "../../envs/laid.yaml"
-    threads: ask("data", "threads")
-    resources:
-        cpus_per_task=ask("data", "threads"),
-        mem_mb=ask("data", "mem_mb"),
-        runtime=ask("data", "runtime"),
     params:
         relevant=relevant("haystacks_long"),
         coco=lambda wildcards, input: above(input.train, 2),
+        out=lambda wildcards, output: f"--long {output}",
+
+
+use rule haystacks as haystacks_beyond with:
+    input:
+        val=f"{COCO}/annotations/instances_val2017.json",
+    output:
+        [LAYOUT.questions("beyond", size) for size in SUITES["beyond"].sizes],
+    log:
+        f"{ROOT}/logs/beyond/haystacks.log",
+    params:
+        relevant=relevant("beyond_haystacks"),
+        coco=lambda wildcards, input: above(input.val, 2),
+        out=lambda wildcards, output: f"--beyond {above(output[0])}",
+
+
+rule pope_questions:
+    input:
+        val=f"{COCO}/annotations/instances_val2017.json",
+    output:
+        [LAYOUT.questions(suite, 1) for suite in POPE],
+    log:
+        f"{ROOT}/logs/pope/questions.log",
+    conda:
+        "../../envs/laid.yaml"
+    threads: cores("data")
+    resources:
+        **ask("data"),
+    params:
+        relevant=relevant("pope"),
+        coco=lambda wildcards, input: above(input.val, 2),
+        out=lambda wildcards, output: above(output[0]),
     shell:
-        "laid haystacks --config $CONFIG --coco {params.coco} --long {output} 2>&1 | tee {log}"
+        "laid pope questions --config $CONFIG --coco {params.coco} --out {params.out} 2>&1 | tee {log}"
 
 
 # Rendered images are all there. Downloaded ones are fetched, a user's own ones looked at, once the questions name them.
-if config["data"]["source"] != "rendered":
-
-    rule images:
-        input:
-            train=f"{ROOT}/haystacks/train.json",
-            test=expand(
-                f"{ROOT}/haystacks/test/visual_haystack_{{size}}.json", size=SIZES
-            ),
-            validation=expand(
-                f"{ROOT}/haystacks/validation/visual_haystack_{{size}}.json",
-                size=config["haystacks"]["validation"]["sizes"],
-            ),
-            long=LONG_ASKED,
-        output:
-            touch(CHECKED),
-        log:
-            f"{ROOT}/logs/images.log",
-        conda:
-            "../../envs/laid.yaml"
-        threads: ask("data", "threads")
-        resources:
-            cpus_per_task=ask("data", "threads"),
-            mem_mb=ask("data", "mem_mb"),
-            runtime=ask("data", "runtime"),
-        params:
-            coco=f"{ROOT}/coco",
-        shell:
-            "laid data --config $CONFIG --out {params.coco}"
-            " --questions {input.train} {input.validation} {input.test} {input.long} 2>&1 | tee {log}"
+# The mark lies beside the questions: new questions take it away with the old ones.
+rule images:
+    input:
+        lambda wildcards: LAYOUT.question_files(wildcards.asked),
+    output:
+        touch(f"{ROOT}/{{asked}}/images.checked"),
+    log:
+        f"{ROOT}/logs/images-{{asked}}.log",
+    conda:
+        "../../envs/laid.yaml"
+    threads: cores("data")
+    resources:
+        **ask("data"),
+    params:
+        coco=f"{ROOT}/coco",
+    shell:
+        "laid data --config $CONFIG --out {params.coco} --questions {input} 2>&1 | tee {log}"

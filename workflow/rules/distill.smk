@@ -3,35 +3,33 @@
 
 rule train:
     input:
-        student=lambda wildcards: checkpoint_files(wildcards.student),
-        questions=questions_for,
-        images=IMAGES,
-        cache=teacher_cache_for,
+        unpack(training_inputs),
+        student=student_files,
+        images=images("haystacks"),
     output:
-        directory(f"{ROOT}/runs/{{student}}/{{trained}}/seed{{seed}}"),
+        directory(f"{ROOT}/runs/{{student}}/{{method}}/seed{{seed}}"),
     log:
-        f"{ROOT}/logs/train/{{student}}-{{trained}}-seed{{seed}}.log",
+        f"{ROOT}/logs/train/{{student}}-{{method}}-seed{{seed}}.log",
     benchmark:
-        f"{ROOT}/benchmarks/train/{{student}}-{{trained}}-seed{{seed}}.tsv"
+        f"{ROOT}/benchmarks/train/{{student}}-{{method}}-seed{{seed}}.tsv"
+    wildcard_constraints:
+        method="|".join(filter(LAYOUT.is_trained, config.methods)),
     # What needs no teacher fills the cores while the teacher is being made.
     priority: 70
     conda:
         "../../envs/laid.yaml"
-    threads: ask("train", "threads")
+    threads: cores("train")
     resources:
-        cpus_per_task=ask("train", "threads"),
-        mem_mb=ask("train", "mem_mb"),
-        runtime=ask("train", "runtime"),
-        gpu=ask("train", "gpu"),
+        **ask("train"),
     params:
-        relevant=lambda wc: relevant("train")(dict(wc) | {"method": wc.trained}),
-        student=lambda wildcards: checkpoint(wildcards.student),
+        relevant=relevant("train"),
+        student=student_checkpoint,
         coco=COCO,
         cache=lambda wildcards, input: (
-            f"--teacher-cache {above(input.cache)}" if input.cache else ""
+            f"--teacher-cache {above(input.cache)}" if "cache" in input.keys() else ""
         ),
     shell:
-        "laid train --config $CONFIG --method {wildcards.trained} --seed {wildcards.seed}"
+        "laid train --config $CONFIG --method {wildcards.method} --seed {wildcards.seed}"
         " --student-name {wildcards.student} --student {params.student} {params.cache}"
         " --coco {params.coco} --questions {input.questions} --out {output} --processes {resources.gpu}"
         " --threads {resources.cpus_per_task} 2>&1 | tee {log}"

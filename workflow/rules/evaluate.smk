@@ -1,75 +1,38 @@
-# Cells: one JSON file per student, method and size, with every answer in it.
+# Cells: one JSON file per suite, student, method and size, with every answer in it.
 
 
 # Loading Python, torch and the model costs more than a small model's answers, so at small scale one job measures all
-# sizes of a student and method; `evaluation: shard: cell` makes one job per size, for large models and many GPUs.
-if config["evaluation"]["shard"] == "model":
+# sizes of a suite for a student and method; `evaluation: {shard: cell}` makes one job per size, for large models and
+# many GPUs. A suite's sizes are its own, so its rule is: evaluate_test, evaluate_validation ...
+for suite in SUITES.values():
+    sizes = suite.sizes if config.evaluation.shard == "model" else ["{size}"]
+    one = "" if config.evaluation.shard == "model" else "{size}."
 
-    rule evaluate:
+    rule:
+        name:
+            f"evaluate_{suite.name}"
         input:
-            model=lambda wildcards: checkpoint_files(wildcards.student),
-            runs=runs_for,
-            images=IMAGES,
-            questions=expand(
-                f"{ROOT}/haystacks/test/visual_haystack_{{size}}.json", size=SIZES
-            ),
+            model=student_files,
+            runs=runs_behind(suite),
+            images=images(suite.folder),
+            questions=[LAYOUT.questions(suite.name, size) for size in sizes],
         output:
-            expand(
-                f"{ROOT}/cells/{{{{student}}}}/{{{{method}}}}/{{size}}.json",
-                size=SIZES,
-            ),
-            f"{ROOT}/cells/{{student}}/{{method}}/cost.json",
+            [LAYOUT.cell(suite.name, "{student}", "{method}", size) for size in sizes],
+            cost=f"{ROOT}/cells/{suite.name}/{{student}}/{{method}}/{one}cost.json",
         log:
-            f"{ROOT}/logs/evaluate/{{student}}-{{method}}.log",
+            f"{ROOT}/logs/evaluate/{suite.name}/{{student}}-{{method}}.{one}log",
         priority: 60
         conda:
             "../../envs/laid.yaml"
-        threads: ask("evaluate", "threads")
+        threads: cores("evaluate")
         resources:
-            cpus_per_task=ask("evaluate", "threads"),
-            mem_mb=ask("evaluate", "mem_mb"),
-            runtime=ask("evaluate", "runtime"),
-            gpu=ask("evaluate", "gpu"),
+            **ask("evaluate"),
         params:
             relevant=relevant("evaluate"),
-            model=lambda wildcards: checkpoint(wildcards.student),
+            model=student_checkpoint,
             coco=COCO,
-            questions=lambda wildcards, input: above(input.questions[0]),
-            out=lambda wildcards, output: above(output[0]),
-            sizes=SIZES,
-        shell:
-            "laid evaluate --config $CONFIG --student-name {wildcards.student} --method {wildcards.method}"
-            " --model {params.model} --runs {input.runs} --coco {params.coco} --questions {params.questions}"
-            " --sizes {params.sizes} --out {params.out} --threads {resources.cpus_per_task} 2>&1 | tee {log}"
-
-else:
-
-    rule evaluate:
-        input:
-            model=lambda wildcards: checkpoint_files(wildcards.student),
-            runs=runs_for,
-            images=IMAGES,
-            questions=f"{ROOT}/haystacks/test/visual_haystack_{{size}}.json",
-        output:
-            f"{ROOT}/cells/{{student}}/{{method}}/{{size}}.json",
-            f"{ROOT}/cells/{{student}}/{{method}}/{{size}}.cost.json",
-        log:
-            f"{ROOT}/logs/evaluate/{{student}}-{{method}}-{{size}}.log",
-        conda:
-            "../../envs/laid.yaml"
-        threads: ask("evaluate", "threads")
-        resources:
-            cpus_per_task=ask("evaluate", "threads"),
-            mem_mb=ask("evaluate", "mem_mb"),
-            runtime=ask("evaluate", "runtime"),
-            gpu=ask("evaluate", "gpu"),
-        params:
-            relevant=relevant("evaluate"),
-            model=lambda wildcards: checkpoint(wildcards.student),
-            coco=COCO,
-            questions=lambda wildcards, input: above(input.questions),
             out=lambda wildcards, output: above(output[0]),
         shell:
             "laid evaluate --config $CONFIG --student-name {wildcards.student} --method {wildcards.method}"
-            " --model {params.model} --runs {input.runs} --coco {params.coco} --questions {params.questions}"
-            " --sizes {wildcards.size} --out {params.out} --cost {wildcards.size}.cost.json --threads {resources.cpus_per_task} 2>&1 | tee {log}"
+            " --model {params.model} --runs {input.runs} --coco {params.coco} --questions {input.questions}"
+            " --out {params.out} --cost {output.cost} --threads {resources.cpus_per_task} 2>&1 | tee {log}"

@@ -14,12 +14,9 @@ rule pretrain:
     priority: 90
     conda:
         "../../envs/laid.yaml"
-    threads: ask("pretrain", "threads")
+    threads: cores("pretrain")
     resources:
-        cpus_per_task=ask("pretrain", "threads"),
-        mem_mb=ask("pretrain", "mem_mb"),
-        runtime=ask("pretrain", "runtime"),
-        gpu=ask("pretrain", "gpu"),
+        **ask("pretrain"),
     params:
         relevant=relevant("pretrain"),
         coco=lambda wildcards, input: above(input.train, 2),
@@ -31,59 +28,29 @@ rule pretrain:
 rule teacher_cache:
     input:
         teacher=checkpoint_files(TEACHER),
-        questions=f"{ROOT}/haystacks/train.json",
-        images=IMAGES,
+        questions=LAYOUT.training_questions("{questions}"),
+        images=images("haystacks"),
     output:
         # Names every shard and its hash: as long as it stays the same, nothing that reads the cache runs again.
-        index=f"{ROOT}/teacher_cache/index.json",
+        index=LAYOUT.teacher_cache("{questions}"),
     log:
-        f"{ROOT}/logs/teacher_cache.log",
+        f"{ROOT}/logs/teacher_cache/{{questions}}.log",
     benchmark:
-        f"{ROOT}/benchmarks/teacher_cache.tsv"
+        f"{ROOT}/benchmarks/teacher_cache/{{questions}}.tsv"
     priority: 80
     conda:
         "../../envs/laid.yaml"
-    threads: ask("teacher_cache", "threads")
+    threads: cores("teacher_cache")
     resources:
-        cpus_per_task=ask("teacher_cache", "threads"),
-        mem_mb=ask("teacher_cache", "mem_mb"),
-        runtime=ask("teacher_cache", "runtime"),
-        gpu=ask("teacher_cache", "gpu"),
+        **ask("teacher_cache"),
     params:
         relevant=relevant("teacher_cache"),
-        teacher=lambda wildcards: checkpoint(TEACHER),
+        teacher=lambda wildcards: LAYOUT.checkpoint(TEACHER),
         coco=COCO,
+        labels=lambda wildcards: (
+            "--without-labels" if wildcards.questions == "long" else ""
+        ),
         out=lambda wildcards, output: above(output.index),
     shell:
-        "laid teacher-cache --config $CONFIG --teacher {params.teacher} --coco {params.coco}"
-        " --questions {input.questions} --out {params.out} --threads {resources.cpus_per_task} 2>&1 | tee {log}"
-
-
-rule teacher_cache_long:
-    input:
-        teacher=checkpoint_files(TEACHER),
-        questions=LONG,
-        images=IMAGES,
-    output:
-        index=f"{ROOT}/teacher_cache_long/index.json",
-    log:
-        f"{ROOT}/logs/teacher_cache_long.log",
-    benchmark:
-        f"{ROOT}/benchmarks/teacher_cache_long.tsv"
-    priority: 80
-    conda:
-        "../../envs/laid.yaml"
-    threads: ask("teacher_cache", "threads")
-    resources:
-        cpus_per_task=ask("teacher_cache", "threads"),
-        mem_mb=ask("teacher_cache", "mem_mb"),
-        runtime=ask("teacher_cache", "runtime"),
-        gpu=ask("teacher_cache", "gpu"),
-    params:
-        relevant=relevant("teacher_cache"),
-        teacher=lambda wildcards: checkpoint(TEACHER),
-        coco=COCO,
-        out=lambda wildcards, output: above(output.index),
-    shell:
-        "laid teacher-cache --config $CONFIG --teacher {params.teacher} --coco {params.coco} --without-labels"
+        "laid teacher-cache --config $CONFIG --teacher {params.teacher} --coco {params.coco} {params.labels}"
         " --questions {input.questions} --out {params.out} --threads {resources.cpus_per_task} 2>&1 | tee {log}"

@@ -9,7 +9,7 @@ localrules:
 
 rule figures:
     input:
-        [f"{ROOT}/cells/{cell}" for cell in CELLS],
+        CELLS,
         analysis=ANALYSES,
     output:
         report(
@@ -23,25 +23,23 @@ rule figures:
         f"{ROOT}/logs/figures.log",
     conda:
         "../../envs/laid.yaml"
-    threads: ask("tables", "threads")
+    threads: cores("tables")
     resources:
-        mem_mb=ask("tables", "mem_mb"),
-        runtime=ask("tables", "runtime"),
+        **ask("tables"),
     params:
         relevant=relevant("tables"),
-        cells=lambda wildcards, input: above(input[0], 3),
+        cells=lambda wildcards, input: above(input[0], 4),
     shell:
         "laid figures --config $CONFIG --cells {params.cells} --out {output} > {log} 2>&1"
 
 
 rule claims:
     input:
-        [f"{ROOT}/cells/{cell}" for cell in CELLS],
+        CELLS,
         analysis=ANALYSES,
         costs=COSTS,
-        ledger=LEDGER,
-        # Where it has been made (`snakemake pope`), the claim about standard benchmarks rests on it.
-        pope=[p for p in [f"{ROOT}/pope/pope.csv"] if Path(p).exists()],
+        ledger=ledger(),
+        pope=POPE_CELLS,
     output:
         json=f"{ROOT}/claims/claims.json",
         markdown=report(
@@ -53,13 +51,12 @@ rule claims:
         f"{ROOT}/logs/claims.log",
     conda:
         "../../envs/laid.yaml"
-    threads: ask("tables", "threads")
+    threads: cores("tables")
     resources:
-        mem_mb=ask("tables", "mem_mb"),
-        runtime=ask("tables", "runtime"),
+        **ask("tables"),
     params:
         relevant=relevant("tables"),
-        cells=lambda wildcards, input: above(input[0], 3),
+        cells=lambda wildcards, input: above(input[0], 4),
         out=lambda wildcards, output: above(output.json),
     shell:
         "laid claims --config $CONFIG --cells {params.cells} --ledger {input.ledger} --out {params.out} > {log} 2>&1"
@@ -67,7 +64,7 @@ rule claims:
 
 rule report_page:
     input:
-        [f"{ROOT}/cells/{cell}" for cell in CELLS],
+        CELLS,
         figures=f"{ROOT}/figures",
         claims=f"{ROOT}/claims/claims.json",
     output:
@@ -80,13 +77,12 @@ rule report_page:
         f"{ROOT}/logs/report.log",
     conda:
         "../../envs/laid.yaml"
-    threads: ask("tables", "threads")
+    threads: cores("tables")
     resources:
-        mem_mb=ask("tables", "mem_mb"),
-        runtime=ask("tables", "runtime"),
+        **ask("tables"),
     params:
         relevant=relevant("tables"),
-        cells=lambda wildcards, input: above(input[0], 3),
+        cells=lambda wildcards, input: above(input[0], 4),
     shell:
         "laid report --config $CONFIG --cells {params.cells} --figures {input.figures} --claims {input.claims}"
         " --out {output} > {log} 2>&1"

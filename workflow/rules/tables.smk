@@ -19,7 +19,7 @@ TABLES = [
 
 rule tables:
     input:
-        [f"{ROOT}/cells/{cell}" for cell in CELLS],
+        CELLS,
     output:
         [
             report(
@@ -37,13 +37,12 @@ rule tables:
         f"{ROOT}/logs/tables.log",
     conda:
         "../../envs/laid.yaml"
-    threads: ask("tables", "threads")
+    threads: cores("tables")
     resources:
-        mem_mb=ask("tables", "mem_mb"),
-        runtime=ask("tables", "runtime"),
+        **ask("tables"),
     params:
         relevant=relevant("tables"),
-        cells=lambda wildcards, input: above(input[0], 3),
+        cells=lambda wildcards, input: above(input[0], 4),
         out=lambda wildcards, output: above(output[0]),
     shell:
         "laid tables --config $CONFIG --cells {params.cells} --out {params.out} > {log} 2>&1"

@@ -12,15 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from laid import provenance
+from laid.data.pope import is_pope, read_pope
 from laid.data.questions import Question, read_questions
 from laid.errors import LaidError
 from laid.io import read_json
-from laid.settings import slice_for
+from laid.layout import Layout
+from laid.settings import Settings, slice_for
 
 # One step makes all questions: of its settings, what those of one part do not depend on.
 OTHER_PARTS = {
     "test": ("haystacks.train", "haystacks.validation", "haystacks.test.sizes"),
     "train": ("haystacks.test", "haystacks.validation.questions", "haystacks.validation.sizes"),
+    "validation": ("haystacks.train", "haystacks.test", "haystacks.validation.sizes"),
 }
 
 
@@ -42,11 +45,10 @@ class Lineage:
     `root` replaces <results>/<scale> (a copy of the results elsewhere). What was hashed once is not hashed again.
     """
 
-    def __init__(self, config: dict[str, Any], root: str | Path | None = None):
+    def __init__(self, config: Settings, root: str | Path | None = None):
         self.config = config
-        self.root = Path(root) if root else Path(config["results"]) / config["scale"]
-        local = config["data"]["source"] == "local"
-        self.coco = Path(config["data"]["root"]) if local else self.root / "coco"
+        self.layout = Layout(config, root)
+        self.root, self.coco = Path(self.layout.root), Path(self.layout.coco)
         self._found: dict[Step, list[str]] = {}
         self._questions: dict[Path, list[Question]] = {}
 
@@ -57,37 +59,35 @@ class Lineage:
         return self._recorded(Step("data", (), self.root / "coco" / "laid.json"))
 
     def haystacks(self, part: str) -> Step | None:
-        """The step that made the questions of `part` (train, test); None without a record."""
+        """The step that made the questions of `part` (train, validation, test); None without a record."""
         return self._recorded(Step("haystacks", (("part", part),), self.root / "haystacks" / "laid.json"))
 
     def _recorded(self, step: Step) -> Step | None:
         """`step`, where it left a record: data and questions made before there was one are known by their hashes."""
-        local = step.name == "data" and self.config["data"]["source"] == "local"
+        local = step.name == "data" and self.config.data.source == "local"
         return step if not local and step.record.is_file() else None
 
-    def cell(self, student: str, method: str, size: int) -> Step:
-        wildcards = (("student", student), ("method", method), ("size", size))
-        return Step("evaluate", wildcards, self.root / "cells" / student / method / f"{size}.json")
+    def cell(self, suite: str, student: str, method: str, size: int) -> Step:
+        wildcards = (("suite", suite), ("student", student), ("method", method), ("size", size))
+        return Step("evaluate", wildcards, Path(self.layout.cell(suite, student, method, size)))
 
     def run(self, student: str, method: str, seed: int) -> Step:
         wildcards = (("student", student), ("method", method), ("seed", seed))
-        return Step("train", wildcards, self.root / "runs" / student / method / f"seed{seed}" / "run.json")
+        return Step("train", wildcards, Path(self.layout.run(student, method, seed)) / "run.json")
 
     def member(self, name: str) -> Step | None:
         """The step that made a member; None for a published checkpoint."""
-        if name in self.config["models"]["checkpoints"]:
+        if self.layout.given(name):
             return None
-        return Step("pretrain", (("member", name),), self.root / "models" / name / "laid.json")
+        return Step("pretrain", (("member", name),), Path(self.layout.checkpoint(name)) / "laid.json")
 
-    def teacher_cache(self, long: bool = False) -> Step:
-        folder = "teacher_cache_long" if long else "teacher_cache"
-        return Step("teacher_cache", (("long", long),), self.root / folder / "index.json")
+    def teacher_cache(self, questions: str) -> Step:
+        return Step("teacher_cache", (("questions", questions),), Path(self.layout.teacher_cache(questions)))
 
-    def _long(self, step: Step) -> bool:
-        """Whether a step learns from the long haystacks: its method does, or it is their teacher's cache."""
+    def _training_questions(self, step: Step) -> str:
+        """Which training questions a step learns from: those of its method, or of the cache that it is."""
         wildcards = dict(step.wildcards)
-        method = self.config["methods"].get(wildcards.get("method"), {})
-        return wildcards.get("long", method.get("questions") == "long")
+        return wildcards.get("questions") or self.layout.learns_from(wildcards["method"])
 
     def inputs_of(self, step: Step, name: str) -> tuple[Any, Step | None]:
         """(what to hash, the step that made it) for the input that a record calls `name`.
@@ -98,34 +98,39 @@ class Lineage:
         if name.startswith("annotations"):
             split = name.removeprefix("annotations").removeprefix("_") or "train2017"
             return self.coco / "annotations" / f"instances_{split}.json", self.data()
+        if name == "questions" and "suite" in wildcards:
+            suite = wildcards["suite"]
+            maker = self.haystacks(suite) if suite in ("test", "validation") else None
+            return Path(self.layout.questions(suite, wildcards["size"])), maker
         if name == "questions":
-            folder = self.root / "haystacks"
-            if "size" in wildcards:
-                return folder / f"test/visual_haystack_{wildcards['size']}.json", self.haystacks("test")
-            if self._long(step):
-                return folder / "long.json", None
-            return folder / "train.json", self.haystacks("train")
+            asked = self._training_questions(step)
+            maker = self.haystacks(asked) if asked == "train" else None
+            return Path(self.layout.training_questions(asked)), maker
         if name == "images":
             return (self.coco, self.images(self.inputs_of(step, "questions")[0])), None
         if name in ("model", "student", "teacher"):
-            member = self.config["models"]["teacher"] if name == "teacher" else wildcards["student"]
-            given = self.config["models"]["checkpoints"].get(member)
-            if given:
-                return (Path(given) if Path(given).is_dir() else f"hub:{given}"), None
-            return self.root / "models" / member, self.member(member)
+            member = self.layout.models.teacher if name == "teacher" else wildcards["student"]
+            checkpoint = self.layout.checkpoint(member)
+            if self.layout.given(member):
+                return (Path(checkpoint) if Path(checkpoint).is_dir() else f"hub:{checkpoint}"), None
+            return Path(checkpoint), self.member(member)
         if name.startswith("run_seed") and name[8:].isdigit():
             run = self.run(wildcards["student"], wildcards["method"], int(name[8:]))
             return run.record.parent / "model", run
         if name == "teacher_cache":
-            cache = self.teacher_cache(self._long(step))
+            cache = self.teacher_cache(self._training_questions(step))
             return cache.record, cache
         raise LaidError(f"{step.record}: names an input {name!r} that a {step.name} step does not have")
 
+    def questions(self, file: Path) -> list[Question]:
+        """The questions of a file, read once. Raises LaidError for a file that is missing or broken."""
+        if file not in self._questions:
+            self._questions[file] = read_pope(file, self.coco) if is_pope(file) else read_questions(file)
+        return self._questions[file]
+
     def images(self, questions: Path) -> list[str]:
         """The image paths that a question file names, sorted."""
-        if questions not in self._questions:
-            self._questions[questions] = read_questions(questions)
-        return sorted({p for q in self._questions[questions] for p in (*q.needles, *q.distractors)})
+        return sorted({p for q in self.questions(questions) for p in (*q.needles, *q.distractors)})
 
     def record(self, step: Step) -> dict[str, Any]:
         """The provenance record of a step. Raises LaidError where it is missing or broken."""

@@ -11,9 +11,6 @@ from laid.commands.shared import results_arguments, root_of
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     results_arguments(parser, "beyond")
     parser.add_argument("--why", type=Path, help="folder of `laid why` (default: <out>/why)")
-    parser.add_argument(
-        "--far", type=Path, help="folder of cells beyond the test sizes (default: <out>/cells)"
-    )
     parser.add_argument("--docs", type=Path, help="write the text to this file as well")
 
 
@@ -29,9 +26,10 @@ def run(args: argparse.Namespace) -> None:
     root, names = root_of(settings), method_names(settings)
     out = args.out or root / "beyond"
     records = beyond.load_why(args.why or out / "why")
-    far_folder, near_folder = args.far or out / "cells", args.cells or root / "cells"
-    far = load_cells(far_folder) if far_folder.is_dir() else {}
-    near = load_cells(near_folder) if near_folder.is_dir() else {}
+    cells = args.cells or root / "cells"
+    far, near = (
+        load_cells(cells / suite) if (cells / suite).is_dir() else {} for suite in ("beyond", "test")
+    )
     if not records and not far:
         raise LaidError(
             f"{out}: neither records of `laid why` nor cells; `snakemake --cores all beyond` makes them"

@@ -1,4 +1,4 @@
-"""`laid evaluate`: measure one model under one method at several haystack sizes."""
+"""`laid evaluate`: measure one model under one method on question files: haystacks of several sizes, or POPE's."""
 
 from __future__ import annotations
 
@@ -14,38 +14,55 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--questions",
         type=Path,
+        nargs="+",
         required=True,
-        help="folder of visual_haystack_<size>.json files, ours or official, or one such file",
+        metavar="PATH",
+        help="question files, ours or official (haystacks or POPE's), one a size; or a folder of"
+        " visual_haystack_<size>.json and --sizes",
     )
     parser.add_argument(
-        "--sizes", type=count, nargs="+", default=[], help="haystack sizes, in images; one file says its own"
+        "--sizes", type=count, nargs="+", default=[], help="haystack sizes, in images; files say their own"
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder for <size>.json cells and the cost")
-    parser.add_argument("--cost", default="cost.json", help="name of the file in --out for time and memory")
+    parser.add_argument("--out", type=Path, required=True, help="folder for <size>.json cells")
+    parser.add_argument("--cost", type=Path, help="file for time and memory (default: cost.json in --out)")
 
 
 def run(args: argparse.Namespace) -> int:
     from laid.commands.shared import deterministic, pick_device
-    from laid.evaluation.evaluate import evaluate_cells
-    from laid.evaluation.scoring import official_bootstrap
+    from laid.evaluation.evaluate import evaluate_cells, question_sets
     from laid.settings import load
 
     settings = load(args.config)
     deterministic(args.threads)
+    sets = question_sets(args.questions, args.sizes, args.coco)
     cells = evaluate_cells(
-        settings, args.student_name, args.method, args.model, args.runs, args.coco, args.questions, args.sizes,
-        args.out, pick_device(args.device), args.features, args.cost,
+        settings, args.student_name, args.method, args.model, args.runs, args.coco, sets, args.out,
+        pick_device(args.device), args.features, args.cost,
     )  # fmt: skip
-    for cell in cells:
+    for part, cell in zip(sets, cells, strict=True):
         low, high = (100 * bound for bound in cell["interval"])
-        official = official_bootstrap(cell["answers"])
         print(
             f"{args.student_name} {args.method}: {cell['size']} images:"
             f" {100 * cell['accuracy']:.1f} % ({low:.1f} to {high:.1f}),"
             f" {cell['n']} answers, {cell['tokens_mean']:.0f} tokens, {cell['positions_mean']:.0f} positions;"
-            " as the official runner:"
-            + ",".join(
-                f" {name} {100 * mean:.2f}% ± {100 * std:.2f}%" for name, (mean, std) in official.items()
-            )
+            f" {benchmark(part, cell)}"
         )
     return 0
+
+
+def benchmark(part, cell: dict) -> str:
+    """The figures that the benchmark's own runner prints."""
+    from laid.evaluation.scoring import official_bootstrap, pope_answer
+
+    if part.spoken is pope_answer:
+        import pandas as pd
+
+        from laid.results.pope import scores
+
+        found = scores(pd.DataFrame(cell["answers"]))
+        f1 = "-" if found["f1"] is None else f"{100 * found['f1']:.1f}"
+        return f"as POPE's: F1 {f1}, yes {100 * found['yes_ratio']:.1f} %"
+    official = official_bootstrap(cell["answers"])
+    return "as the official runner:" + ",".join(
+        f" {name} {100 * mean:.2f}% ± {100 * std:.2f}%" for name, (mean, std) in official.items()
+    )

@@ -37,24 +37,10 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if args.beyond is not None:
         questions = build_beyond(settings, args.coco, args.beyond)
-        if settings["data"]["source"] == "download":
-            _fetch(settings, args.coco, questions)
         sizes = sorted({question.size for question in questions})
         print(f"{args.beyond}: {len(questions)} haystacks of {', '.join(map(str, sizes))} images")
         return 0
     scores = build_haystacks(settings, args.coco, args.out)
-    if settings["data"]["source"] == "download":
-        from laid.data.questions import read_questions
-
-        _fetch(settings, args.coco, [q for name in scores for q in read_questions(args.out / name)])
     write_json(args.out / "laid.json", {"provenance": provenance.collect("haystacks", settings, labels)})
     print(markdown(scores))
     return 0
-
-
-def _fetch(settings: dict, coco: Path, questions: list) -> None:
-    """Download the images of `questions`: only now is it known which are needed."""
-    from laid.data.download import CocoDownload
-
-    named = {path for question in questions for path in question.needles + question.distractors}
-    CocoDownload(coco, **settings["data"]["download"]).images(named)

@@ -43,7 +43,7 @@ def results_arguments(parser: argparse.ArgumentParser, out: str) -> None:
     parser.add_argument(
         "--cells",
         type=Path,
-        help="folder of cells, <student>/<method>/<size>.json (default <results>/<scale>/cells)",
+        help="folder of cells, <suite>/<student>/<method>/<size>.json (default <results>/<scale>/cells)",
     )
     parser.add_argument("--out", type=Path, help=f"where to write (default <results>/<scale>/{out})")
 
@@ -54,7 +54,7 @@ def root_of(settings: Settings) -> Path:
 
 
 def read_results(args: argparse.Namespace) -> tuple[Results, Path, Path]:
-    """The cells that `--config` and `--cells` name, the folder they lie in beside runs, figures and claims, and
+    """The test cells that `--config` and `--cells` name, the folder they lie in beside runs, figures and claims, and
     <results>/<scale>, where outputs go unless told."""
     from laid.evaluation.cells import load_cells
     from laid.results.answers import Results
@@ -63,7 +63,8 @@ def read_results(args: argparse.Namespace) -> tuple[Results, Path, Path]:
     settings = load(args.config)
     root = root_of(settings)
     cells = args.cells or root / "cells"
-    return Results(load_cells(cells), settings, cells), cells.parent, root
+    test = cells / "test"
+    return Results(load_cells(test), settings, test), cells.parent, root
 
 
 def model_arguments(parser: argparse.ArgumentParser) -> None:

@@ -10,9 +10,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from laid.commands.shared import config_argument
 
     config_argument(parser)
-    parser.add_argument(
-        "--cells", type=Path, help="the sweep's cells (default <results>/<scale>/sweep/cells)"
-    )
+    parser.add_argument("--cells", type=Path, help="folder of cells (default <results>/<scale>/cells)")
     parser.add_argument("--out", type=Path, help="where to write (default <results>/<scale>/sweep)")
 
 
@@ -24,8 +22,8 @@ def run(args: argparse.Namespace) -> None:
     from laid.settings import load
 
     settings = load(args.config)
-    root = root_of(settings) / "sweep"
-    cells = args.cells or root / "cells"
+    root = root_of(settings)
+    cells = (args.cells or root / "cells") / "validation"
     table = sweep.sweep_table(sweep.read(load_cells(cells), settings, cells))
-    write([table], args.out or root)
+    write([table], args.out or root / "sweep")
     show([table])

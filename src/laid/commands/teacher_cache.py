@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
             settings, args.teacher, args.coco, args.questions, args.out, pick_device(args.device),
             labelled=not args.without_labels, features_folder=args.features,
         )  # fmt: skip
-    write_json(Path(args.out).parent / f"{Path(args.out).name}.cost.json", provenance.cost(start))
+    write_json(args.out / "cost.json", provenance.cost(start))
     print(
         f"teacher cache: {len(index['lengths'])} questions in {len(index['shards'])} shards,"
         f" layers {index['layers']}"

@@ -12,10 +12,11 @@ import torch
 
 from laid import provenance
 from laid.data.coco import SPLITS, annotation_file
+from laid.data.pope import is_pope, read_pope
 from laid.data.questions import Question, haystack_file, ordered_images, read_questions
 from laid.errors import LaidError
 from laid.evaluation.cells import make_cell, write_cell
-from laid.evaluation.scoring import answer_tokens, is_right, probability_yes, spoken_answer
+from laid.evaluation.scoring import answer_tokens, is_right, pope_answer, probability_yes, spoken_answer
 from laid.io import safe_join, write_json
 from laid.methods.registry import Loaded, load_with_method
 from laid.models.features import ImageFeatures
@@ -37,11 +38,14 @@ class Asked:
 
 @dataclass(frozen=True)
 class QuestionSet:
-    """The questions of one cell, the file they stand in, and where the cell goes."""
+    """The questions of one cell and the file they stand in.
+
+    spoken: what a generated response says, by the rule of the benchmark.
+    """
 
     file: Path
     questions: list[Question]
-    out: Path
+    spoken: Callable[[str], str] = spoken_answer
 
     @property
     def size(self) -> int:
@@ -54,11 +58,46 @@ class QuestionSet:
         return sorted({p for q in self.questions for p in (*q.needles, *q.distractors)})
 
 
-class Evaluator:
-    """Answers questions with one loaded model. Features are kept between sizes; every image is seen once.
+def read_set(file: Path, coco_root: str | Path, size: int | None = None) -> QuestionSet:
+    """Read a file of haystacks (VHs JSON) or of POPE's questions; `size`: the images that each question must have.
 
-    spoken: what a generated response says, by the rule of the benchmark.
+    Raises LaidError for a file that is missing or broken, and for questions of several sizes.
     """
+    if is_pope(file):
+        return QuestionSet(file, read_pope(file, coco_root), pope_answer)
+    questions = read_questions(file)
+    expected = questions[0].size if size is None else size
+    wrong = next((q for q in questions if q.size != expected), None)
+    if wrong is not None:
+        raise LaidError(f"{file}: question {wrong.id} has {wrong.size} images, expected {expected}")
+    return QuestionSet(file, questions)
+
+
+def question_sets(
+    questions: Sequence[Path], sizes: Sequence[int], coco_root: str | Path
+) -> list[QuestionSet]:
+    """Question files, or one folder of visual_haystack_<size>.json and the sizes wanted, as sets. Raises LaidError."""
+    if len(questions) == 1 and questions[0].is_dir():
+        if not sizes:
+            raise LaidError(
+                f"{questions[0]}: a folder of question files: give the sizes with --sizes, or name one file"
+            )
+        return [read_set(haystack_file(questions[0], size), coco_root, size) for size in dict.fromkeys(sizes)]
+    sets = [read_set(file, coco_root) for file in questions]
+    found = [part.size for part in sets]
+    if len(set(found)) < len(found):
+        raise LaidError(
+            f"{questions[0]}: {len(found)} question files for {len(set(found))} sizes: a cell holds one"
+        )
+    if sizes and set(sizes) != set(found):
+        raise LaidError(
+            f"--sizes {' '.join(map(str, sizes))}: the question files have {', '.join(map(str, sorted(found)))} images"
+        )
+    return sets
+
+
+class Evaluator:
+    """Answers questions with one loaded model. Features are kept between sizes; every image is seen once."""
 
     def __init__(
         self,
@@ -67,7 +106,6 @@ class Evaluator:
         settings: Mapping[str, Any],
         label: str = "evaluate",
         features_folder: str | Path | None = None,
-        spoken: Callable[[str], str] = spoken_answer,
     ):
         self.model, self.processor, self.settings, self.label = (
             loaded.model,
@@ -75,7 +113,6 @@ class Evaluator:
             settings,
             label,
         )
-        self.spoken = spoken
         self.features = ImageFeatures(
             self.model,
             self.processor,
@@ -109,14 +146,19 @@ class Evaluator:
         ]
 
     @torch.inference_mode()
-    def answer(self, asked: Sequence[Asked]) -> list[dict[str, Any]]:
-        """One answer per question, in the order given: {"id", "label", "answer", "p_yes", "needles"}."""
+    def answer(
+        self, asked: Sequence[Asked], spoken: Callable[[str], str] = spoken_answer
+    ) -> list[dict[str, Any]]:
+        """One answer per question, in the order given: {"id", "label", "answer", "p_yes", "needles"}.
+
+        spoken: what a generated response says, by the rule of the benchmark.
+        """
         answers: dict[int, dict[str, Any]] = {}
         for batch in self._batches(asked):
             prompts = [asked[k].prompt for k in batch]
             features = [f for k in batch for f in self.features.get(asked[k].paths)]
             inputs = collate(prompts, features, self.processor.tokenizer.pad_token_id or 0).to(self.device)
-            for k, (said, p_yes) in zip(batch, self._say(inputs)):
+            for k, (said, p_yes) in zip(batch, self._say(inputs, spoken)):
                 item = asked[k]
                 answers[k] = {
                     "id": item.question.id,
@@ -127,7 +169,7 @@ class Evaluator:
                 }
         return [answers[k] for k in range(len(asked))]
 
-    def _say(self, inputs) -> list[tuple[str, float | None]]:
+    def _say(self, inputs, spoken: Callable[[str], str]) -> list[tuple[str, float | None]]:
         chunk = self.settings["chunk_tokens"]
         if self.by_logits:
             chances = probability_yes(last_logits(self.model, inputs, chunk), self.yes, self.no)
@@ -135,7 +177,7 @@ class Evaluator:
         tokenizer = self.processor.tokenizer
         stops = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")} - {None}
         said = generate(self.model, inputs, self.settings["max_new_tokens"], sorted(stops), chunk)
-        return [(self.spoken(tokenizer.decode(ids, skip_special_tokens=True)), None) for ids in said]
+        return [(spoken(tokenizer.decode(ids, skip_special_tokens=True)), None) for ids in said]
 
     def _batches(self, asked: Sequence[Asked]) -> Iterator[list[int]]:
         """Indices in batches of at most `batch_tokens` tokens; for generation, of one length each."""
@@ -160,56 +202,17 @@ def evaluate_cells(
     model: str | Path,
     runs: Sequence[str | Path],
     coco_root: str | Path,
-    questions: str | Path,
-    sizes: Sequence[int],
+    sets: Sequence[QuestionSet],
     out: str | Path,
     device: str = "cpu",
     features_folder: str | Path | None = None,
-    cost: str = "cost.json",
+    cost: str | Path | None = None,
 ) -> list[dict[str, Any]]:
-    """Measure one student under one method at every size; write out/<size>.json each and out/<cost>.
+    """Measure one student under one method on every set; write out/<size>.json each.
 
-    questions: a folder of visual_haystack_<size>.json, or one such file, then `sizes` may be empty.
     model: the checkpoint of the student as it is. runs: for a trained method, one run folder per seed.
-    cost: name of the file for time and memory; jobs that share `out` take one each. Raises
-    LaidError for a method without its runs, two runs of one seed, a missing question file, a broken image;
-    nothing is written then.
-    """
-    if Path(questions).is_file():
-        asked = [Path(questions)]
-    elif sizes:
-        asked = [haystack_file(questions, size) for size in dict.fromkeys(sizes)]
-    else:
-        raise LaidError(
-            f"{questions}: a folder of question files: give the sizes with --sizes, or name one file"
-        )
-    sets = []
-    for file, size in zip(asked, dict.fromkeys(sizes) or [None]):
-        entries = read_questions(file)
-        expected = entries[0].size if size is None else size
-        wrong = next((q for q in entries if q.size != expected), None)
-        if wrong is not None:
-            raise LaidError(f"{file}: question {wrong.id} has {wrong.size} images, expected {expected}")
-        sets.append(QuestionSet(file, entries, Path(out) / f"{expected}.json"))
-    return measure(config, student, method, model, runs, coco_root, sets, device, features_folder, cost=cost)
-
-
-def measure(
-    config: Mapping[str, Any],
-    student: str,
-    method: str,
-    model: str | Path,
-    runs: Sequence[str | Path],
-    coco_root: str | Path,
-    sets: Sequence[QuestionSet],
-    device: str = "cpu",
-    features_folder: str | Path | None = None,
-    spoken: Callable[[str], str] = spoken_answer,
-    cost: str = "cost.json",
-) -> list[dict[str, Any]]:
-    """Measure one student under one method on every set; write a cell each, and `cost` beside the first.
-
-    As `evaluate_cells`, for questions that have been read; `spoken` as for Evaluator. Raises LaidError as it does.
+    cost: file for time and memory (None: out/cost.json); jobs that share `out` take one each. Raises
+    LaidError for a method without its runs, two runs of one seed, a broken image; nothing is written then.
     """
     start = time.perf_counter()
     seeds = [seed_of(run) for run in runs]
@@ -223,14 +226,12 @@ def measure(
     for run, seed in [(run, seed_of(run)) for run in runs] or [(None, 0)]:
         loaded = load_with_method(config, method, model, run, device)
         label = config["models"]["labels"].get(student) or parameter_label(parameters(loaded.model))
-        evaluator = Evaluator(
-            loaded, coco_root, config["evaluation"], f"{student} {method}", features_folder, spoken
-        )
+        evaluator = Evaluator(loaded, coco_root, config["evaluation"], f"{student} {method}", features_folder)
         total = sum(len(part.questions) for part in sets)
         with Progress(total, f"{student} {method}: seed {seed}", unit="questions") as bar:
             for at in sorted(range(len(sets)), key=lambda k: sets[k].size):
                 asked = evaluator.ask(sets[at].questions)
-                found = evaluator.answer(asked)
+                found = evaluator.answer(asked, sets[at].spoken)
                 answers[at] += [{**answer, "seed": seed} for answer in found]
                 if run in (None, *runs[:1]):
                     tokens[at] = [len(a.prompt.ids) for a in asked]
@@ -265,9 +266,9 @@ def measure(
                 "evaluate", config, inputs, student=student, method=method, size=part.size
             ),
         )
-        write_cell(part.out, cell)
+        write_cell(Path(out) / f"{part.size}.json", cell)
         cells.append(cell)
-    write_json(sets[0].out.with_name(cost), provenance.cost(start))
+    write_json(Path(out) / "cost.json" if cost is None else cost, provenance.cost(start))
     return cells
 
 

@@ -319,9 +319,10 @@ def benchmark_kept(source: Curves, method: str, margin: float, root: Path | None
     """Accuracy on POPE's object questions (laid.results.pope), `method` minus base."""
     if source.printed or root is None:
         return NO_FIGURE
-    folder = root / "pope/cells"
-    if not folder.is_dir():
-        return Outcome(NOT_MEASURED, remarks=[f"{folder} is not there: run `snakemake --cores all pope`"])
+    folder = root / "cells"
+    if not (folder / "pope_random").is_dir():
+        missing = f"{folder}/pope_random is not there: run `snakemake --cores all pope`"
+        return Outcome(NOT_MEASURED, remarks=[missing])
     answers, found = read_pope_answers(folder), []
     for student in source.students:
         if {(student, "base"), (student, method)} <= set(answers.models):

@@ -90,8 +90,8 @@ class PopeAnswers:
 
 
 def read_pope_answers(folder: Path) -> PopeAnswers:
-    """The cells below <folder>/<strategy>/<student>/<method>/1.json."""
-    return PopeAnswers({strategy: folder / strategy for strategy in STRATEGIES})
+    """The cells below <folder>/pope_<strategy>/<student>/<method>/1.json."""
+    return PopeAnswers({strategy: folder / f"pope_{strategy}" for strategy in STRATEGIES})
 
 
 def table(found: PopeAnswers, teacher: str, students: Sequence[str], names: Names) -> Table:

@@ -1,0 +1,137 @@
+"""Where everything lies below <results>/<scale>, and what each result is made from.
+
+The rules, the audit and the results share this. It names files and opens none.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from laid.results.needed import needed
+from laid.settings import Settings, TrainedMethod
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A set of questions that models are asked; cells/<name>/<student>/<method>/<size>.json holds the answers.
+
+    questions: the file of a size, below <results>/<scale>, with {size} open. seeds: training runs behind a cell.
+    """
+
+    name: str
+    questions: str
+    sizes: tuple[int, ...]
+    seeds: int
+
+    @property
+    def folder(self) -> str:
+        """Below which folder of <results>/<scale> its questions lie: haystacks, beyond or pope."""
+        return self.questions.partition("/")[0]
+
+
+def suites(settings: Settings) -> dict[str, Suite]:
+    """Every suite that the settings describe, by name."""
+    haystacks, seeds = settings.haystacks, settings.seeds
+
+    def of_haystacks(name: str, folder: str, sizes: list[int], seeds: int) -> Suite:
+        return Suite(name, f"{folder}/visual_haystack_{{size}}.json", tuple(sorted(sizes)), seeds)
+
+    found = [
+        of_haystacks("test", "haystacks/test", haystacks.test.sizes, seeds),
+        of_haystacks(
+            "validation",
+            "haystacks/validation",
+            haystacks.validation.sizes,
+            settings.sweep.seeds,
+        ),
+        of_haystacks("beyond", "beyond/haystacks", settings.beyond.sizes, seeds),
+        *(
+            Suite(f"pope_{strategy}", f"pope/questions/coco_pope_{strategy}.json", (1,), seeds)
+            for strategy in ("random", "popular", "adversarial")
+        ),
+    ]
+    return {suite.name: suite for suite in found}
+
+
+class Layout:
+    """Places, as text, of one configuration's results; `root` replaces <results>/<scale> (a copy elsewhere)."""
+
+    def __init__(self, settings: Settings, root: str | Path | None = None):
+        self.settings = settings
+        self.root = str(root or Path(settings.results) / settings.scale)
+        local = settings.data.source == "local"
+        self.coco: str = settings.data.root if local else f"{self.root}/coco"
+        self.suites = suites(settings)
+        self.models = settings.models
+        self.members: list[str] = [self.models.teacher, *self.models.students]
+
+    def cell(self, suite: str, student: str, method: str, size: int) -> str:
+        return f"{self.root}/cells/{suite}/{student}/{method}/{size}.json"
+
+    def needed(self, student: str | None = None) -> list[str]:
+        """The test cells that the tables read, of one student or of all."""
+        return [
+            self.cell("test", *key) for key in needed(self.settings) if student is None or key[0] == student
+        ]
+
+    def chosen(self, section: str, student: str) -> list[str]:
+        """The methods that a section of the settings names, those that the student's tables have."""
+        own = {method for name, method, _ in needed(self.settings) if name == student}
+        return [method for method in getattr(self.settings, section).methods if method in own]
+
+    def questions(self, suite: str, size: int) -> str:
+        """The question file of a suite's cells of one size."""
+        return f"{self.root}/{self.suites[suite].questions.format(size=size)}"
+
+    def given(self, member: str) -> str | None:
+        """A checkpoint of the user's own, a folder or a hub id; None for a member that is made here."""
+        return self.models.checkpoints.get(member)
+
+    def checkpoint(self, member: str) -> str:
+        """Where a member's checkpoint is: a folder made here, a folder of the user's, or a hub id."""
+        return self.given(member) or f"{self.root}/models/{member}"
+
+    def run(self, student: str, method: str, seed: int) -> str:
+        return f"{self.root}/runs/{student}/{method}/seed{seed}"
+
+    def runs(self, student: str, method: str, seeds: int) -> list[str]:
+        """The training runs of a method, one per seed; none for base, YaRN and SelfExtend."""
+        seeds = seeds if self.is_trained(method) else 0
+        return [self.run(student, method, seed) for seed in range(seeds)]
+
+    def is_trained(self, method: str) -> bool:
+        return isinstance(self.settings.methods.get(method), TrainedMethod)
+
+    def learns_from(self, method: str) -> str:
+        """Which training questions a method learns from: train, or long (without labels)."""
+        return self.settings.methods[method].questions
+
+    def training_questions(self, name: str) -> str:
+        return f"{self.root}/haystacks/{name}.json"
+
+    def hears_teacher(self, method: str) -> bool:
+        """Whether one of a method's losses needs what the teacher said."""
+        weights = self.settings.methods[method]
+        return any((weights.lambda_kl, weights.lambda_laid, weights.lambda_rows))
+
+    def teacher_cache(self, questions: str) -> str:
+        """The index of what the teacher said of these training questions: names every shard and its hash."""
+        return f"{self.root}/teacher_cache/{questions}/index.json"
+
+    def asked(self, heard: bool = False) -> list[str]:
+        """The training questions, train first, that the tables' methods learn from; `heard`: with a teacher's cache."""
+        methods = dict.fromkeys(method for _, method, _ in needed(self.settings) if self.is_trained(method))
+        names = {self.learns_from(m) for m in methods if not heard or self.hears_teacher(m)}
+        return [name for name in ("train", "long") if name in names]
+
+    def question_files(self, folder: str) -> list[str]:
+        """All question files below a folder (haystacks, beyond, pope), in the order of making; long where it is asked."""
+        asked = [
+            self.questions(suite.name, size)
+            for suite in self.suites.values()
+            if suite.folder == folder
+            for size in suite.sizes
+        ]
+        training = [self.training_questions(name) for name in dict.fromkeys(["train", *self.asked()])]
+        return [*(training if folder == "haystacks" else ()), *asked]

@@ -1,0 +1,65 @@
+"""Where results lie and what they are made from."""
+
+import pytest
+import yaml
+
+from laid.data.pope import STRATEGIES, pope_file
+from laid.data.questions import haystack_file
+from laid.layout import Layout
+from laid.settings import load
+
+
+@pytest.fixture
+def layout(tmp_path):
+    overlay = {
+        "models": {"checkpoints": {"teacher": "owner/name"}},
+        "methods": {"mine": {"extends": "laid_long"}},
+        "tables": {"methods": ["base", "yarn", "sft", "mine"], "ablations": ["base", "laid"]},
+    }
+    (tmp_path / "over.yaml").write_text(yaml.safe_dump(overlay))
+    return Layout(load(["config.yaml", tmp_path / "over.yaml"]))
+
+
+def test_suites_name_the_files_that_the_builders_write(layout):
+    assert [name for name in layout.suites if name.startswith("pope_")] == [f"pope_{s}" for s in STRATEGIES]
+    for strategy in STRATEGIES:
+        file = pope_file("results/small/pope/questions", strategy)
+        assert layout.questions(f"pope_{strategy}", 1) == str(file)
+    assert layout.questions("test", 50) == str(haystack_file("results/small/haystacks/test", 50))
+    assert layout.suites["validation"].seeds == 3 and layout.suites["test"].seeds == 1
+    assert [suite.folder for suite in layout.suites.values()] == ["haystacks"] * 2 + ["beyond"] + ["pope"] * 3
+
+
+def test_a_published_checkpoint_is_no_folder_of_ours(layout):
+    assert (layout.given("teacher"), layout.checkpoint("teacher")) == ("owner/name", "owner/name")
+    assert (layout.given("small"), layout.checkpoint("small")) == (None, "results/small/models/small")
+
+
+def test_what_a_method_learns_from(layout):
+    assert [layout.learns_from(m) for m in ("sft", "laid", "mine")] == ["train", "train", "long"]
+    assert [layout.hears_teacher(m) for m in ("sft", "kd", "laid", "mine")] == [False, True, True, True]
+    assert [layout.is_trained(m) for m in ("base", "yarn", "self_extend", "sft", "mine")] == [False] * 3 + [
+        True
+    ] * 2
+    assert layout.runs("small", "mine", 2) == [f"results/small/runs/small/mine/seed{k}" for k in (0, 1)]
+    assert layout.runs("small", "yarn", 2) == []
+
+
+def test_what_the_tables_ask_for(layout):
+    cells = layout.needed()
+    assert len(cells) == len(set(cells)) == 8 * (1 + 2 * 4 + 1)  # laid for the first student alone
+    assert layout.needed("teacher") == [
+        layout.cell("test", "teacher", "base", size) for size in layout.suites["test"].sizes
+    ]
+    assert layout.asked() == ["train", "long"]
+    assert layout.chosen("pope", "small") == ["base", "sft"] and layout.chosen("pope", "medium") == [
+        "base",
+        "sft",
+        "laid",
+    ]
+    files = layout.question_files("haystacks")
+    assert (
+        files[:2] == [layout.training_questions(name) for name in ("train", "long")]
+        and len(files) == 2 + 8 + 4
+    )
+    assert len(layout.question_files("beyond")) == len(layout.question_files("pope")) == 3
