@@ -10,6 +10,7 @@ from laid.errors import LaidError
 from laid.results import claim_tests, claims
 from laid.results.answers import Curves, Results
 from laid.results.claim_tests import NOT, NOT_MEASURED, SUPPORTED, UNDECIDED, Statement
+from laid.results.exports import shape_report
 from laid.results.published import Published
 
 LEDGER = Path(__file__).parents[2] / "claims.yaml"
@@ -160,31 +161,31 @@ def checkpoint(folder, shapes, **settings):
 
 
 @pytest.mark.parametrize(
-    ("shapes", "settings", "verdict", "text"),
+    ("shapes", "settings", "same", "text"),
     [
-        ({"a": (8, 8), "b": (8,)}, {}, SUPPORTED, "72 parameters in 2 tensors"),
-        ({"a": (8, 9), "b": (8,)}, {}, NOT, "1 tensors differ in name or shape, first a"),
-        ({"a": (8, 8), "b": (8,)}, {"attention": "long"}, NOT, "settings differ: attention"),
+        ({"a": (8, 8), "b": (8,)}, {}, True, "72 parameters in 2 tensors"),
+        ({"a": (8, 9), "b": (8,)}, {}, False, "1 tensors differ in name or shape, first a"),
+        ({"a": (8, 8), "b": (8,)}, {"attention": "long"}, False, "settings differ: attention"),
     ],
 )
-def test_an_export_is_compared_tensor_by_tensor(tmp_path, shapes, settings, verdict, text):
+def test_an_export_is_compared_tensor_by_tensor(tmp_path, shapes, settings, same, text):
     checkpoint(tmp_path / "models" / "S", {"a": (8, 8), "b": (8,)})
     checkpoint(tmp_path / "runs" / "S" / "laid" / "seed0" / "model", shapes, **settings)
-    outcome = claim_tests.same_shapes(Fixed(BASE), "laid", tmp_path)
-    assert outcome.verdict == verdict and text in outcome.remarks[0]
+    found, told = shape_report(tmp_path, "S", "laid")
+    assert found is same and text in told
 
 
 def test_an_adapter_is_no_plain_checkpoint_and_no_export_is_not_measured(tmp_path):
     checkpoint(tmp_path / "models" / "S", {"a": (2,)})
-    assert claim_tests.same_shapes(Fixed(BASE), "laid", tmp_path).verdict == NOT_MEASURED
+    assert shape_report(tmp_path, "S", "laid")[0] is None
     export = tmp_path / "runs" / "S" / "laid" / "seed0" / "model"
     checkpoint(export, {"a": (2,)})
     (export / "adapter_config.json").write_text("{}")
-    assert "adapter" in claim_tests.same_shapes(Fixed(BASE), "laid", tmp_path).remarks[0]
+    assert "adapter" in shape_report(tmp_path, "S", "laid")[1]
     (export / "adapter_config.json").unlink()
     (export / "model.safetensors").write_bytes(b"\xff" * 30)
     with pytest.raises(LaidError, match="cut short"):
-        claim_tests.same_shapes(Fixed(BASE), "laid", tmp_path)
+        shape_report(tmp_path, "S", "laid")
 
 
 ENTRY = "{id: a, title: A, claim: c, where: w, how: h, test: shrinkage}"

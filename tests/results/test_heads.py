@@ -164,7 +164,7 @@ def test_records_are_found_by_their_format_and_place(tmp_path, records):
     write_json(tmp_path / "other.json", {"format": "other"})
     assert list(heads.load(tmp_path)) == ["T"]
     write_json(tmp_path / "S.json", records["T"])
-    with pytest.raises(LaidError, match="S.json: holds the analysis of 'T'"):
+    with pytest.raises(LaidError, match="S.json: holds the record of 'T'"):
         heads.load(tmp_path)
 
 

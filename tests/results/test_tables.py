@@ -1,6 +1,8 @@
 import csv
 import io
+import sys
 
+import pandas as pd
 import pytest
 from rich.console import Console
 
@@ -9,7 +11,7 @@ from laid.errors import LaidError
 from laid.evaluation.cells import write_cell
 from laid.io import write_json
 from laid.results import published, render, tables
-from laid.results.answers import Results
+from laid.results.answers import Results, answers_frame, save_answers
 from laid.results.statistics import mean_relative_gain
 
 
@@ -43,7 +45,14 @@ def test_table1_has_the_papers_columns_and_accuracies(built):
 
 
 def test_table1_has_the_papers_gains_but_for_the_three_that_it_misprints(built):
-    printed = published.gains("table1")
+    printed = {
+        (row["params"], published.METHODS[row["method"]]): (
+            float(row["short_gain_pct"]),
+            float(row["long_gain_pct"]),
+        )
+        for row in published.rows("table1")
+        if row["short_gain_pct"]
+    }
     off = {}
     for row in csv_rows(built["table1"]):
         key = (row["params"], row["method"])
@@ -169,6 +178,34 @@ def test_files_are_written_whole_and_the_same_twice(built, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(p.name for p in paths)
 
 
+def test_the_answers_can_be_taken_away(paper, tmp_path, monkeypatch):
+    some = {key: cell for key, cell in paper.items() if key[2] == 1 and key[0] == "32B"}
+    frame = answers_frame(some, "test")
+    save_answers(frame, tmp_path / "answers.csv")
+    read = pd.read_csv(tmp_path / "answers.csv", dtype={"question": str})
+    assert len(read) == 10000 and read["correct"].mean() == pytest.approx(0.8379)
+    assert list(read) == [
+        "suite", "scale", "student", "params", "role", "method", "size", "tokens_mean", "positions_mean", "seed", "question",
+        "label", "answer", "correct", "p_yes", "needles",
+    ]  # fmt: skip
+    assert ((read["answer"] == read["label"]) == read["correct"]).all() and set(read["suite"]) == {"test"}
+    with pytest.raises(LaidError, match="answers are written as .parquet or .csv"):
+        save_answers(frame, tmp_path / "answers.xlsx")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(LaidError, match="Parquet needs pyarrow"):
+        save_answers(frame, tmp_path / "answers.parquet")
+    assert [path.name for path in tmp_path.iterdir()] == ["answers.csv"]
+
+
+def test_answers_as_parquet(paper, tmp_path):
+    pytest.importorskip("pyarrow")
+    frame = answers_frame({key: cell for key, cell in paper.items() if key[2] == 5 and key[0] == "32B"})
+    save_answers(frame, tmp_path / "answers.parquet")
+    read = pd.read_parquet(tmp_path / "answers.parquet")
+    assert read["needles"].map(list).tolist() == frame["needles"].tolist()
+    assert read["correct"].tolist() == frame["correct"].tolist()
+
+
 def test_the_verb_prints_and_writes(tmp_path, capsys):
     from laid.cli import main
 
@@ -204,7 +241,21 @@ def test_the_verb_prints_and_writes(tmp_path, capsys):
     }
     write_json(tmp_path / "haystacks" / "shortcuts.json", {"format": "laid-shortcuts/1", "files": scores})
     before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "tables").iterdir()}
-    assert main(["tables", *arguments, "--out", str(tmp_path / "tables"), "--all"]) == 0
+    assert (
+        main(
+            [
+                "tables",
+                *arguments,
+                "--out",
+                str(tmp_path / "tables"),
+                "--all",
+                "--answers",
+                str(tmp_path / "a.csv"),
+            ]
+        )
+        == 0
+    )
+    assert len(pd.read_csv(tmp_path / "a.csv")) == 3 * 2 * 8
     printed = capsys.readouterr().out
     assert (
         "(%): always yes 50.0; target in any image 50.0 to 61.0." in printed

@@ -1,4 +1,4 @@
-"""`laid figures`: figures from cells and training logs, as SVG, PNG and CSV; their main numbers are printed."""
+"""`laid figures`: figures from cells and training logs, as SVG, PNG and CSV."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from laid.errors import LaidError
     from laid.results import figures, heads, plotting, training_figures
-    from laid.results.render import show
 
     results, beside, root = read_results(args)
     names, students, out = results.names, results.students, args.out or root / "figures"
@@ -39,4 +38,4 @@ def run(args: argparse.Namespace) -> None:
         plotting.save(drawing, out)
     plotting.write_captions(drawings, out)
     written = ", ".join(drawing.name for drawing in drawings)
-    show(figures.summary(results), footnote=f"{out}: {written} (each .svg, .png, .csv)")
+    print(f"{out}: {written} (each .svg, .png, .csv)")

@@ -17,7 +17,7 @@ from laid.errors import LaidError
 from laid.evaluation.cells import Cells, ordered
 from laid.evaluation.intervals import RESAMPLES, joint_draws
 from laid.evaluation.scoring import is_right
-from laid.io import atomic_path
+from laid.io import atomic_path, read_json
 from laid.results import statistics
 from laid.results.names import Names, method_names
 from laid.results.needed import Key, missing_cells, needed
@@ -75,6 +75,23 @@ def save_answers(frame: pd.DataFrame, path: Path) -> None:
             raise LaidError(
                 f"{path}: Parquet needs pyarrow (pip install pyarrow); .csv does without"
             ) from None
+
+
+def read_records(folder: str | Path, kind: str) -> dict[str, dict[str, Any]]:
+    """The records of one format (of `laid analyse`, of `laid why`) in a folder, by model; other files are passed over.
+
+    Raises LaidError for a file that lies in another's place.
+    """
+    found = {}
+    for path in sorted(Path(folder).glob("[!.]*.json")):
+        record = read_json(path)
+        if isinstance(record, dict) and record.get("format") == kind:
+            if path.stem != record["student"]:
+                raise LaidError(
+                    f"{path}: holds the record of {record['student']!r}: moved or copied from there?"
+                )
+            found[record["student"]] = record
+    return found
 
 
 class Curves:

@@ -10,30 +10,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from laid.errors import LaidError
 from laid.evaluation.cells import Cells
 from laid.evaluation.intervals import wilson
-from laid.io import read_json
-from laid.results.answers import cells_frame
+from laid.results import plotting
+from laid.results.answers import cells_frame, read_records
 from laid.results.names import Names
-from laid.results.plotting import (
-    PAGE,
-    RULE,
-    TEACHER,
-    Drawing,
-    bars,
-    curve,
-    decimals,
-    hover,
-    image_axis,
-    legend_below,
-    method_looks,
-    new_figure,
-    percent,
-    point_tip,
-    style,
-)  # fmt: skip
-from laid.results.render import pipes
+from laid.results.plotting import Drawing, style
+from laid.results.render import percent, pipes
 
 Record = Mapping[str, Any]  # of `laid why`, one model
 FORMAT = "laid-why/1"
@@ -42,17 +25,9 @@ TITLES = {"ordinary": "n images", "stretched": "{few} images, span of n", "packe
 RESAMPLES = 2000
 
 
-def load_why(folder: str | Path) -> dict[str, dict[str, Any]]:
-    """The records of `laid why` in a folder, by model. Raises LaidError for a file that lies in another's place."""
-    found = {}
-    for path in sorted(Path(folder).glob("*.json")):
-        record = read_json(path)
-        if not isinstance(record, dict) or record.get("format") != FORMAT:
-            continue
-        if path.stem != record["student"]:
-            raise LaidError(f"{path}: holds the record of {record['student']!r}: moved or copied from there?")
-        found[record["student"]] = record
-    return found
+def load_why(folder: str | Path) -> dict[str, Record]:
+    """The records of `laid why` in a folder, by model."""
+    return read_records(folder, FORMAT)
 
 
 def right(record: Record, method: str, condition: str, size: int) -> np.ndarray:
@@ -89,29 +64,29 @@ def long_sizes(record: Record, short_max: int) -> list[int]:
 def figure_why(records: Mapping[str, Record], students: Sequence[str], teacher: str, names: Names) -> Drawing:
     """Accuracy over n in the three conditions (columns), a row a student, the teacher in grey."""
     shown = [name for name in students if name in records]
-    looks, data = method_looks(names), []
-    figure = new_figure(PAGE, 1.9 * len(shown) + 0.7)
+    looks, data = plotting.method_looks(names), []
+    figure = plotting.new_figure(plotting.PAGE, 1.9 * len(shown) + 0.7)
     panels = figure.subplots(len(shown), len(CONDITIONS), sharex=True, sharey=True, squeeze=False)
     for student, line in zip(shown, panels, strict=True):
         record = records[student]
         for condition, axes in zip(CONDITIONS, line, strict=True):
             if teacher in records:
                 points = shares(records[teacher], "base", condition)
-                curve(axes, points.n, points.accuracy, TEACHER, "teacher")
-                hover(axes, points.n, points.accuracy, _tips(points, "teacher"), size=8)
+                plotting.curve(axes, points.n, points.accuracy, plotting.TEACHER, "teacher")
+                plotting.hover(axes, points.n, points.accuracy, _tips(points, "teacher"), size=8)
             for method in names.ordered(record["methods"]):
                 points, look = shares(record, method, condition), looks[method]
-                curve(axes, points.n, points.accuracy, look, names[method])
-                hover(axes, points.n, points.accuracy, _tips(points, names[method]), size=8)
+                plotting.curve(axes, points.n, points.accuracy, look, names[method])
+                plotting.hover(axes, points.n, points.accuracy, _tips(points, names[method]), size=8)
                 if method in ("base", "laid"):
-                    bars(axes, points.n, points.accuracy, points.low, points.high, look.color)
+                    plotting.bars(axes, points.n, points.accuracy, points.low, points.high, look.color)
                 data.append(points)
-            image_axis(axes, record["sizes"])
+            plotting.image_axis(axes, record["sizes"])
             axes.set_xlabel("n" if student == shown[-1] else "")
             if student == shown[0]:
                 axes.set_title(TITLES[condition].format(few=record["few"]), loc="left")
         line[0].set_ylabel(f"{student}\naccuracy (%)")
-    legend_below(figure, panels[0][0], columns=5)
+    plotting.legend_below(figure, panels[0][0], columns=5)
     record = records[shown[0]]
     few, n = record["few"], len(right(record, "base", "ordinary", record["few"]))
     drawn = pd.concat(data)
@@ -123,7 +98,7 @@ def figure_why(records: Mapping[str, Record], students: Sequence[str], teacher: 
         f" distance without more keys. Right: n images at the positions of {few}: more keys without distance."
         f" Bars: 95 % intervals (Wilson) of base and LAid; {n} questions a point.",
         figure,
-        drawn.assign(**{name: decimals(drawn[name], places) for name, places in formats.items()}),
+        drawn.assign(**{name: plotting.decimals(drawn[name], places) for name, places in formats.items()}),
     )
 
 
@@ -165,25 +140,25 @@ def figure_ends(near: Cells, far: Cells, teacher: str, students: Sequence[str], 
         max((size for *_, size in near), default=beyond["size"].min()),
     )
     shown = [name for name in students if name in set(beyond["student"])]
-    looks, data = method_looks(names), []
-    figure = new_figure(PAGE, 2.7)
+    looks, data = plotting.method_looks(names), []
+    figure = plotting.new_figure(plotting.PAGE, 2.7)
     panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
     for student, axes in zip(shown, panels, strict=True):
-        lines = [(teacher, "base", "teacher", TEACHER)]
+        lines = [(teacher, "base", "teacher", plotting.TEACHER)]
         methods = names.ordered(beyond[beyond["student"] == student]["method"].unique())
         lines += [(student, method, names[method], looks[method]) for method in methods]
         for name, method, label, look in lines:
             own = cells[(cells["student"] == name) & (cells["method"] == method)]
             if own.empty:
                 continue
-            curve(axes, own["size"], own.accuracy, look, label)
-            bars(axes, own["size"], own.accuracy, own.low, own.high, look.color)
-            texts = (point_tip(label, c.size, c.accuracy, (c.low, c.high)) for c in own.itertuples())
-            hover(axes, own["size"], own.accuracy, texts, size=8)
+            plotting.curve(axes, own["size"], own.accuracy, look, label)
+            plotting.bars(axes, own["size"], own.accuracy, own.low, own.high, look.color)
+            texts = (plotting.point_tip(label, c.size, c.accuracy, (c.low, c.high)) for c in own.itertuples())
+            plotting.hover(axes, own["size"], own.accuracy, texts, size=8)
             if name == student or student == shown[0]:
                 data.append(own)
         axes.axvspan(math.sqrt(edge * beyond["size"].min()), 1.1 * sizes[-1], color="#eeeeee", zorder=0)
-        axes.axhline(50, **RULE)
+        axes.axhline(50, **plotting.RULE)
         axes.set_xscale("log")
         ticks = [size for size in (1, 5, 20, 50, 150, 500) if size in sizes] or sizes
         axes.set_xticks(ticks, [str(size) for size in ticks])
@@ -191,17 +166,17 @@ def figure_ends(near: Cells, far: Cells, teacher: str, students: Sequence[str], 
         axes.set_xlabel("Images in the haystack")
         axes.set_title(student, loc="left", fontweight="bold")
     panels[0].set_ylabel("Accuracy (%)")
-    legend_below(figure, panels[0], columns=5)
+    plotting.legend_below(figure, panels[0], columns=5)
     drawn = pd.concat(data).rename(columns={"size": "images", "positions_mean": "positions"})
     formats = {"positions": 1, "accuracy": 6, "low": 6, "high": 6}
     return Drawing(
         "beyond",
         "Where it stops",
-        "Accuracy over images, beyond the sizes of the paper where shaded; bars: 95 % intervals; dashed: chance."
+        "Accuracy over images, beyond the sizes of the paper where shaded; plotting.bars: 95 % intervals; dashed: chance."
         f" {beyond['questions'].min()} questions a size where shaded.",
         figure,
         drawn[["student", "method", "images", *formats]].assign(
-            **{name: decimals(drawn[name], places) for name, places in formats.items()}
+            **{name: plotting.decimals(drawn[name], places) for name, places in formats.items()}
         ),
     )
 

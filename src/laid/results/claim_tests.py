@@ -331,20 +331,6 @@ def benchmark_kept(source: Curves, method: str, margin: float, root: Path | None
     return conclude(source, found)
 
 
-def same_shapes(source: Curves, method: str, root: Path | None = None) -> Outcome:
-    """Compares exported checkpoints under `root` with base's; see laid.results.exports."""
-    if source.printed or root is None:
-        return NO_FIGURE
-    verdicts, remarks = [], []
-    for student in source.students:
-        same, text = shape_report(root, student, method)
-        verdicts.append({True: SUPPORTED, False: NOT, None: UNDECIDED}[same])
-        remarks.append(f"{student}: {text}")
-    if all(v == UNDECIDED for v in verdicts):
-        return Outcome(NOT_MEASURED, remarks=remarks)
-    return Outcome(_together(verdicts, some=False), remarks=remarks)
-
-
 def low_frequencies(source: Curves, method: str, others: Sequence[str], root: Path | None = None) -> Outcome:
     """Low-frequency share of attention energy (laid.analysis.spectrum): is `method` nearer to the teacher than others?"""
     if source.printed or root is None:
@@ -410,6 +396,6 @@ TESTS: dict[str, Callable[..., Outcome]] = {
     test.__name__: test
     for test in (
         shrinkage, decay, no_help, short_biased, gains, over_kd, ablation_order, window_ratio, kept, benchmark_kept,
-        same_shapes, low_frequencies, inference_cost,
+        low_frequencies, inference_cost,
     )
 }  # fmt: skip

@@ -10,29 +10,10 @@ import numpy as np
 import pandas as pd
 
 from laid.evaluation.cells import interval_of
+from laid.results import plotting
 from laid.results.answers import Model, Results
-from laid.results.plotting import (
-    COLUMN,
-    GREY,
-    MODEL_LOOKS,
-    PAGE,
-    RULE,
-    Drawing,
-    Look,
-    bars,
-    curve,
-    decimals,
-    hover,
-    image_axis,
-    legend_below,
-    method_looks,
-    new_figure,
-    percent,
-    point_tip,
-    style,
-    tip,
-)  # fmt: skip
-from laid.results.render import Entry, Table
+from laid.results.plotting import Drawing, Look, style
+from laid.results.render import percent
 from laid.results.windows import bound_text, window
 
 BINS = 5  # needle positions are counted in fifths of the haystack
@@ -49,19 +30,20 @@ def measured(results: Results, models: Sequence[Model], sizes: Sequence[int]) ->
     """student, method, images, accuracy, low, high of cells, as the CSV files hold them."""
     found = results.cells.loc[[(*model, size) for model in models for size in sizes]].reset_index(drop=True)
     found = found[["student", "method", "size", "accuracy", "low", "high"]].rename(columns={"size": "images"})
-    return found.assign(**{name: decimals(found[name]) for name in ("accuracy", "low", "high")})
+    return found.assign(**{name: plotting.decimals(found[name]) for name in ("accuracy", "low", "high")})
 
 
 def figure1(results: Results) -> Drawing:
     """Accuracy over images of the teacher and the base students, with 95 % bands and the effective window."""
     members = [results.teacher, *results.students]
     lines = [
-        ((member, "base"), results.member(member), MODEL_LOOKS[i % 4]) for i, member in enumerate(members)
+        ((member, "base"), results.member(member), plotting.MODEL_LOOKS[i % 4])
+        for i, member in enumerate(members)
     ]
-    figure = new_figure(COLUMN, 2.7)
+    figure = plotting.new_figure(plotting.COLUMN, 2.7)
     axes = figure.add_subplot()
     data = _curves(axes, results, lines)
-    legend_below(figure, axes, columns=1)
+    plotting.legend_below(figure, axes, columns=1)
     threshold = results.threshold
     return Drawing(
         "figure1",
@@ -76,17 +58,17 @@ def figure1(results: Results) -> Drawing:
 
 def methods(results: Results) -> Drawing:
     """Accuracy over images of every method, one panel a student, the teacher in grey."""
-    figure = new_figure(PAGE, 3.0)
+    figure = plotting.new_figure(plotting.PAGE, 3.0)
     panels = figure.subplots(1, len(results.students), sharey=True, squeeze=False)[0]
-    looks, data = method_looks(results.names), []
+    looks, data = plotting.method_looks(results.names), []
     for axes, student in zip(panels, results.students, strict=True):
-        lines = [((results.teacher, "base"), "teacher", Look(GREY, "", "-"))]
+        lines = [((results.teacher, "base"), "teacher", Look(plotting.GREY, "", "-"))]
         lines += [((student, m), results.names[m], looks[m]) for m in results.settings.tables.methods]
         data.append(_curves(axes, results, lines, bands=("base", "laid"), in_legend=False))
         axes.set_title(results.member(student), loc="left", fontweight="bold")
         if axes is not panels[0]:
             axes.set_ylabel("")
-    legend_below(figure, panels[0], columns=4)
+    plotting.legend_below(figure, panels[0], columns=4)
     return Drawing(
         "methods",
         "Every method over images",
@@ -106,11 +88,11 @@ def _curves(
 ) -> pd.DataFrame:
     """Draw (model, name, look) curves with a tick at each effective window; returns what was drawn."""
     threshold, sizes = results.threshold, results.sizes
-    axes.axhline(100 * threshold, **RULE)
+    axes.axhline(100 * threshold, **plotting.RULE)
     windows = [window(results, model, threshold) for model, _, _ in lines]
     for (model, name, look), own in zip(lines, windows, strict=True):
         cells = results.cells.loc[[(*model, size) for size in sizes]]
-        curve(
+        plotting.curve(
             axes, sizes, cells.accuracy, look, f"{name}: window {own.text()}" if in_legend else name, zorder=3
         )
         if bands is None or model[1] in bands:
@@ -120,9 +102,9 @@ def _curves(
         if own.exact:
             tick = {"marker": "|", "markersize": 9, "markeredgewidth": 1.6, "color": look.color}
             axes.plot([own.low], [100 * threshold], **tick)
-        texts = (point_tip(name, c.size, c.accuracy, (c.low, c.high)) for c in cells.itertuples())
-        hover(axes, sizes, cells.accuracy, texts)
-    image_axis(axes, sizes)
+        texts = (plotting.point_tip(name, c.size, c.accuracy, (c.low, c.high)) for c in cells.itertuples())
+        plotting.hover(axes, sizes, cells.accuracy, texts)
+    plotting.image_axis(axes, sizes)
     axes.set_ylabel("Accuracy (%)")
     lowest = min(min(line.get_ydata()) for line in axes.lines)
     axes.set_ylim(10 * math.floor((lowest - 3) / 10), 102)
@@ -135,8 +117,12 @@ def _curves(
 
 def figure3(results: Results) -> Drawing:
     """Bars of base, KD and LAid over images, one panel a student (Figure 3 of the paper)."""
-    sizes, shown, looks = results.columns("table3_omit"), _bar_methods(results), method_looks(results.names)
-    figure = new_figure(PAGE, 2.5)
+    sizes, shown, looks = (
+        results.columns("table3_omit"),
+        _bar_methods(results),
+        plotting.method_looks(results.names),
+    )
+    figure = plotting.new_figure(plotting.PAGE, 2.5)
     panels = figure.subplots(1, len(results.students), sharey=True, squeeze=False)[0]
     width = 0.8 / len(shown)
     for axes, student in zip(panels, results.students, strict=True):
@@ -149,16 +135,16 @@ def figure3(results: Results) -> Drawing:
                     color="white" if method == "base" else look.color, edgecolor="black", linewidth=0.6,
                 )  # fmt: skip
                 more = {"linestyle": "-", "elinewidth": None, "linewidth": 0.8, "capsize": 1.5}
-                bars(axes, [x], [cell.accuracy], [cell.low], [cell.high], "black", **more)
-                tip(bar, point_tip(name, size, cell.accuracy, (cell.low, cell.high)))
-        axes.axhline(50, **RULE)
+                plotting.bars(axes, [x], [cell.accuracy], [cell.low], [cell.high], "black", **more)
+                plotting.tip(bar, plotting.point_tip(name, size, cell.accuracy, (cell.low, cell.high)))
+        axes.axhline(50, **plotting.RULE)
         axes.set_xticks(range(len(sizes)), [str(size) for size in sizes])
         axes.grid(axis="x", visible=False)
         axes.set_xlabel("Images in the haystack")
         axes.set_title(results.member(student), loc="left", fontweight="bold")
     panels[0].set_ylabel("Accuracy (%)")
     panels[0].set_ylim(0, 104)
-    legend_below(figure, panels[0], columns=3)
+    plotting.legend_below(figure, panels[0], columns=3)
     return Drawing(
         "figure3",
         "Figure 3. Base, KD and LAid",
@@ -202,14 +188,14 @@ def needle_position(results: Results) -> Drawing | None:
     found = found[found["images"].isin(sizes)]
     if found.empty:
         return None
-    looks = method_looks(results.names)
+    looks = plotting.method_looks(results.names)
     shown = [m for m in ("base", "sft", "kd", "laid") if m in results.settings.tables.methods]
     models = [(results.teacher, ["base"]), *((student, shown) for student in results.students)]
-    figure = new_figure(PAGE, 1.5 * len(models) + 0.8)
+    figure = plotting.new_figure(plotting.PAGE, 1.5 * len(models) + 0.8)
     panels = figure.subplots(len(models), len(sizes), sharex=True, sharey=True, squeeze=False)
     for (student, methods_shown), row in zip(models, panels, strict=True):
         for size, axes in zip(sizes, row, strict=True):
-            axes.axhline(50, **RULE)
+            axes.axhline(50, **plotting.RULE)
             for m, method in enumerate(methods_shown):
                 part = found[(found.student == student) & (found.method == method) & (found.images == size)]
                 xs = part.fifth - 1 + 0.12 * (m - (len(methods_shown) - 1) / 2)
@@ -218,9 +204,9 @@ def needle_position(results: Results) -> Drawing | None:
                     f"{name}, {size} images, fifth {p.fifth}: {percent(p.accuracy, (p.low, p.high))} % of {p.answers}"
                     for p in part.itertuples()
                 )
-                hover(axes, xs, part.accuracy, texts)
+                plotting.hover(axes, xs, part.accuracy, texts)
                 more = {"marker": look.marker, "linestyle": look.dash, "linewidth": 1, "label": name}
-                bars(axes, xs, part.accuracy, part.low, part.high, look.color, **more)
+                plotting.bars(axes, xs, part.accuracy, part.low, part.high, look.color, **more)
         row[0].set_ylabel(f"{results.member(student)}\naccuracy (%)")
     for size, axes in zip(sizes, panels[0], strict=True):
         axes.set_title(f"{size} images", loc="left", fontweight="bold")
@@ -228,44 +214,12 @@ def needle_position(results: Results) -> Drawing | None:
         axes.set_xticks(range(BINS), [str(i + 1) for i in range(BINS)])
         axes.set_xlabel("Fifth of the haystack")
     panels[0][0].set_ylim(10 * math.floor(100 * found.low.min() / 10), 104)
-    legend_below(figure, panels[-1][0], columns=4)
+    plotting.legend_below(figure, panels[-1][0], columns=4)
     return Drawing(
         "needle_position",
         "Accuracy by needle position",
         "Accuracy by the needle's place in the haystack (first to last fifth), with 95 % intervals; dashed: chance. A level line knows"
         f' no place; a dip in the middle is "lost in the middle". Every model stands in the CSV file. {results.questions_note()}',
         figure,
-        found.assign(**{name: decimals(found[name]) for name in ("accuracy", "low", "high")}),
+        found.assign(**{name: plotting.decimals(found[name]) for name in ("accuracy", "low", "high")}),
     )
-
-
-def summary(results: Results) -> list[Table]:
-    """What Figures 1 and 3 show, as tables for a terminal."""
-    bases = [(member, "base") for member in (results.teacher, *results.students)]
-    compared = [(student, method) for student in results.students for method in _bar_methods(results)]
-    threshold = results.threshold
-    return [
-        Table(
-            name,
-            title,
-            ["Model", "Method", *map(str, sizes), f"Window {threshold:g}"],
-            [
-                [Entry(results.member(model[0])), Entry(results.names[model[1]])]
-                + [Entry(percent(results.curves[model][size])) for size in sizes]
-                + [Entry(window(results, model, threshold).text())]
-                for model in models
-            ],
-            breaks={
-                i for i, (_, method) in enumerate(models) if name == "figure3" and i and method == "base"
-            },
-        )
-        for name, title, models, sizes in (
-            ("figure1", "Figure 1. Accuracy (%) before post-training", bases, results.sizes),
-            (
-                "figure3",
-                "Figure 3. Accuracy (%) of base, KD and LAid",
-                compared,
-                results.columns("table3_omit"),
-            ),
-        )
-    ]

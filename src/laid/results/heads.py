@@ -11,32 +11,10 @@ import numpy as np
 import pandas as pd
 
 from laid.analysis.spectrum import series, slope
-from laid.errors import LaidError
-from laid.io import read_json
+from laid.results import plotting
+from laid.results.answers import read_records
 from laid.results.names import Names
-from laid.results.plotting import (
-    BLUE,
-    GREEN,
-    GREY,
-    ORANGE,
-    PAGE,
-    PURPLE,
-    RED,
-    RULE,
-    SKY,
-    Drawing,
-    Look,
-    curve,
-    decimals,
-    hover,
-    image_axis,
-    legend_below,
-    log_axis,
-    method_looks,
-    new_figure,
-    style,
-    tip,
-)  # fmt: skip
+from laid.results.plotting import Drawing, Look, style
 
 FORMAT = "laid-analysis/1"
 SEEN = 2.0  # a needle head: its share of attention on the needle, over an even share, in geometric mean over sizes
@@ -45,28 +23,16 @@ LEVEL = -0.25
 STRONGEST = 3  # of each kind, that Figure 4 draws of a model; its CSV holds every head
 SEED = "Trained models: the first seed of each."
 TEACHER = Look("#666666", "*", (0, (1, 1)))
-HEAD_COLORS = (BLUE, RED, GREEN, ORANGE, PURPLE, SKY)
+HEAD_COLORS = (plotting.BLUE, plotting.RED, plotting.GREEN, plotting.ORANGE, plotting.PURPLE, plotting.SKY)
 MARKERS = "osD^vPXh"
 
 
 Record = Mapping[str, Any]  # of `laid analyse`, one model
 
 
-def load(folder: str | Path) -> dict[str, dict[str, Any]]:
-    """The records of `laid analyse` in a folder, by model. Raises LaidError for a file that is none."""
-    found = {}
-    for path in sorted(Path(folder).glob("*.json")):
-        if path.name.endswith(".cost.json") or path.name.startswith("."):
-            continue
-        record = read_json(path)
-        if not isinstance(record, dict) or record.get("format") != FORMAT:
-            continue
-        if path.stem != record["student"]:
-            raise LaidError(
-                f"{path}: holds the analysis of {record['student']!r}: moved or copied from there?"
-            )
-        found[record["student"]] = record
-    return found
+def load(folder: str | Path) -> dict[str, Record]:
+    """The records of `laid analyse` in a folder, by model."""
+    return read_records(folder, FORMAT)
 
 
 def head_curves(record: Record, method: str) -> pd.DataFrame:
@@ -120,7 +86,7 @@ def build(
 
 def figure4(records: Mapping[str, Record], teacher: str, students: Sequence[str], names: Names) -> Drawing:
     """Needle heads over haystack size: the teacher's, and each student's before and after."""
-    figure = new_figure(PAGE, 3.7)
+    figure = plotting.new_figure(plotting.PAGE, 3.7)
     panels = figure.subplots(1, 1 + len(students), sharey=True, squeeze=False)[0]
     drawn = []
     for name, axes in zip((teacher, *students), panels, strict=True):
@@ -135,9 +101,11 @@ def figure4(records: Mapping[str, Record], teacher: str, students: Sequence[str]
                 look = Look(HEAD_COLORS[place % len(HEAD_COLORS)], MARKERS[place % len(MARKERS)])
                 _head_line(axes, name, method, head, look)
         even = head_curves(record, methods[0]).iloc[0]
-        curve(axes, even.images, even.even, Look(GREY, "", (0, (1, 1))), None, linewidth=0.8)
+        plotting.curve(
+            axes, even.images, even.even, Look(plotting.GREY, "", (0, (1, 1))), None, linewidth=0.8
+        )
         axes.set_title(name, loc="left", fontweight="bold")
-        image_axis(axes, even.images)
+        plotting.image_axis(axes, even.images)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.24), borderaxespad=0, title="layer.head")
     panels[0].set_ylabel("Attention on the needle (%)")
@@ -168,14 +136,14 @@ def figure4(records: Mapping[str, Record], teacher: str, students: Sequence[str]
         " 16-fold haystack costs less than half) or local (dashed: falling). Students: hollow before, filled after LAid."
         f" The first {_count(records[teacher])} questions of every test file. {SEED}",
         figure,
-        data.assign(**{name: decimals(data[name], n) for name, n in places.items()}),
+        data.assign(**{name: plotting.decimals(data[name], n) for name, n in places.items()}),
     )
 
 
 def _head_line(axes: Any, name: str, method: str, head: Any, look: Look) -> None:
     before = method == "base"
     label = f"{head.layer}.{head.head} {head.kind}" + ("" if before else ", LAid")
-    curve(
+    plotting.curve(
         axes, head.images, head.share, look, label, linestyle="-" if head.kind == "global" else (0, (4, 1.5)),
         markerfacecolor="white" if before else look.color, linewidth=0.9 if before else 1.5,
     )  # fmt: skip
@@ -183,36 +151,36 @@ def _head_line(axes: Any, name: str, method: str, head: Any, look: Look) -> None
     texts = (
         f"{what}, {size} images: {100 * v:.1f} %" for size, v in zip(head.images, head.share, strict=True)
     )
-    hover(axes, head.images, head.share, texts, size=8)
+    plotting.hover(axes, head.images, head.share, texts, size=8)
 
 
 def spectra(records: Mapping[str, Record], teacher: str, students: Sequence[str], names: Names) -> Drawing:
     """Energy over RoPE wavelengths per method, one panel a student; right, the low-frequency share of every model."""
-    figure = new_figure(PAGE, 2.8)
+    figure = plotting.new_figure(plotting.PAGE, 2.8)
     panels = figure.subplots(1, len(students) + 1, squeeze=False)[0]
     rows: list[tuple[str, ...]] = []
-    reference, looks = records[teacher]["methods"]["base"]["spectrum"], method_looks(names)
+    reference, looks = records[teacher]["methods"]["base"]["spectrum"], plotting.method_looks(names)
     for student, axes in zip(students, panels, strict=False):
         lines = [(teacher, "base", reference, TEACHER, "teacher")]
         for method, entry in _methods(records[student], names):
             lines.append((student, method, entry["spectrum"], looks[method], names[method]))
         for name, method, part, look, label in lines:
             energy = mean_spectrum(part)
-            curve(axes, part["wavelengths"], energy.cumsum(), look, label)
+            plotting.curve(axes, part["wavelengths"], energy.cumsum(), look, label)
             if name != teacher or student == students[0]:
                 share = [f"{v:.6f}" for v in (part["share"], *part["interval"])]
                 rows += [
                     (name, method, f"{w:.4f}", f"{e:.6f}", *share)
                     for w, e in zip(part["wavelengths"], energy, strict=True)
                 ]
-        axes.axvline(reference["cut"], **RULE)
-        log_axis(axes, reference["wavelengths"])
+        axes.axvline(reference["cut"], **plotting.RULE)
+        plotting.log_axis(axes, reference["wavelengths"])
         axes.set_ylim(0, 102)
         axes.set_xlabel("RoPE wavelength (positions)")
         axes.set_title(student, loc="left", fontweight="bold")
     panels[0].set_ylabel("Energy up to it (%)")
     _share_dots(panels[-1], records, teacher, students, names)
-    legend_below(figure, panels[0], columns=5)
+    plotting.legend_below(figure, panels[0], columns=5)
     return Drawing(
         "spectrum",
         "Spectrum of attention over position differences",
@@ -236,7 +204,7 @@ def mean_spectrum(part: Mapping[str, Any]) -> np.ndarray:
 def _share_dots(
     axes: Any, records: Mapping[str, Record], teacher: str, students: Sequence[str], names: Names
 ) -> None:
-    looks, places, labels = method_looks(names), [], []
+    looks, places, labels = plotting.method_looks(names), [], []
     at = 0.0
     for name in (teacher, *students):
         for method, entry in _methods(records[name], names):
@@ -246,7 +214,7 @@ def _share_dots(
             ends = [[max(0, value - low)], [max(0, high - value)]]
             axes.errorbar([value], [at], xerr=ends, color=look.color, marker=look.marker, capsize=2)
             (spot,) = axes.plot([value], [at], "o", markersize=9, alpha=0)
-            tip(spot, f"{name} {names[method]}: {value:.1f} % [{low:.1f}, {high:.1f}]")
+            plotting.tip(spot, f"{name} {names[method]}: {value:.1f} % [{low:.1f}, {high:.1f}]")
             places.append(at)
             labels.append(name if name == teacher else f"{name} {names[method].split(' (')[0]}")
             at += 1
@@ -263,9 +231,9 @@ def distances(
     records: Mapping[str, Record], teacher: str, students: Sequence[str], names: Names, most: int = 4
 ) -> Drawing:
     """The averaged score over position differences, for heads of the last layer: a row a model, a column a head."""
-    shown, looks = [teacher, *students], method_looks(names)
+    shown, looks = [teacher, *students], plotting.method_looks(names)
     columns = min(most, max(records[name]["heads"] for name in shown))
-    figure = new_figure(PAGE, 1.45 * len(shown) + 0.6)
+    figure = plotting.new_figure(plotting.PAGE, 1.45 * len(shown) + 0.6)
     panels = figure.subplots(len(shown), columns, sharex=True, squeeze=False)
     rows: list[tuple[Any, ...]] = []
     for name, line in zip(shown, panels, strict=True):
@@ -286,16 +254,16 @@ def distances(
                     (name, method, record["layers"] - 1, head, f"{d:.2f}", f"{v:.6f}")
                     for d, v in zip(delta, scores, strict=True)
                 ]
-            axes.axvline(part["cut"], **RULE)
+            axes.axvline(part["cut"], **plotting.RULE)
             axes.set_title(f"{name}, head {head}", loc="left")
         line[0].set_ylabel("Mean score")
     span = 3.5 * max(records[name]["methods"]["base"]["spectrum"]["cut"] for name in shown)
     for column in panels.T:
         lowest = [axes for axes in column if axes.get_visible()][-1]  # models have different numbers of heads
-        log_axis(lowest, [1, span])
+        plotting.log_axis(lowest, [1, span])
         lowest.tick_params(labelbottom=True)
         lowest.set_xlabel("Position difference")
-    legend_below(figure, panels, columns=5)
+    plotting.legend_below(figure, panels, columns=5)
     return Drawing(
         "distance",
         "Attention over position difference",

@@ -16,18 +16,9 @@ from matplotlib.ticker import MaxNLocator
 from laid.distill.schedule import DistanceSchedule, reach
 from laid.errors import LaidError
 from laid.io import read_json
+from laid.results import plotting
 from laid.results.names import Names
-from laid.results.plotting import (
-    BLUE,
-    PAGE,
-    SERIES,
-    Drawing,
-    Look,
-    legend_below,
-    method_looks,
-    new_figure,
-    style,
-)  # fmt: skip
+from laid.results.plotting import Drawing, Look, style
 
 if TYPE_CHECKING:
     from laid.settings import TrainedMethod
@@ -125,13 +116,13 @@ def training(logs: pd.DataFrame, names: Names) -> Drawing | None:
         return None
     keys = sorted(losses["part"].unique(), key=lambda key: (len(key), key))
     students, shown = sorted(losses["student"].unique()), names.ordered(losses["method"].unique())
-    figure = new_figure(PAGE, 1.6 * len(students) + 0.7)
+    figure = plotting.new_figure(plotting.PAGE, 1.6 * len(students) + 0.7)
     panels = figure.subplots(len(students), len(shown), sharex="col", sharey=True, squeeze=False)
     drawn = []
     for (student, method, _), run in losses.groupby(RUN, sort=False):
         axes = panels[students.index(student)][shown.index(method)]
         for k, key in enumerate(keys):
-            look = Look(SERIES[k % len(SERIES)], "", DASHES[k % len(DASHES)])
+            look = Look(plotting.SERIES[k % len(plotting.SERIES)], "", DASHES[k % len(DASHES)])
             drawn.append(_line(axes, run[run["part"] == key], look, PARTS.get(key, key)))
     for student, row in zip(students, panels, strict=True):
         row[0].set_ylabel(f"{student}\nloss")
@@ -146,7 +137,7 @@ def training(logs: pd.DataFrame, names: Names) -> Drawing | None:
         lowest.tick_params(labelbottom=True)
         lowest.set_xlabel("Step")
         lowest.locator_params(axis="x", nbins=3)
-    legend_below(figure, panels, columns=5)
+    plotting.legend_below(figure, panels, columns=5)
     return Drawing(
         "training",
         "Loss parts over training",
@@ -162,10 +153,10 @@ def schedules(logs: pd.DataFrame, names: Names) -> Drawing | None:
     keys = sorted(key for key in logs["part"].unique() if _is_schedule(key))
     if not keys:
         return None
-    student, looks = min(logs["student"]), method_looks(names)
+    student, looks = min(logs["student"]), plotting.method_looks(names)
     columns = min(3, len(keys))
     lines = math.ceil(len(keys) / columns)
-    figure = new_figure(PAGE, 1.6 * lines + 0.7)
+    figure = plotting.new_figure(plotting.PAGE, 1.6 * lines + 0.7)
     panels = figure.subplots(lines, columns, squeeze=False)
     drawn = []
     for key, axes in zip(keys, panels.flat, strict=False):
@@ -184,7 +175,7 @@ def schedules(logs: pd.DataFrame, names: Names) -> Drawing | None:
         axes.locator_params(axis="x", nbins=4)
     for axes in list(panels.flat)[len(keys) :]:
         axes.set_visible(False)
-    legend_below(figure, panels, columns=5, order=list(names.values()))
+    plotting.legend_below(figure, panels, columns=5, order=list(names.values()))
     return Drawing(
         "schedules",
         "Schedules and gains over training",
@@ -226,8 +217,6 @@ def _printed(drawn: Sequence[pd.DataFrame]) -> pd.DataFrame:
 # ------------------------------------------------------------------ what was learned
 
 MAP = "cividis"  # even in lightness: it reads the same in grey and to colour-blind readers
-# Gains may be shared by all frequencies of a section (time, height, width), or of a head.
-_COLUMNS = {1: "All frequencies", 3: "Section: time, height, width"}
 
 
 def load_learned(
@@ -277,7 +266,7 @@ def _mixture(arrays: dict[str, np.ndarray]) -> np.ndarray | None:
 
 def _draw_learned(panels: Sequence[tuple[str, str, np.ndarray]], name: str) -> Drawing:
     students = list(dict.fromkeys(student for student, _, _ in panels))
-    figure = new_figure(PAGE, 2.1 * len(students) + 0.2)
+    figure = plotting.new_figure(plotting.PAGE, 2.1 * len(students) + 0.2)
     grid = figure.subplots(len(students), 2, squeeze=False, width_ratios=[2, 1])
     for axes in grid.flat:
         axes.set_visible(False)
@@ -291,7 +280,7 @@ def _draw_learned(panels: Sequence[tuple[str, str, np.ndarray]], name: str) -> D
         figure.colorbar(axes.imshow(flat, cmap=MAP, aspect="auto", interpolation="nearest"), ax=axes)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         if kind == "gain":
-            title, below = "gain", _COLUMNS.get(flat.shape[1], "RoPE frequency, high to low")
+            title, below = "gain", "RoPE frequency, high to low"
             axes.set_ylabel("Layer.head")
             shown = range(0, len(flat), -(-len(flat) // 12))
             axes.set_yticks(shown, [f"{row // heads}.{row % heads}" for row in shown])
@@ -335,9 +324,9 @@ def distance_schedule(method: TrainedMethod, span: float) -> Drawing | None:
     spans = [reach(float(p), span, far, gaps.end) for p in progress]
     rows = []
     with style():
-        figure = new_figure(PAGE, 2.4)
+        figure = plotting.new_figure(plotting.PAGE, 2.4)
         left, right = figure.subplots(1, 2)
-        for moment, color, dash in zip(MOMENTS, SERIES, _FADING, strict=False):
+        for moment, color, dash in zip(MOMENTS, plotting.SERIES, _FADING, strict=False):
             weights = schedule.weights(distance[None], moment, d_max=1.0)[0].tolist()
             left.plot(distance, weights, color=color, linestyle=dash, label=f"progress {moment:g}")
             rows += [
@@ -346,7 +335,7 @@ def distance_schedule(method: TrainedMethod, span: float) -> Drawing | None:
             ]
         left.set(xlabel="M-RoPE distance to the answer / d_max", ylabel="weight (mean 1)", ylim=(0, None))
         left.legend()
-        right.plot(progress, spans, color=BLUE)
+        right.plot(progress, spans, color=plotting.BLUE)
         right.set(xlabel="training progress", ylabel="largest span (positions)", ylim=(0, None))
     rows += [("reach", f"{p:.2f}", f"{p:.2f}", f"{s:.1f}") for p, s in zip(progress, spans, strict=True)]
     return Drawing(

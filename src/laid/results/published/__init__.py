@@ -40,18 +40,6 @@ def tokens() -> dict[int, float]:
     return {int(row["images"]): float(row["avg_tokens"]) for row in rows("table2")}
 
 
-def gains(name: str) -> dict[Model, tuple[float, float]]:
-    """Printed (short, long) gains in percent by (model, our method name), base rows left out."""
-    return {
-        (row["params"], METHODS.get(row["method"], row["method"])): (
-            float(row["short_gain_pct"]),
-            float(row["long_gain_pct"]),
-        )
-        for row in rows(name)
-        if row["short_gain_pct"]
-    }
-
-
 class Published(Curves):
     """The printed tables; draws are binomial with 100 questions a size, models apart, for lack of answers.
 
