@@ -23,7 +23,7 @@ from typing import Any
 from laid import __version__
 from laid.errors import LaidError
 from laid.io import safe_join, sha256_file, sha256_json
-from laid.settings import slice_for
+from laid.settings import Settings, slice_for
 
 PACKAGE = Path(__file__).resolve().parent
 RECORDS = ("laid.json", "run.json", "pretrain.json", "log.jsonl", "cost.json")
@@ -34,7 +34,7 @@ LIBRARIES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "safet
 Input = str | Path | tuple[str | Path, Sequence[str]]
 
 
-def collect(step: str, config: Mapping[str, Any], inputs: Mapping[str, Input], **wildcards: Any) -> dict:
+def collect(step: str, config: Settings, inputs: Mapping[str, Input], **wildcards: Any) -> dict:
     """The record of one step: code, configuration slice, input hashes, seeds (if a wildcard), libraries.
 
     `inputs` maps a name to a file, a folder, or (folder, names of files in it); laid.audit.lineage knows by the name where

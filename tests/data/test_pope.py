@@ -189,7 +189,7 @@ def test_broken_files_are_one_line(tmp_path, text, says):
 
 
 def test_one_object_has_no_anchor():
-    settings = {"scale": "x", "pope": {"objects": 1}}
+    settings = {"scale": "x", "pope": {"objects": 1, "wording": "haystack"}}
     with pytest.raises(LaidError, match="pope.objects: 1: the wording 'haystack' names a second object"):
         validate(settings)
     validate({"scale": "x", "pope": {"objects": 1, "wording": "pope"}})

@@ -40,13 +40,13 @@ def run(args: argparse.Namespace) -> int:
     from laid.settings import load
 
     everything = load(args.config)
-    settings = everything["data"]
+    settings = everything.data
     out: Path = args.out
     source = None
-    if settings["source"] == "download":
+    if settings.source == "download":
         from laid.data.download import CocoDownload
 
-        source = CocoDownload(out, **settings["download"])
+        source = CocoDownload(out, **settings.download.model_dump())
         source.annotations()  # first: POPE's own files are read by them
     read = [read_pope(file, out) if is_pope(file) else read_questions(file) for file in args.questions]
     named = sorted({path for questions in read for q in questions for path in q.needles + q.distractors})
@@ -54,12 +54,12 @@ def run(args: argparse.Namespace) -> int:
         source.images(named)
         if args.all_images:
             source.all_images()
-    elif settings["source"] == "rendered" and not named:
+    elif settings.source == "rendered" and not named:
         from laid.toy.render import render
 
-        render(out, **settings["rendered"])
-    elif settings["source"] == "local":
-        root = Path(settings["root"]).expanduser().absolute()
+        render(out, **settings.rendered.model_dump())
+    elif settings.source == "local":
+        root = Path(settings.root).expanduser().absolute()
         for split in SPLITS:
             load_coco(root, split, check="sizes")
         if not (out.exists() and out.resolve() == root.resolve()):
@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
                 f"{out}: {len(unknown)} images of the questions are not annotated, first {unknown[0]}"
             )
         check_images(coco, paths=mine)
-    if settings["source"] != "local":  # the user's own folder stays as it is
+    if settings.source != "local":  # the user's own folder stays as it is
         write_json(out / "laid.json", {"provenance": provenance.collect("data", everything, {})})
     labels, categories = load_labels(out)
     objects = sum(map(len, labels.values())) / max(1, len(labels))

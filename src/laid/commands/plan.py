@@ -36,12 +36,12 @@ def run(args: argparse.Namespace) -> int:
     from laid.settings import load
 
     settings = load(args.config)
-    given = settings["plan"]
-    utilisation = given["utilisation"] if args.utilisation is None else args.utilisation
+    given = settings.plan
+    utilisation = given.utilisation if args.utilisation is None else args.utilisation
     if not 0 < utilisation <= 1:
         raise LaidError(f"--utilisation {utilisation:g}: a share of peak, above 0 and at most 1")
-    gpu = gpu_named(args.gpu or given["gpu"])
-    others = [gpu_named(name) for name in given["compare"]]
+    gpu = gpu_named(args.gpu or given.gpu)
+    others = [gpu_named(name) for name in given.compare]
     gpus = [gpu, *(other for other in others if other != gpu)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     tables = table.job_tables(jobs, gpu, utilisation, estimator)
     if any(job.gpu for job in jobs):
         tables.append(table.gpu_table(jobs, gpus, utilisation))
-        beside = table.paper_table(jobs, gpu, utilisation, settings["models"]["labels"])
+        beside = table.paper_table(jobs, gpu, utilisation, settings.models.labels)
         tables += [beside] if beside else []
     show(tables)
     if args.out:

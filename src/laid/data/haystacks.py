@@ -31,6 +31,8 @@ from laid.data.questions import (
 from laid.data.shortcuts import markdown, shortcuts
 from laid.errors import LaidError
 from laid.io import atomic_path, write_json, write_text
+from laid.settings import Settings
+from laid.settings.data import Haystacks
 
 __all__ = [
     "Haystack", "HaystackSampler", "Question", "build_haystacks", "check_haystacks", "haystack_file",
@@ -325,16 +327,14 @@ def split_paths(train: CocoSplit, share: float, seed: int) -> tuple[list[str], l
     return [p for p in paths if p not in kept], [p for p in paths if p in kept]
 
 
-def build_haystacks(
-    config: Mapping[str, Any], coco_root: str | Path, out: str | Path
-) -> dict[str, dict[str, Any]]:
-    """Write train.json, validation/, test/ and shortcuts.{json,md} below `out`, as `config["haystacks"]` asks.
+def build_haystacks(config: Settings, coco_root: str | Path, out: str | Path) -> dict[str, dict[str, Any]]:
+    """Write train.json, validation/, test/ and shortcuts.{json,md} below `out`, as `config.haystacks` asks.
 
     Training and validation come from train2017 (disjoint images), test from val2017. Either everything is written or
     nothing; a folder that holds anything else is not replaced. Returns what shortcuts score, by file name relative to
     `out`. Raises LaidError as `synthesise` does.
     """
-    settings = config["haystacks"]
+    settings = config.haystacks
     out = Path(out)
     foreign = [
         p for p in out.rglob("*") if p.is_file() and not _OURS.fullmatch(p.relative_to(out).as_posix())
@@ -358,31 +358,31 @@ def build_haystacks(
     return scores
 
 
-def build_long(config: Mapping[str, Any], coco_root: str | Path, out: str | Path) -> list[Question]:
-    """Write one file of long haystacks from the training images, as `config["haystacks"]["long"]` asks; returns them.
+def build_long(config: Settings, coco_root: str | Path, out: str | Path) -> list[Question]:
+    """Write one file of long haystacks from the training images, as `config.haystacks.long` asks; returns them.
 
     The images are those of train.json: no validation image is among them. The file has the form of all question files,
     answers and all, but what it is for does without them (methods with questions: long).
     Raises LaidError as `synthesise` does.
     """
     train = load_coco(coco_root, "train2017")
-    questions = _from_training_images(config["haystacks"], train, "long", 3, Path(out).name)
+    questions = _from_training_images(config.haystacks, train, "long", 3, Path(out).name)
     if problems := check_haystacks(questions, train.labels):
         raise AssertionError(f"{out}: {problems[0]}")
     write_questions(out, questions)
     return questions
 
 
-def build_beyond(config: Mapping[str, Any], coco_root: str | Path, out: str | Path) -> list[Question]:
-    """Write visual_haystack_<size>.json below `out` for `config["beyond"]["sizes"]`, from the test images; returns all.
+def build_beyond(config: Settings, coco_root: str | Path, out: str | Path) -> list[Question]:
+    """Write visual_haystack_<size>.json below `out` for `config.beyond.sizes`, from the test images; returns all.
 
     Raises LaidError as `synthesise` does.
     """
-    settings, test = config["haystacks"], load_coco(coco_root, "val2017")
+    settings, test = config.haystacks, load_coco(coco_root, "val2017")
     files = {}
-    for size in config["beyond"]["sizes"]:
-        name, sizes = f"visual_haystack_{size}.json", [size] * config["beyond"]["questions"]
-        seed = [settings["seed"], 4, size]
+    for size in config.beyond.sizes:
+        name, sizes = f"visual_haystack_{size}.json", [size] * config.beyond.questions
+        seed = [settings.seed, 4, size]
         files[name] = synthesise(
             test.labels, test.categories, sizes, seed=seed, name=f"beyond/{name}", **_common(settings)
         )
@@ -398,54 +398,51 @@ _OURS = re.compile(
 )
 
 
-def _synthesise_all(
-    settings: Mapping[str, Any], train: CocoSplit, test: CocoSplit
-) -> dict[str, list[Question]]:
-    seed, common = settings["seed"], _common(settings)
-    choose = split_paths(train, settings["validation"]["share"], seed)[1]
+def _synthesise_all(settings: Haystacks, train: CocoSplit, test: CocoSplit) -> dict[str, list[Question]]:
+    seed, common = settings.seed, _common(settings)
+    choose = split_paths(train, settings.validation.share, seed)[1]
     files = {"train.json": _from_training_images(settings, train, "train", 0, "train.json")}
     held_out = {path: train.labels[path] for path in choose}
-    for size in settings["validation"]["sizes"]:
+    for size in settings.validation.sizes:
         name = f"validation/visual_haystack_{size}.json"
-        sizes = [size] * settings["validation"]["questions"]
+        sizes = [size] * settings.validation.questions
         files[name] = synthesise(held_out, test.categories, sizes, seed=[seed, 1, size], name=name, **common)
-    for size in settings["test"]["sizes"]:
+    for size in settings.test.sizes:
         files[f"test/visual_haystack_{size}.json"] = questions_of_size(settings, test, size)
     return files
 
 
-def questions_of_size(settings: Mapping[str, Any], images: CocoSplit, size: int) -> list[Question]:
-    """The test questions of one size over `images`, as `settings` (config["haystacks"]) ask.
+def questions_of_size(settings: Haystacks, images: CocoSplit, size: int) -> list[Question]:
+    """The test questions of one size over `images`, as `settings` (config.haystacks) ask.
 
     Raises LaidError as `synthesise` does.
     """
     return synthesise(
         images.labels,
         images.categories,
-        [size] * settings["test"]["questions"],
-        seed=[settings["seed"], 2, size],
+        [size] * settings.test.questions,
+        seed=[settings.seed, 2, size],
         name=f"test/visual_haystack_{size}.json",
         **_common(settings),
     )
 
 
-def _common(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: settings[key] for key in ("hard_negatives", "vocabulary", "min_needles")} | {
-        "mode": settings["needles"]
+def _common(settings: Haystacks) -> dict[str, Any]:
+    return {
+        "hard_negatives": settings.hard_negatives,
+        "vocabulary": settings.vocabulary,
+        "min_needles": settings.min_needles,
+        "mode": settings.needles,
     }
 
 
 def _from_training_images(
-    settings: Mapping[str, Any], train: CocoSplit, part: str, code: int, name: str
+    settings: Haystacks, train: CocoSplit, part: str, code: int, name: str
 ) -> list[Question]:
-    """Questions of `settings[part]`, every size from min_size to max_size as often, in a random order."""
-    seed = settings["seed"]
-    low, high, count = (settings[part][key] for key in ("min_size", "max_size", "questions"))
-    if low > high:
-        raise LaidError(f"haystacks.{part}: min_size {low} is above max_size {high}")
-    sizes = np.resize(np.arange(low, high + 1), count)
+    """Questions of the part "train" or "long", every size from min_size to max_size as often, in a random order."""
+    seed = settings.seed
+    asked = getattr(settings, part)
+    sizes = np.resize(np.arange(asked.min_size, asked.max_size + 1), asked.questions)
     sizes = np.random.default_rng([seed, 8, *([code] if code else [])]).permutation(sizes).tolist()
-    labels = {
-        path: train.labels[path] for path in split_paths(train, settings["validation"]["share"], seed)[0]
-    }
+    labels = {path: train.labels[path] for path in split_paths(train, settings.validation.share, seed)[0]}
     return synthesise(labels, train.categories, sizes, seed=[seed, code], name=name, **_common(settings))

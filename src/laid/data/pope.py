@@ -21,6 +21,7 @@ from laid.data.coco import load_coco
 from laid.data.questions import TEMPLATES, Question, with_article
 from laid.errors import LaidError
 from laid.io import atomic_path
+from laid.settings import Settings
 
 STRATEGIES = ("random", "popular", "adversarial")
 # "pope": POPE's words. "haystack": the question of Visual Haystacks on one image, for models that know no other words;
@@ -137,21 +138,19 @@ def _question(path: str, target: str, answer: str, anchor: str, wording: str) ->
     )
 
 
-def build_pope(
-    config: Mapping[str, Any], coco_root: str | Path, out: str | Path
-) -> dict[str, list[Question]]:
+def build_pope(config: Settings, coco_root: str | Path, out: str | Path) -> dict[str, list[Question]]:
     """Build and write the three question files from the val2017 labels; returns the questions by strategy.
 
     Raises LaidError where the images do not suffice.
     """
-    settings = config["pope"]
+    settings = config.pope
     coco = load_coco(coco_root, "val2017")
     polled = poll(
         coco.labels,
         coco.categories,
         **{key: settings[key] for key in ("images", "objects", "seed")},
     )
-    found = {strategy: questions_of(polled, strategy, settings["wording"]) for strategy in STRATEGIES}
+    found = {strategy: questions_of(polled, strategy, settings.wording) for strategy in STRATEGIES}
     with atomic_path(out) as folder:
         folder.mkdir()
         for strategy, questions in found.items():

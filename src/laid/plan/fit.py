@@ -43,49 +43,42 @@ def ways_out(estimator: Estimator, job: Job) -> list[str]:
 
 def _candidates(estimator: Estimator, job: Job) -> Iterator[tuple[str, dict[str, Any]]]:
     """(what to write, the configuration it stands for)."""
-    c, e, training = estimator.config, estimator.config["evaluation"], estimator.config["training"]
+    c, e, training = estimator.config, estimator.config.evaluation, estimator.config.training
     if job.need.memory["features"]:
         for gb in (4, 2, 1):
-            if gb < e["feature_cache_gb"]:
+            if gb < e.feature_cache_gb:
                 yield f"evaluation.feature_cache_gb: {gb}", {"evaluation": {"feature_cache_gb": gb}}
                 break
     if job.rule in ("evaluate", "teacher_cache"):
         if job.gpu and job.reserved < 2:
             yield f"resources.{job.rule}.gpu: 2", {"resources": {job.rule: {"gpu": 2}}}
         for tokens in (8192, 4096):
-            if tokens < e["batch_tokens"] and job.need.longest < e["batch_tokens"]:
+            if tokens < e.batch_tokens and job.need.longest < e.batch_tokens:
                 yield f"evaluation.batch_tokens: {tokens}", {"evaluation": {"batch_tokens": tokens}}
     if job.rule == "evaluate":
         for tokens in (8192, 4096, 2048):
-            if tokens < (e["chunk_tokens"] or job.need.longest):
+            if tokens < (e.chunk_tokens or job.need.longest):
                 yield f"evaluation.chunk_tokens: {tokens}", {"evaluation": {"chunk_tokens": tokens}}
     if job.rule == "train":
-        if not training["gradient_checkpointing"]:
+        if not training.gradient_checkpointing:
             yield (
                 "training.gradient_checkpointing: true",
                 {"training": {"gradient_checkpointing": True}},
             )
-        if training["per_device_batch"] > 1:
+        if training.per_device_batch > 1:
             yield "training.per_device_batch: 1", {"training": {"per_device_batch": 1}}
-        if "parallel" in training and job.gpu:
+        if job.gpu:
             for gpus in (2, 4, 8, 16):
-                if gpus > job.need.devices or training["parallel"] == "ddp":
+                if gpus > job.need.devices or training.parallel == "ddp":
                     change = {"training": {"parallel": "fsdp2"}, "resources": {"train": {"gpu": gpus}}}
                     yield f"training.parallel: fsdp2 with resources.train.gpu: {gpus}", change
-        if c["methods"][job.method]["lora"] is None:
-            lora = {"rank": 8, "alpha": 16, "dropout": 0.0, "targets": c["methods"]["sft"]["lora"]["targets"]}
-            lora = {"methods": {job.method: {"lora": lora}}} if c["methods"]["sft"]["lora"] else None
-            if lora:
-                yield f"methods.{job.method}.lora: {{rank: 8}}", lora
-    kind = (
-        job.method
-        if job.rule == "teacher_cache"
-        else c["methods"].get(job.method, {}).get("questions", "train")
-    )
+        if c.methods[job.method].lora is None:
+            yield f"methods.{job.method}.lora: {{rank: 8}}", {"methods": {job.method: {"lora": {"rank": 8}}}}
     if job.rule in ("train", "teacher_cache"):
-        most = c["haystacks"][kind]["max_size"]
-        for size in (most // 2, most // 4):
-            if size >= c["haystacks"][kind]["min_size"]:
+        kind = job.method if job.rule == "teacher_cache" else c.methods[job.method].questions
+        asked = getattr(c.haystacks, kind)
+        for size in (asked.max_size // 2, asked.max_size // 4):
+            if size >= asked.min_size:
                 yield f"haystacks.{kind}.max_size: {size}", {"haystacks": {kind: {"max_size": size}}}
 
 

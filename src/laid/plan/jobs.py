@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from laid.models.decoder import geometry
 from laid.models.loading import SPREAD
 from laid.plan.estimate import Estimator, Need
 from laid.plan.gpus import GIB, Gpu
 from laid.results.needed import needed
+from laid.settings import TrainedMethod
 from laid.training.losses import objective_of
 
 PROCESS = int(0.45 * GIB)  # Python and its libraries, where a job's memory is the machine's
@@ -52,21 +52,23 @@ class Job:
 def jobs_of(estimator: Estimator, gpu: Gpu) -> Iterator[Job]:
     """The jobs that the tables need, in the order of the data."""
     config = estimator.config
-    names, methods = config["models"], config["methods"]
-    order = [names["teacher"], *names["students"]]
+    names, methods = config.models, config.methods
+    order = [names.teacher, *names.students]
     cells = sorted(needed(config), key=lambda cell: order.index(cell[0]))
-    trained = [m for m in dict.fromkeys((s, m) for s, m, _ in cells) if "lambda_sft" in methods[m[1]]]
-    if not config["models"]["checkpoints"]:
+    trained = [
+        m for m in dict.fromkeys((s, m) for s, m, _ in cells) if isinstance(methods[m[1]], TrainedMethod)
+    ]
+    if not config.models.checkpoints:
         for member in order:
             yield _job(estimator, gpu, "pretrain", member, "", (), 1)
     for kind in ("train", "long"):
-        if any(methods[m]["questions"] == kind and _taught(methods[m]) for _, m in trained):
-            yield _job(estimator, gpu, "teacher_cache", names["teacher"], kind, (), 1)
+        if any(methods[m].questions == kind and _taught(methods[m]) for _, m in trained):
+            yield _job(estimator, gpu, "teacher_cache", names.teacher, kind, (), 1)
     for student, method in trained:
-        yield _job(estimator, gpu, "train", student, method, (), config["seeds"])
+        yield _job(estimator, gpu, "train", student, method, (), config.seeds)
     for student, method in dict.fromkeys((s, m) for s, m, _ in cells):
         sizes = tuple(size for s, m, size in cells if (s, m) == (student, method))
-        parts = [sizes] if config["evaluation"]["shard"] == "model" else [(size,) for size in sizes]
+        parts = [sizes] if config.evaluation.shard == "model" else [(size,) for size in sizes]
         for part in parts:
             yield _job(estimator, gpu, "evaluate", student, method, part, 1)
 
@@ -84,9 +86,10 @@ def need_of(
     else:
         need = estimator.evaluate(student, method, sizes)
         # A cell of a trained method answers with one model per seed, one after the other.
-        runs = estimator.config["seeds"] if "lambda_sft" in estimator.config["methods"][method] else 1
+        trained = isinstance(estimator.config.methods[method], TrainedMethod)
+        runs = estimator.config.seeds if trained else 1
         need.flops, need.tokens, need.disk = need.flops * runs, need.tokens * runs, need.disk * runs
-    gpus = estimator.config["resources"][rule]["gpu"]
+    gpus = getattr(estimator.config.resources, rule).gpu
     if gpus > 1 and need.memory["weights"] > SPREAD * gpu.gib * GIB:
         # Layers, and their keys and values, lie on one GPU or another and work in turn; a layer may be one too many.
         depth = geometry(estimator.members[student].config).layers
@@ -99,11 +102,11 @@ def _job(
     estimator: Estimator, gpu: Gpu, rule: str, student: str, method: str, sizes: tuple[int, ...], count: int
 ) -> Job:
     need = need_of(estimator, gpu, rule, student, method, sizes)
-    asked = estimator.config["resources"][rule]
-    on_gpu = asked["gpu"] > 0
+    asked = getattr(estimator.config.resources, rule)
+    on_gpu = asked.gpu > 0
     if not on_gpu:
         need.memory["process"] = PROCESS
-    name = estimator.config["models"]["labels"].get(student, student)
+    name = estimator.config.models.labels.get(student, student)
     return Job(
         rule=rule,
         label=f"{name} {method}".strip(),
@@ -113,11 +116,11 @@ def _job(
         count=count,
         need=need,
         gpu=gpu if on_gpu else None,
-        has=gpu.usable if on_gpu else asked["mem_mb"] * 10**6,
-        reserved=asked["gpu"],
+        has=gpu.usable if on_gpu else asked.mem_mb * 10**6,
+        reserved=asked.gpu,
     )
 
 
-def _taught(method: Mapping[str, Any]) -> bool:
+def _taught(method: TrainedMethod) -> bool:
     """Whether a method learns from the teacher's cache."""
     return any(objective_of(method).needs(part) for part in ("kl", "laid", "rows"))

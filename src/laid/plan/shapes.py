@@ -6,10 +6,8 @@ Images and tokenizers are imported where they are needed, so that benchmarks run
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
@@ -17,6 +15,7 @@ from transformers.utils import cached_file
 
 from laid.errors import LaidError
 from laid.models.loading import resolve, source_errors
+from laid.settings import Settings
 
 # The shapes of the paper's three checkpoints, so that a plan needs no network: as their config.json files state them.
 PUBLISHED = {
@@ -67,7 +66,7 @@ def published_config(name: str) -> PreTrainedConfig:
 
 
 def member_config(
-    config: Mapping[str, Any], member: str, configs: str | Path | None = None
+    config: Settings, member: str, configs: str | Path | None = None
 ) -> tuple[PreTrainedConfig, str]:
     """(config, where its shapes come from) of a member named in `models`.
 
@@ -75,19 +74,19 @@ def member_config(
     of models.checkpoints: a local folder (config.json is enough), the hub's cache, PUBLISHED, the hub itself; a
     member without checkpoint is made of the section `family`. Raises LaidError where none of these knows it.
     """
-    given = config["models"]["checkpoints"].get(member)
+    given = config.models.checkpoints.get(member)
     for name in [member, *([given.rstrip("/").rpartition("/")[2]] if given else [])]:
         if configs is not None and (Path(configs) / name / "config.json").is_file():
             return _read(Path(configs) / name), str(Path(configs) / name)
     if given is None:
-        family = config["family"]
-        if member not in family["members"]:
+        family = config.family
+        if member not in family.members:
             raise LaidError(
                 f"models: {member!r} has neither a checkpoint (models.checkpoints) nor a member in family.members"
             )
         from laid.toy.family import build_config
 
-        return build_config(_processor(family["image_pixels"]), family, family["members"][member]), "family"
+        return build_config(_processor(family.image_pixels), family, family.members[member]), "family"
     if Path(given).is_dir():
         return _read(given), given
     resolve(given)
@@ -136,14 +135,14 @@ def meta_model(
     return model.eval()
 
 
-def text_tokens(config: Mapping[str, Any]) -> int | None:
+def text_tokens(config: Settings) -> int | None:
     """Tokens of a prompt beside its images, where the family is made here; None where checkpoints bring a tokenizer."""
-    if config["models"]["checkpoints"]:
+    if config.models.checkpoints:
         return None
     from laid.data.questions import TEMPLATES, with_article
     from laid.toy.render import CATEGORIES
 
     anchor, target = (with_article(name) for name in list(CATEGORIES)[:2])
     question = TEMPLATES["single"].format(anchor=anchor, target=target)
-    encoded = _processor(config["family"]["image_pixels"]).encoder.encode(question, [(1, 1)])
+    encoded = _processor(config.family.image_pixels).encoder.encode(question, [(1, 1)])
     return len(encoded.ids) - 3

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from laid.plan.shapes import text_tokens
+from laid.settings import Settings
 
 # 415 COCO images under Qwen2.5-VL's default limits: 345.4 visual tokens on average, standard deviation 66; 50 tokens of
 # template, prompt and question beside them (tests/plan/test_tokens.py measures them again).
@@ -42,20 +42,18 @@ class Lengths:
         return size * (1 - (1 - 1 / size) ** draws)
 
 
-def lengths_of(config: Mapping[str, Any]) -> Lengths:
+def lengths_of(config: Settings) -> Lengths:
     """From `data`, `family` and `plan`."""
-    given, data = config["plan"]["images"], config["data"]
-    rendered = data["source"] == "rendered"
-    counts = (
-        {"train2017": data["rendered"]["train"], "val2017": data["rendered"]["val"]} if rendered else COCO
-    )
+    given, data = config.plan.images, config.data
+    rendered = data.source == "rendered"
+    counts = {"train2017": data.rendered.train, "val2017": data.rendered.val} if rendered else COCO
     visual, spread = VISUAL, SPREAD
-    if rendered and not config["models"]["checkpoints"]:
-        visual, spread = config["family"]["image_pixels"] / 784, 0.0
-    held_out = config["haystacks"]["validation"]["share"]
+    if rendered and not config.models.checkpoints:
+        visual, spread = config.family.image_pixels / 784, 0.0
+    held_out = config.haystacks.validation.share
     return Lengths(
-        visual=given["tokens"] or visual,
-        spread=spread if given["spread"] is None else given["spread"],
+        visual=given.tokens or visual,
+        spread=spread if given.spread is None else given.spread,
         text=text_tokens(config) or TEXT,
         pools={
             "train": max(1, round(counts["train2017"] * (1 - held_out))),

@@ -34,6 +34,8 @@ from laid.models.loading import parameters
 from laid.models.processing import Processor
 from laid.models.prompts import OFFICIAL_PROMPT
 from laid.progress import Progress
+from laid.settings import Settings
+from laid.settings.family import Family, Member
 from laid.toy.family import LIST_QUESTION, build_config, build_model, build_processor
 from laid.toy.muon import Muon
 
@@ -175,27 +177,25 @@ class Pretraining:
         self,
         processor: Processor,
         coco: CocoSplit,
-        family: Mapping[str, Any],
-        member: Mapping[str, Any],
+        family: Family,
+        member: Member,
         name: str,
     ):
         self.processor, self.coco, self.settings, self.member, self.name = (
-            processor, coco, family["pretrain"], member, name,
+            processor, coco, family.pretrain, member, name,
         )  # fmt: skip
-        self.model = build_model(build_config(processor, family, member), member["seed"])
+        self.model = build_model(build_config(processor, family, member), member.seed)
         self.text = text_model(self.model)
-        if not 2 <= len(self.text.layers):
-            raise LaidError(f"{name}: {len(self.text.layers)} layers; finding the needle takes at least 2")
         self.tree = QuestionTree(processor, coco.categories)
         self.sampler = HaystackSampler(
-            coco.labels, coco.categories, self.settings["hard_negatives"], [member["seed"], 1]
+            coco.labels, coco.categories, self.settings.hard_negatives, [member.seed, 1]
         )
         index = {category: k for k, category in enumerate(coco.categories)}
         self.holds = np.zeros((len(self.sampler.paths), len(index)), dtype=np.float32)
         for row, path in enumerate(self.sampler.paths):
             self.holds[row, [index[c] for c in coco.labels[path]]] = 1.0
-        self.rng = np.random.default_rng([member["seed"], 2])
-        self.generator = torch.Generator().manual_seed(member["seed"] + 3)
+        self.rng = np.random.default_rng([member.seed, 2])
+        self.generator = torch.Generator().manual_seed(member.seed + 3)
         self.log: list[dict[str, float]] = []
 
     def bags(self) -> Tensor:
@@ -215,11 +215,11 @@ class Pretraining:
         others = [p for p in text.parameters() if all(p is not m for m in matrices)]
         others += [self.model.lm_head.weight, *beside.parameters(), *contained.parameters()]
         optimizers = [
-            Muon(matrices, lr=s["lr_muon"]),
-            torch.optim.AdamW(others, lr=s["lr_adamw"], betas=(0.9, 0.95), weight_decay=0.0, fused=True),
+            Muon(matrices, lr=s.lr_muon),
+            torch.optim.AdamW(others, lr=s.lr_adamw, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
         ]
         peaks = [group["lr"] for o in optimizers for group in o.param_groups]
-        curriculum = Curriculum(s["start_size"], self.member["window"], s["threshold"], s["grow"])
+        curriculum = Curriculum(s.start_size, self.member.window, s.threshold, s.grow)
         layers: dict[int, Tensor] = {}
         hooks = [
             text.layers[k].register_forward_hook(
@@ -227,11 +227,11 @@ class Pretraining:
             )
             for k in (0, 1)
         ]
-        steps = self.member["steps"]
+        steps = self.member.steps
         self.model.train()
         with Progress(steps, f"{self.name}: language", unit="steps") as bar:
             for step in range(steps):
-                factor = min(1.0, (step + 1) / s["warmup_steps"], (1 - step / steps) / s["decay"])
+                factor = min(1.0, (step + 1) / s.warmup_steps, (1 - step / steps) / s.decay)
                 for group, peak in zip((g for o in optimizers for g in o.param_groups), peaks):
                     group["lr"] = peak * factor
                 losses, accuracy = self._language_step(curriculum.draw(self.rng), layers, beside, contained)
@@ -251,7 +251,7 @@ class Pretraining:
         for hook in hooks:
             hook.remove()
         self.model.eval()
-        if curriculum.largest < self.member["window"]:
+        if curriculum.largest < self.member.window:
             raise LaidError(
                 f"{self.name}: the curriculum stopped at {int(curriculum.largest)} of {self.member['window']} images"
                 f" after {steps} steps (running accuracy {curriculum.accuracy:.3f}, threshold {s['threshold']}):"
@@ -262,14 +262,14 @@ class Pretraining:
         self, size: int, layers: Mapping[int, Tensor], beside: nn.Linear, contained: nn.Linear
     ) -> tuple[dict[str, Tensor], float]:
         s = self.settings
-        haystacks = [self.sampler.sample(size, s["targets"]) for _ in range(s["batch"])]
+        haystacks = [self.sampler.sample(size, s.targets) for _ in range(s.batch)]
         questions = max(len(h.targets) for h in haystacks)
         layout = self.tree.layout(size, questions)
         ids = torch.from_numpy(np.stack([self.tree.fill(layout, h) for h in haystacks]))
         held = torch.from_numpy(self.holds[np.stack([h.images for h in haystacks])])
         bags = held @ self.bags()
         noise = torch.randn(bags.shape, generator=self.generator)
-        bags = bags + s["noise"] * bags.detach().std() * noise
+        bags = bags + s.noise * bags.detach().std() * noise
         embeds = self.text.embed_tokens(ids).clone()
         embeds[:, layout.image] = bags
         hidden = self.text(
@@ -320,7 +320,7 @@ class Pretraining:
 
     def vision(self) -> float:
         """Phase 2: the vision tower, to the sums of object embeddings. Returns its error over their variance."""
-        s = self.settings["vision"]
+        s = self.settings.vision
         visual = self.model.model.visual
         paths = self.sampler.paths
         with torch.no_grad():
@@ -335,16 +335,16 @@ class Pretraining:
                 " (family.image_pixels)"
             )
         optimizer = torch.optim.AdamW(
-            visual.parameters(), lr=s["lr"], betas=(0.9, 0.95), weight_decay=0.0, fused=True
+            visual.parameters(), lr=s.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True
         )
         error = 1.0
         visual.train()
-        with Progress(s["steps"], f"{self.name}: vision", unit="steps") as bar:
-            for step in range(s["steps"]):
-                factor = min(1.0, (step + 1) / 20, (1 - step / s["steps"]) / 0.7)
+        with Progress(s.steps, f"{self.name}: vision", unit="steps") as bar:
+            for step in range(s.steps):
+                factor = min(1.0, (step + 1) / 20, (1 - step / s.steps) / 0.7)
                 for group in optimizer.param_groups:
-                    group["lr"] = s["lr"] * factor
-                rows = self.rng.choice(len(paths), min(s["batch"], len(paths)), replace=False)
+                    group["lr"] = s.lr * factor
+                rows = self.rng.choice(len(paths), min(s.batch, len(paths)), replace=False)
                 output = visual(
                     torch.cat([pixels[r] for r in rows]), grid_thw=grid.expand(len(rows), -1)
                 ).pooler_output
@@ -354,16 +354,14 @@ class Pretraining:
                 nn.utils.clip_grad_norm_(visual.parameters(), 1.0)
                 optimizer.step()
                 error = 0.9 * error + 0.1 * float(loss.detach())
-                if step % 25 == 24 or step == s["steps"] - 1:
+                if step % 25 == 24 or step == s.steps - 1:
                     self.log.append({"phase": "vision", "step": step + 1, "error": round(error, 5)})
                 bar.update(1, error=error)
         visual.eval()
         return error
 
 
-def make_member(
-    config: Mapping[str, Any], name: str, coco_root: str | Path, out: str | Path
-) -> dict[str, Any]:
+def make_member(config: Settings, name: str, coco_root: str | Path, out: str | Path) -> dict[str, Any]:
     """Train member `name` on the train2017 images that no validation question uses; write it to `out`.
 
     The folder also holds pretrain.json (the training log) and laid.json (what it is and where it came from);
@@ -371,19 +369,19 @@ def make_member(
     window.
     """
     start = time.perf_counter()
-    members = config["family"]["members"]
+    members = config.family.members
     if name not in members:
         raise LaidError(f"family.members has no {name!r}; it has {', '.join(members) or 'none'}")
     coco = load_coco(coco_root, "train2017")
-    kept, _ = split_paths(coco, config["haystacks"]["validation"]["share"], config["haystacks"]["seed"])
+    kept, _ = split_paths(coco, config.haystacks.validation.share, config.haystacks.seed)
     coco = dataclasses.replace(coco, labels={path: coco.labels[path] for path in kept})
-    processor = build_processor(coco.categories, config["family"]["image_pixels"])
-    training = Pretraining(processor, coco, config["family"], members[name], name)
+    processor = build_processor(coco.categories, config.family.image_pixels)
+    training = Pretraining(processor, coco, config.family, members[name], name)
     training.language()
     error = training.vision()
     record = {
         "parameters": parameters(training.model),
-        "window": members[name]["window"],
+        "window": members[name].window,
         "vision_error": round(error, 5),
         "provenance": provenance.collect(
             "pretrain", config, {"annotations": annotation_file(coco_root, "train2017")}, member=name
