@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from laid.cli import VERBS
+from laid.layout import Layout
+from laid.settings import load
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [
@@ -17,7 +19,6 @@ DOCUMENTS = [
     *sorted((ROOT / "bench").glob("*.md")),
 ]
 OWN = {"mine.yaml"}  # files that a reader writes
-CELL = re.compile(r"results/\w+/cells/\w+/\w+/\w+/\d+\.json")
 
 
 def commands(program: str) -> list:
@@ -102,6 +103,17 @@ def test_scripts(program):
     for words in commands(program):
         script = program if program.startswith("tools/") else words.values[0][0]
         assert script.startswith("-") or (ROOT / script).is_file(), script
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_cells_lie_where_the_layout_says(document):
+    layout = Layout(load([ROOT / "config.yaml"]))
+    for path in re.findall(r"(results/small/cells/[\w/]+\.json)", document.read_text(encoding="utf-8")):
+        suite, student, method, size = path.removesuffix(".json").split("/")[3:]
+        assert suite in layout.suites and student in layout.members and method in layout.settings.methods, (
+            path
+        )
+        assert int(size) in layout.suites[suite].sizes, path
 
 
 def test_commands_were_found():
