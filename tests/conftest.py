@@ -68,6 +68,19 @@ MICRO = {
 }  # fmt: skip
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_collection_modifyitems(config, items):
+    """For several workers (pytest-xdist, --dist loadgroup): a file stays on one of them, since its tests share what
+    they make; so do all real Snakemake, DVC and Slurm runs, which come first, being the longest."""
+    if config.pluginmanager.hasplugin("xdist"):
+        for item in items:
+            folder = item.path.parent
+            item.add_marker(
+                pytest.mark.xdist_group(folder.name if folder.name == "workflow" else item.path.name)
+            )
+        items.sort(key=lambda item: item.path.parent.name != "workflow")
+
+
 @pytest.fixture(scope="session")
 def coco_root(tmp_path_factory) -> Path:
     """160 train and 100 val scenes of 84 x 84 pixels, laid out like COCO."""

@@ -72,6 +72,15 @@ def test_local_folder_missing(tmp_path, capsys, root, says):
     assert not (tmp_path / "coco").exists()
 
 
+def test_an_image_of_no_split_is_told(coco_root, haystacks, tmp_path, capsys):
+    config = overlay(tmp_path, data={"source": "local", "root": str(coco_root)})
+    questions = (haystacks / "train.json").read_text().replace("train2017/", "TRAIN2017/")
+    (tmp_path / "q.json").write_text(questions)
+    words = ["--out", str(tmp_path / "coco"), "--questions", str(tmp_path / "q.json")]
+    assert main(["data", *config, *words]) == 2
+    assert "are not annotated, first TRAIN2017/" in capsys.readouterr().err
+
+
 def test_haystacks_error_is_one_line_and_leaves_nothing(coco_root, tmp_path, capsys):
     config = overlay(tmp_path, haystacks={"test": {"sizes": [1000]}, "validation": {"sizes": [5]}})
     out = tmp_path / "haystacks"

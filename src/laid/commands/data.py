@@ -73,15 +73,15 @@ def run(args: argparse.Namespace) -> int:
                 out.rmdir()
             out.parent.mkdir(parents=True, exist_ok=True)
             os.symlink(root, out, target_is_directory=True)
-    for split in SPLITS if named else ():
-        coco = load_coco(out, split)
-        mine = [path for path in named if path.startswith(f"{split}/")]
-        unknown = [path for path in mine if path not in coco.images]
+    if named:
+        splits = [load_coco(out, split) for split in SPLITS]
+        unknown = [path for path in named if not any(path in coco.images for coco in splits)]
         if unknown:
             raise LaidError(
                 f"{out}: {len(unknown)} images of the questions are not annotated, first {unknown[0]}"
             )
-        check_images(coco, paths=mine)
+        for coco in splits:
+            check_images(coco, paths=[path for path in named if path in coco.images])
     if settings.source != "local":  # the user's own folder stays as it is
         write_json(out / "laid.json", {"provenance": provenance.collect("data", everything, {})})
     labels, categories = load_labels(out)
