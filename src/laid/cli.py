@@ -1,4 +1,4 @@
-"""The `laid` command: one verb per step of the workflow, each usable by hand."""
+"""Long-window distillation for vision-language models: one verb per step of the workflow."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from laid.errors import LaidError
 VERBS = {
     "data": "make or check the COCO data (rendered, local or downloaded)",
     "haystacks": "build Visual Haystacks questions from COCO labels",
-    "plan": "tell what every job would cost before anything runs, and what does not fit",
+    "plan": "tell what every job would cost, and which cannot fit, before anything runs",
     "pretrain": "train one member of the small-scale model family from nothing",
-    "teacher-cache": "run the teacher once over the training questions and keep what distillation needs",
+    "teacher-cache": "run the teacher once over the training questions and store what distillation needs",
     "train": "post-train a student (sft, kd, laid and its ablations)",
-    "evaluate": "evaluate a model with a method over haystack sizes into cells",
-    "pope": "object questions about single images (POPE): build, evaluate, print",
-    "tokens": "count tokens and M-RoPE positions over haystack sizes (Table 2), from image sizes alone",
-    "analyse": "look into the attention heads of a student: needles, spectra",
-    "why": "take distance in positions and dilution by more keys apart",
-    "beyond": "draw and tell what lies beyond the paper: why windows shrink, where they end",
-    "distill": "distil a student from a teacher on any question file, without the workflow",
+    "evaluate": "ask a model the questions of each haystack size, and write one cell per size",
+    "pope": "POPE's object questions about single images: build them, print their table",
+    "tokens": "count prompt tokens and M-RoPE positions per haystack size (Table 2), without weights",
+    "analyse": "measure a student's attention heads: which find the needle, and their spectra",
+    "why": "separate what distance in positions costs from what dilution by more keys costs",
+    "beyond": "report what goes beyond the paper: why windows shrink, where they end",
+    "distill": "distil a student from a teacher on your own question file, without the workflow",
     "tables": "build Tables 1, 2 and 3 from cells and print them",
-    "sweep": "tell which part of a method does what, on the validation questions",
+    "sweep": "compare the parts of a method on the validation questions",
     "figures": "draw the figures from cells and training logs",
-    "report": "write one offline results page: tables, figures, claims, provenance",
-    "claims": "hold the paper's claims against its tables and against the cells",
-    "verify": "check every cell against its inputs; rebuild one and compare bytes",
-    "explain": "print the chain from image files to one cell",
+    "report": "write one results page that opens offline: tables, figures, claims, provenance",
+    "claims": "test the paper's claims on its own tables and on the cells",
+    "verify": "check every cell against its inputs, or rebuild one and compare the bytes",
+    "explain": "print the chain from the image files to one cell",
     "config": "print the resolved, validated configuration",
 }
 

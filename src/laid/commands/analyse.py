@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--model", required=True, help="checkpoint: a folder or a hub id")
     parser.add_argument(
-        "--methods", nargs="+", default=["base"], metavar="METHOD", help="methods to analyse it under"
+        "--methods", nargs="+", default=["base"], metavar="METHOD", help="methods of the configuration"
     )
     parser.add_argument(
         "--runs",
@@ -23,10 +23,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         default=[],
         metavar="DIR",
-        help="run folders <method>/seed<k> of the trained methods; a method's first is taken",
+        help="run folders <method>/seed<k> of the trained methods; the first of each is used",
     )
     parser.add_argument(
-        "--coco", type=Path, required=True, help="COCO root that the questions' paths start from"
+        "--coco", type=Path, required=True, help="COCO folder that the questions' image paths start from"
     )
     parser.add_argument(
         "--questions", type=Path, required=True, help="folder of visual_haystack_<size>.json files"

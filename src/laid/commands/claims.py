@@ -10,7 +10,9 @@ from laid.commands.shared import read_results, results_arguments
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     results_arguments(parser, "claims")
-    parser.add_argument("--ledger", type=Path, default=Path("claims.yaml"), help="the ledger of claims")
+    parser.add_argument(
+        "--ledger", type=Path, default=Path("claims.yaml"), help="the list of claims and their tests"
+    )
 
 
 def run(args: argparse.Namespace) -> None:

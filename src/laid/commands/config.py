@@ -13,14 +13,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--schema",
         action="store_true",
-        help="print the JSON schema of configuration files, for editors, and stop",
+        help="print the JSON schema of configuration files, for editors",
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of YAML")
     parser.add_argument(
         "--out",
         type=Path,
         metavar="FILE",
-        help="write one file that stands for all of --config: merged and validated, without the defaults",
+        help="write base and overlays as one file, merged and validated, without the defaults",
     )
 
 

@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out",
         type=Path,
         required=True,
-        help="COCO root to make; for source local: a link to data.root is put there",
+        help="COCO folder to make; with data.source local, a link to data.root",
     )
     parser.add_argument(
         "--questions",
@@ -23,10 +23,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="FILE",
-        help="question files, ours or official: check (source download: fetch) every image they name",
+        help="question files, ours or official: check every image that they name (data.source download: fetch it)",
     )
     parser.add_argument(
-        "--all-images", action="store_true", help="source download: fetch every image of both splits"
+        "--all-images",
+        action="store_true",
+        help="with data.source download: fetch every image of both splits",
     )
 
 

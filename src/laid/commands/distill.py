@@ -16,19 +16,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--coco",
         type=Path,
-        help="root that the questions' image paths start from (default: looked for at and above the question file)",
+        help="folder that the questions' image paths start from (default: found at or above the question file)",
     )
     parser.add_argument(
         "--out",
         type=Path,
-        help="folder for model/ (with README.md), log.jsonl and distill.json (default: <student>-<method>, here)",
+        help="folder for model/ (with README.md), log.jsonl and distill.json (default: <student>-<method>)",
     )
     parser.add_argument(
         "--method", default="laid", help="a trained method of the configuration (default laid)"
     )
     parser.add_argument("--seed", type=seed, default=0, help="seed of data order, gaps and adapters")
     parser.add_argument(
-        "--eval", type=Path, help="held-out questions, answered before and after for the model card"
+        "--eval", type=Path, help="held-out questions, answered before and after, for the model card"
     )
     device_arguments(parser)
 

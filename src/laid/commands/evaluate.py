@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " visual_haystack_<size>.json and --sizes",
     )
     parser.add_argument(
-        "--sizes", type=count, nargs="+", default=[], help="haystack sizes, in images; files say their own"
+        "--sizes", type=count, nargs="+", default=[], help="haystack sizes to read from a folder"
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for <size>.json cells")
     parser.add_argument("--cost", type=Path, help="file for time and memory (default: cost.json in --out)")

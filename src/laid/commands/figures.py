@@ -11,7 +11,7 @@ from laid.commands.shared import read_results, results_arguments
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     results_arguments(parser, "figures")
     parser.add_argument(
-        "--runs", type=Path, help="folder of runs, for training curves (default: beside the cells, if there)"
+        "--runs", type=Path, help="folder of runs, for training curves (default: runs/ beside the cells)"
     )
 
 

@@ -10,9 +10,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from laid.commands.shared import config_argument, threads_argument
 
     config_argument(parser)
-    parser.add_argument(
-        "--member", required=True, help="which member of the family (family.members in the configuration)"
-    )
+    parser.add_argument("--member", required=True, help="member of the family (family.members)")
     parser.add_argument(
         "--coco", type=Path, required=True, help="COCO root: annotations/, train2017/, val2017/"
     )

@@ -11,10 +11,14 @@ from laid.commands.shared import read_results, results_arguments
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     results_arguments(parser, "report.html")
     parser.add_argument(
-        "--figures", type=Path, help="folder of `laid figures` (default: <results>/<scale>/figures if there)"
+        "--figures",
+        type=Path,
+        help="folder of `laid figures` (default: <results>/<scale>/figures, where it exists)",
     )
     parser.add_argument(
-        "--claims", type=Path, help="claims.json of `laid claims` (default: beside, if there)"
+        "--claims",
+        type=Path,
+        help="claims.json of `laid claims` (default: <results>/<scale>/claims, where it exists)",
     )
 
 

@@ -74,15 +74,13 @@ def model_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         help="name of the model in tables (models.students, or the teacher's)",
     )
-    parser.add_argument(
-        "--method", required=True, help="method to evaluate it under (methods in the configuration)"
-    )
+    parser.add_argument("--method", required=True, help="a method of the configuration")
     parser.add_argument("--model", required=True, help="checkpoint: a folder or a hub id")
     parser.add_argument(
-        "--runs", nargs="*", default=[], metavar="DIR", help="for a trained method: run folders, one per seed"
+        "--runs", nargs="*", default=[], metavar="DIR", help="run folders of a trained method, one per seed"
     )
     parser.add_argument(
-        "--coco", type=Path, required=True, help="COCO root that the questions' paths start from"
+        "--coco", type=Path, required=True, help="COCO folder that the questions' image paths start from"
     )
     features_argument(parser)
     device_arguments(parser)
@@ -91,7 +89,7 @@ def model_arguments(parser: argparse.ArgumentParser) -> None:
 def device_arguments(parser: argparse.ArgumentParser) -> None:
     """Add `--device` and `--threads`."""
     parser.add_argument(
-        "--device", default="auto", help="cpu, cuda, cuda:1 ...; auto takes a GPU where there is one"
+        "--device", default="auto", help="cpu, cuda, cuda:1 ...; auto: a GPU where there is one"
     )
     threads_argument(parser)
 
@@ -102,8 +100,7 @@ def features_argument(parser: argparse.ArgumentParser) -> None:
         "--features",
         type=Path,
         metavar="DIR",
-        help="keep visual features here, and take them from here: other runs with the same vision tower need not"
-        " compute them again",
+        help="store of visual features, shared by all runs with the same vision tower",
     )
 
 

@@ -10,11 +10,9 @@ from laid.commands.shared import read_results, results_arguments
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     results_arguments(parser, "tables")
+    parser.add_argument("--all", action="store_true", help="print paired tests and effective windows too")
     parser.add_argument(
-        "--all", action="store_true", help="print the paired tests and effective windows as well"
-    )
-    parser.add_argument(
-        "--answers", type=Path, metavar="FILE", help="write all answers as one table too: .csv or .parquet"
+        "--answers", type=Path, metavar="FILE", help="also write all answers as one table, .csv or .parquet"
     )
 
 

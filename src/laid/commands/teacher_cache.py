@@ -13,7 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     config_argument(parser)
     parser.add_argument("--teacher", required=True, help="checkpoint: a folder or a hub id")
     parser.add_argument(
-        "--coco", type=Path, required=True, help="COCO root that the questions' paths start from"
+        "--coco", type=Path, required=True, help="COCO folder that the questions' image paths start from"
     )
     parser.add_argument("--questions", type=Path, required=True, help="training questions, VHs JSON")
     parser.add_argument(

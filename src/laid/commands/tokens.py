@@ -14,10 +14,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         required=True,
-        help="whose tokenizer and preprocessor files: a folder or a hub id; no weights",
+        help="folder or hub id of the tokenizer and preprocessor files; no weights are read",
     )
     parser.add_argument("--coco", type=Path, required=True, help="COCO root: its annotations/ are read")
-    parser.add_argument("--split", choices=SPLITS, default="val2017", help="whose images (default val2017)")
+    parser.add_argument(
+        "--split", choices=SPLITS, default="val2017", help="images of this split (default val2017)"
+    )
     parser.add_argument(
         "--sizes", type=count, nargs="+", help="haystack sizes, in images (default haystacks.test.sizes)"
     )

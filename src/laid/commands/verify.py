@@ -12,10 +12,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     config_argument(parser)
     parser.add_argument("cells", nargs="*", type=Path, metavar="CELL", help="cells to check (default: all)")
     parser.add_argument(
-        "--rebuild", type=Path, metavar="CELL", help="build one cell anew in a temporary folder"
+        "--rebuild",
+        type=Path,
+        metavar="CELL",
+        help="build one cell again in a temporary folder and compare the bytes",
     )
     parser.add_argument(
-        "--device", default="auto", help="of --rebuild: cpu, cuda ...; auto takes a GPU if any"
+        "--device", default="auto", help="for --rebuild: cpu, cuda ...; auto: a GPU where there is one"
     )
 
 
