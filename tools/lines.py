@@ -1,4 +1,4 @@
-"""Set the line numbers of links from documents into the source anew: [`name`](../src/laid/file.py#L12).
+"""Update the line numbers of links from documents into the source: [`name`](../src/laid/file.py#L12).
 
     python tools/lines.py          rewrites docs/ and README.md
 

@@ -52,10 +52,10 @@ def test_named_files_modules_and_tests_exist(document):
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_to_lines_show_what_they_name(document):
-    """[`name`](file#L12): line 12 of the file holds the name; `python tools/lines.py` sets the numbers anew."""
+    """[`name`](file#L12): line 12 of the file holds the name; `python tools/lines.py` updates the numbers."""
     stale = []
     for name, path, line in tool("lines").LINK.findall(document.read_text(encoding="utf-8")):
         lines = (document.parent / path).read_text(encoding="utf-8").splitlines()
         if int(line) > len(lines) or not tool("lines").holds(name, lines[int(line) - 1]):
             stale.append(f"{path}#L{line}: {name}")
-    assert not stale, "python tools/lines.py sets the numbers anew"
+    assert not stale, "python tools/lines.py updates the numbers"

@@ -86,7 +86,7 @@ def agreement(curve: np.ndarray, sums: np.ndarray, counts: np.ndarray) -> np.nda
 
 
 def share_draws(per_question: np.ndarray, theta: np.ndarray, cut: float, resamples: int) -> np.ndarray:
-    """(resamples,) the model's low-frequency share, questions drawn anew; the same draws for equal numbers of questions.
+    """(resamples,) the model's low-frequency share, questions drawn again; the same draws for equal numbers of questions.
 
     per_question: (questions, heads, frequencies) complex coefficients; heads count alike.
     """

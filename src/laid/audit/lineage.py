@@ -153,7 +153,7 @@ class Lineage:
     # -------------------------------------------------------------- what is wrong
 
     def problems(self, step: Step) -> list[str]:
-        """Why the result of `step` cannot stand as it is, nearest cause first; empty if it can."""
+        """Why the result of `step` is not valid as it is, nearest cause first; empty if it is."""
         if step not in self._found:
             self._found[step] = list(self._problems(step))
         return self._found[step]

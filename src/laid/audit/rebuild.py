@@ -1,4 +1,4 @@
-"""One cell once more, from its inputs alone, and what differs."""
+"""Rebuild one cell from its inputs alone, and say what differs."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def rebuild(lineage: Lineage, step: Step, device: str = "cpu") -> tuple[bool, li
             lineage.config, wildcards["student"], wildcards["method"], str(model).removeprefix("hub:"), runs,
             lineage.coco, [read_set(questions, lineage.coco, wildcards["size"])], out, device,
         )  # fmt: skip
-        anew = out / step.record.name
-        if anew.read_bytes() == step.record.read_bytes():
+        rebuilt = out / step.record.name
+        if rebuilt.read_bytes() == step.record.read_bytes():
             return True, ["rebuilt, identical byte for byte"]
-        lines = list(differences(read_json(step.record), read_json(anew)))
+        lines = list(differences(read_json(step.record), read_json(rebuilt)))
     if not lines:
         raise LaidError(f"{step.record}: the same content, but not as laid writes it: edited by hand?")
     same = all(line.startswith(("provenance.code", "provenance.libraries", "digest")) for line in lines)

@@ -1,4 +1,4 @@
-"""Whether cells can stand: sound, stale, tampered or missing, and why."""
+"""The state of cells: sound, stale, tampered or missing, and why."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ def there(lineage: Lineage, path: Path) -> Step:
 
 
 def absent(lineage: Lineage, step: Step) -> str | None:
-    """Of a cell that is not there: how to make it, or why nothing makes it. None for one that is there."""
+    """How to make a missing cell, or why nothing makes it; None for a cell that exists."""
     if step.record.is_file():
         return None
     return unknown(lineage, step) or "no such file; `snakemake --cores all` with this path makes it"
 
 
 def unknown(lineage: Lineage, step: Step) -> str | None:
-    """What the configuration does not have of a cell's suite, model, method and size; None where it has them all."""
+    """Which of a cell's suite, model, method and size the configuration lacks; None if it has them all."""
     wildcards, layout = dict(step.wildcards), lineage.layout
     suite = layout.suites.get(wildcards["suite"])
     for what, name, known in (
@@ -59,9 +59,9 @@ def unknown(lineage: Lineage, step: Step) -> str | None:
 
 
 def all_cells(lineage: Lineage) -> Iterator[Step]:
-    """Every cell that the tables need, then every other one that lies there and that the configuration has.
+    """Every cell that the tables need, then every other one on disk that the configuration knows.
 
-    Of the test questions, also those that it does not have: what stands beside the tables' cells must belong there.
+    Of the suite `test` also those that it does not know: nothing foreign may lie beside the tables' cells.
     """
     seen = set()
     for key in needed(lineage.config):

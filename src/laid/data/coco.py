@@ -250,4 +250,6 @@ def _check(source: Path, data: Any) -> None:
                     f"{source}: annotation {at} names {key.removesuffix('_id')} {entry[key]},"
                     " which the file does not list"
                 )
-        entry["id"] = at  # COCO's index needs one of each; some tools write none, or count anew in each image
+        entry["id"] = (
+            at  # COCO's index needs one of each; some tools write none, or count from 1 in each image
+        )

@@ -1,8 +1,8 @@
 """COCO 2017 by HTTP: annotations first, then only the images that questions name, one by one or as a whole split.
 
-Everything appears under its own name only when it is whole and checked; a call that was interrupted is gone on with by
-calling again. Single images are checked against the CRC-32 that the split's zip archive records for them: the archive's
-directory is read over HTTP, 10 MB instead of 19 GB.
+A file appears under its own name only when it is whole and checked. After an interruption, call again to go on. Single
+images are checked against the CRC-32 that the split's zip archive records for them: the archive's directory is read
+over HTTP, 10 MB instead of 19 GB.
 """
 
 from __future__ import annotations
@@ -203,7 +203,7 @@ class CocoDownload:
         except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
             packed.unlink()
             raise LaidError(
-                f"{url}: not a whole zip archive ({error}); deleted, the next call begins anew"
+                f"{url}: not a whole zip archive ({error}); deleted, the next call starts over"
             ) from None
         packed.unlink()
 

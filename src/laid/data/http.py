@@ -89,7 +89,7 @@ class Http:
         """Put the bytes of `url` at `target`, whole and checked, or raise LaidError.
 
         Bytes gather in .<name>.part beside the target; an interrupted call, in this process or an earlier one, goes on
-        where it stopped (Range with If-Range, so that a file which changed meanwhile is begun anew). Then: length against
+        where it stopped (Range with If-Range, so that a file which changed meanwhile starts over). Then: length against
         `size` and the server's own statement, `md5`, and `check(file)`, which returns what is wrong or None. What fails a
         check is deleted; if part of it came from an earlier attempt it is fetched once more from the beginning.
         `progress` is called with bytes gained (negative when a part is thrown away).
@@ -107,7 +107,7 @@ class Http:
             patched = part.patched
             part.discard()
             if last or not patched:
-                raise LaidError(f"{url}: {problem}; what came was deleted, the next call begins anew")
+                raise LaidError(f"{url}: {problem}; what came was deleted, the next call starts over")
 
     def _gather(self, url: str, part: _Part, size: int | None) -> None:
         have, known = part.bytes(), size if size is not None else part.total

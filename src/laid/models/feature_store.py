@@ -76,7 +76,7 @@ class FeatureStore:
             try:
                 pack = safe_open(path, "pt")
             except (OSError, SafetensorError):
-                continue  # its images are computed again, and the pack written anew
+                continue  # its images are computed again, and the pack is written again
             self._read.add(path.name)
             self._packs |= dict.fromkeys(pack.keys(), pack)
 

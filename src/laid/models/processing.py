@@ -84,7 +84,7 @@ class Processor:
         """Write tokenizer and preprocessor files as `load` and transformers read them.
 
         Those of a checkpoint are copied byte for byte, so that any program that loads the checkpoint, of whatever
-        version, loads the folder as well; only what was made here, or changed, is written anew.
+        version, loads the folder as well; only what was made here, or changed, is written again.
         """
         if self.source is None:
             self.tokenizer.save_pretrained(str(folder))

@@ -1,1 +1,1 @@
-"""What every job would cost, told before anything runs."""
+"""What every job would cost, before anything runs."""

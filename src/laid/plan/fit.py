@@ -1,4 +1,4 @@
-"""What would fit, for a job that does not: changes of the configuration, each tried and told if it is enough."""
+"""Changes of the configuration that would make a job fit; each is tried before it is suggested."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from laid.plan.estimate import Estimator
 from laid.plan.gpus import GIB, GPUS
 from laid.plan.jobs import Job, need_of
 
-ENOUGH = 3  # ways out that are told
+ENOUGH = 3  # suggestions at most
 
 
 def refusal(estimator: Estimator, job: Job) -> str:
@@ -27,7 +27,7 @@ def refusal(estimator: Estimator, job: Job) -> str:
 def ways_out(estimator: Estimator, job: Job) -> list[str]:
     """Changes of which each alone makes the job fit, cheapest first."""
     found = []
-    method = job.method.partition(", ")[0]  # methods that are told together need the same
+    method = job.method.partition(", ")[0]  # methods in one line need the same
     for text, change in _candidates(estimator, job):
         if len(found) == ENOUGH:
             return found

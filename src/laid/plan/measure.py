@@ -1,4 +1,4 @@
-"""What really happened: peak memory as torch's own allocators tell it, to hold a plan against."""
+"""Measured peak memory, from torch's own allocators, to compare a plan with."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A rehearsal: the real code on the meta device, where tensors have shapes and no content, with its bytes and FLOPs told.
+"""A rehearsal: the real code runs on the meta device, where tensors have shapes and no content; its bytes and FLOPs are counted.
 
 Nothing is computed and nothing is held, so a step of a 32B model over 50,000 tokens is rehearsed on any machine in
 seconds. Every operation passes through `Rehearsal`, which adds a storage's bytes when it appears, takes them off when

@@ -1,1 +1,1 @@
-"""Answers and what is told of them: statistics, tables, figures, claims, the results page."""
+"""What is made from answers: statistics, tables, figures, claims, the results page."""

@@ -1,4 +1,4 @@
-"""All answers of a suite as one table, a row an answer, and beside it a row a cell.
+"""All answers of a suite as one table with one row per answer, and beside it one row per cell.
 
 Every table, figure and claim is a query of these two: `Results.answers` and `Results.cells`.
 """
@@ -31,7 +31,7 @@ _FACTS = ("accuracy", "interval_method", "compliance", "n", "questions", "seeds"
 
 
 def answers_frame(cells: Cells, suite: str = "test") -> pd.DataFrame:
-    """One row an answer: suite, scale, student, params, role, method, size, tokens_mean, positions_mean, seed,
+    """One row per answer: suite, scale, student, params, role, method, size, tokens_mean, positions_mean, seed,
     question, label, answer, correct, p_yes, needles (places of the needle images in the haystack).
 
     params is what tables call the student ("7B"), label the right answer. Within a cell rows are sorted by seed, then
@@ -50,7 +50,7 @@ def answers_frame(cells: Cells, suite: str = "test") -> pd.DataFrame:
 
 
 def cells_frame(cells: Cells) -> pd.DataFrame:
-    """One row a cell, by (student, method, size): accuracy, low and high end of its interval, what stands behind it."""
+    """One row per cell, by (student, method, size): accuracy, both ends of its interval, and what it rests on."""
     rows = [
         {"params": cell["label"], "low": cell["interval"][0], "high": cell["interval"][1]}
         | {key: cell[key] for key in (*_OF_CELL, *_FACTS)}
@@ -142,10 +142,10 @@ class Curves:
 
 
 class Results(Curves):
-    """The cells of one suite that a configuration's tables stand on, all present, or a LaidError that says what to run.
+    """The cells of one suite that a configuration's tables need. Raises LaidError, with the command, where one is missing.
 
-    folder: where the cells lie, for messages. keys: the (student, method, size) that are wanted, those of Tables 1 to 3
-    unless told; hint: what the command that makes a missing one needs besides.
+    folder: where the cells lie, for messages. keys: the (student, method, size) that are wanted, by default those of
+    Tables 1 to 3. hint: what the command that makes a missing one needs besides.
     """
 
     def __init__(

@@ -62,7 +62,7 @@ def long_sizes(record: Record, short_max: int) -> list[int]:
 
 
 def figure_why(records: Mapping[str, Record], students: Sequence[str], teacher: str, names: Names) -> Drawing:
-    """Accuracy over n in the three conditions (columns), a row a student, the teacher in grey."""
+    """Accuracy over n in the three conditions (columns), one row per student, the teacher in grey."""
     shown = [name for name in students if name in records]
     looks, data = plotting.method_looks(names), []
     figure = plotting.new_figure(plotting.PAGE, 1.9 * len(shown) + 0.7)
@@ -103,7 +103,7 @@ def figure_why(records: Mapping[str, Record], students: Sequence[str], teacher: 
 
 
 def shares(record: Record, method: str, condition: str) -> pd.DataFrame:
-    """student, method, condition, n, images, span, accuracy, low, high: a row a size."""
+    """student, method, condition, n, images, span, accuracy, low, high: one row per size."""
     rows = []
     for size in record["sizes"]:
         part, answers = (

@@ -123,7 +123,7 @@ def _points(curve: np.ndarray, base: np.ndarray) -> np.ndarray:
 
 
 def _gain(curve: np.ndarray, base: np.ndarray) -> np.ndarray:
-    """The paper's gain in percent; a resample in which base has no right answer counts as an endless gain."""
+    """The paper's gain in percent; a resample in which base has no right answer counts as an infinite gain."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.nan_to_num(100 * (curve / base - 1).mean(axis=1), nan=0.0, posinf=np.inf)
 
@@ -153,7 +153,7 @@ def _slope(curve: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
 
 
 def _times(over: np.ndarray, under: np.ndarray) -> np.ndarray:
-    """Quotient of losses in points; endless where the denominator loses less than any table could print."""
+    """Quotient of losses in points; infinite where the denominator loses less than any table could print."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(under > 0.005, over / under, np.inf)
 

@@ -89,7 +89,7 @@ def verdict_text(result: dict[str, Any]) -> str:
 
 
 def summary(found: dict[str, Any]) -> Table:
-    """One line a claim: the verdict on each source."""
+    """One line per claim: the verdict on each source."""
     sources = found["sources"]
     rows = [
         [Entry(claim["title"]), *(Entry(verdict_text(claim["results"][name])) for name in sources)]

@@ -57,7 +57,7 @@ def figure1(results: Results) -> Drawing:
 
 
 def methods(results: Results) -> Drawing:
-    """Accuracy over images of every method, one panel a student, the teacher in grey."""
+    """Accuracy over images of every method, one panel per student, the teacher in grey."""
     figure = plotting.new_figure(plotting.PAGE, 3.0)
     panels = figure.subplots(1, len(results.students), sharey=True, squeeze=False)[0]
     looks, data = plotting.method_looks(results.names), []
@@ -116,7 +116,7 @@ def _curves(
 
 
 def figure3(results: Results) -> Drawing:
-    """Bars of base, KD and LAid over images, one panel a student (Figure 3 of the paper)."""
+    """Bars of base, KD and LAid over images, one panel per student (Figure 3 of the paper)."""
     sizes, shown, looks = (
         results.columns("table3_omit"),
         _bar_methods(results),
@@ -179,7 +179,7 @@ def by_position(results: Results, bins: int = BINS) -> pd.DataFrame:
 
 
 def needle_position(results: Results) -> Drawing | None:
-    """Accuracy by the needle's place in the haystack, a row a model, a column a size; None without single needles.
+    """Accuracy by the needle's place in the haystack, one row per model, one column per size; None without single needles.
 
     As Visual Haystacks draws it, in fifths.
     """

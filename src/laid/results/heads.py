@@ -36,7 +36,7 @@ def load(folder: str | Path) -> dict[str, Record]:
 
 
 def head_curves(record: Record, method: str) -> pd.DataFrame:
-    """Every head's share of attention on the needle at its own row, and what the rule says of it: one row a head,
+    """Every head's share of attention on the needle at its own row, and what the rule says of it: one row per head,
     with arrays over sizes in the columns images, share and even. Sizes of one image are left out.
 
     kind: "global", "local" (both needle heads) or "other".
@@ -230,7 +230,7 @@ def _share_dots(
 def distances(
     records: Mapping[str, Record], teacher: str, students: Sequence[str], names: Names, most: int = 4
 ) -> Drawing:
-    """The averaged score over position differences, for heads of the last layer: a row a model, a column a head."""
+    """The averaged score over position differences, for heads of the last layer: one row per model, one column per head."""
     shown, looks = [teacher, *students], plotting.method_looks(names)
     columns = min(most, max(records[name]["heads"] for name in shown))
     figure = plotting.new_figure(plotting.PAGE, 1.45 * len(shown) + 0.6)
