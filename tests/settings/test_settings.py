@@ -78,6 +78,17 @@ def test_the_schema_is_one_and_agrees_on_what_ships():
     assert not checker.is_valid({"tables": {"omit": [2, 2]}})
 
 
+def test_the_document_of_every_key_is_what_the_classes_say(capsys):
+    """If not: laid config --docs > docs/reference/settings.md."""
+    assert main(["config", "--docs"]) == 0
+    assert (TOP / "docs/reference/settings.md").read_text() == capsys.readouterr().out
+
+
+def test_the_schema_is_printed(capsys):
+    assert main(["config", "--schema"]) == 0
+    assert json.loads(capsys.readouterr().out) == json_schema()
+
+
 def test_every_key_is_described_and_has_a_default():
     found = set(sections())
     assert len(found) > 30

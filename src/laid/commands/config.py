@@ -15,6 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="print the JSON schema of configuration files, for editors",
     )
+    parser.add_argument("--docs", action="store_true", help="print every key in Markdown, and stop")
     parser.add_argument("--json", action="store_true", help="print JSON instead of YAML")
     parser.add_argument(
         "--out",
@@ -30,9 +31,10 @@ def run(args: argparse.Namespace) -> int:
     from laid.errors import LaidError
     from laid.io import dumps, write_text
     from laid.settings import json_schema, load, merged
+    from laid.settings.reference import reference
 
-    if args.schema:
-        print(dumps(json_schema()))
+    if args.schema or args.docs:
+        print(dumps(json_schema()) if args.schema else reference(), end="\n" if args.schema else "")
         return 0
     base = args.config[0]
     # The shell empties the file behind `> config.yaml` before it is read.

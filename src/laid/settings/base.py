@@ -31,7 +31,7 @@ Distinct = Annotated[list[T], AfterValidator(_distinct), Field(json_schema_extra
 class Section(BaseModel):
     """A section of the configuration: frozen, closed to unknown keys, strict about types.
 
-    The docstring of a class and the text below each field are what docs/reference/configuration.md and the JSON schema say.
+    The docstring of a class and the text below each field are what docs/reference/settings.md and the JSON schema say.
     """
 
     model_config = ConfigDict(

@@ -10,20 +10,20 @@ ModelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 
 
 class Models(Section):
-    """Which members of the family play which role."""
+    """Which model is the teacher and which are students."""
 
     teacher: ModelName = "teacher"
     """Name of the teacher."""
     students: Annotated[Distinct[ModelName], Field(min_length=1)] = ["medium", "small"]
     """Names of the students."""
     checkpoints: dict[str, Text] = {}
-    """Published checkpoints, by member: a hub id (owner/name) or a local folder. A member without one is trained from nothing (family)."""
+    """Checkpoint of each model: a hub id (owner/name) or a local folder. laid trains a model without one from nothing (family)."""
     labels: dict[str, Text] = {}
-    """Names in tables, by member (paper scale: 32B, 7B, 3B); without one, the number of weights."""
+    """What tables call a model (at paper scale 32B, 7B, 3B); without a label, its number of weights."""
 
 
 class Member(Section):
-    """One member: its sizes, how far its window reaches, how long it trains."""
+    """One member: its sizes, how far its window reaches, and how long it is trained."""
 
     hidden_size: Annotated[int, Field(ge=8)] = 64
     """Width of the language model."""
@@ -36,7 +36,7 @@ class Member(Section):
     intermediate_size: Count = 128
     """Width of the MLP."""
     window: Count = 4
-    """Largest haystack (images) seen in pretraining: what makes a short or a long window."""
+    """Images in the largest haystack of its pretraining: this makes its window short or long."""
     steps: Annotated[int, Field(ge=2)] = 1200
     """Optimiser steps of the language phase."""
     seed: Natural = 0
@@ -75,13 +75,13 @@ class Pretrain(Section):
     targets: Count = 5
     """Yes/no questions per haystack."""
     hard_negatives: Share = 0.8
-    """Share of targets taken from what distractors hold."""
+    """Share of targets that are taken from objects in distractors."""
     noise: NonNegative = 0.1
-    """Noise on visual tokens, relative to their spread, so that the vision tower's errors are survived."""
+    """Noise on visual tokens, relative to their spread, so that the member learns to live with the vision tower's errors."""
     lr_muon: Positive = 0.004
-    """Muon's learning rate, matrices of the decoder layers."""
+    """Learning rate of Muon, which trains the matrices of the decoder layers."""
     lr_adamw: Positive = 0.003
-    """AdamW's learning rate, everything else."""
+    """Learning rate of AdamW, which trains everything else."""
     warmup_steps: Count = 50
     """Steps of linear warm-up."""
     decay: Annotated[float, Field(gt=0, le=1)] = 0.5
@@ -89,9 +89,9 @@ class Pretrain(Section):
     start_size: Count = 3
     """Largest haystack at the start of the curriculum."""
     threshold: Share = 0.93
-    """Running accuracy at which the curriculum goes on."""
+    """Running accuracy at which the curriculum moves on."""
     grow: Annotated[float, Field(gt=1)] = 1.5
-    """Factor by which the largest haystack grows then."""
+    """Factor by which the largest haystack then grows."""
     vision: PretrainVision = PretrainVision()
 
 
@@ -99,14 +99,14 @@ class Family(Section):
     """The small-scale family of Qwen2.5-VL architecture, trained from nothing (laid pretrain)."""
 
     head_dim: Annotated[int, Field(ge=8)] = 32
-    """Dimensions per head, the same for all members: what LAid compares."""
+    """Dimensions per head, the same for all members, so that LAid can compare their heads."""
     rope_theta: Annotated[float, Field(ge=1)] = 10000
     """RoPE base."""
     mrope_section: Annotated[list[Natural], Field(min_length=3, max_length=3)] = [4, 6, 6]
     """Frequencies for time, height and width; they add up to head_dim / 2."""
     image_pixels: Annotated[int, Field(ge=784)] = 784
-    """Pixels an image is resized to by the Qwen image processor; 784 = 28 x 28 is one visual token."""
+    """Pixels of an image as the Qwen image processor resizes it; 784 = 28 x 28 makes one visual token."""
     vision: Vision = Vision()
     pretrain: Pretrain = Pretrain()
     members: dict[str, Member] = {}
-    """Members by name; models.teacher and models.students name those in use."""
+    """Members by name; models.teacher and models.students name the ones in use."""

@@ -17,7 +17,7 @@ class Evaluation(Section):
     scoring: Literal["logits", "generate"] = "logits"
     """logits: yes or no by the answer position's logits; generate: by the words of a generated answer, as the official runner scores."""
     order_seed: Natural = 0
-    """Seed of the order of images in a haystack (the official runner shuffles without one)."""
+    """Seed of the order of images in a haystack (the official runner shuffles without a seed)."""
     batch_tokens: Count = 16384
     """Prompt tokens per forward pass."""
     max_new_tokens: Count = 16
@@ -29,55 +29,55 @@ class Evaluation(Section):
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """Attention implementation."""
     feature_cache_gb: NonNegative = 8
-    """Visual features kept in memory, GiB."""
+    """Memory for visual features that are kept, in GiB."""
 
 
 class Analysis(Section):
-    """What is looked into beyond accuracy: attention on the needle, spectra of position differences (laid analyse)."""
+    """What `laid analyse` looks into: attention on the needle, and spectra of position differences."""
 
     questions: Count = 20
-    """Questions per haystack size, the first ones of each test file."""
+    """Questions per haystack size: the first ones of each test file."""
     spectrum_size: Count = 100
     """Images in the haystacks whose spectrum is taken; the nearest test size is used."""
     methods: Names = ["base"]
-    """Methods of a student that are looked into, those that its tables have."""
+    """Methods that are looked into, of those that a student's tables have."""
 
 
 class Beyond(Section):
-    """What lies beyond the paper (target `beyond`): why windows shrink, and where they end."""
+    """What goes beyond the paper (`snakemake beyond`): why windows shrink, and where they end."""
 
     sizes: Annotated[Distinct[Count], Field(min_length=1)] = [200, 300, 500]
-    """Images per haystack, beyond the test sizes; from the test images."""
+    """Images per haystack, beyond the test sizes, taken from the test images."""
     questions: Count = 100
     """Questions per size, also where distance and dilution are taken apart (the first of each test file)."""
     few: Count = 5
     """Images whose positions are stretched, and whose positions more images are packed into; a test size."""
     methods: Names = ["base"]
-    """Methods of a student that are measured, those that its tables have."""
+    """Methods that are measured, of those that a student's tables have."""
 
 
 class Pope(Section):
-    """Object questions about single images (POPE, Li et al. 2023), before and after distillation: whether single-image ability is kept (snakemake pope)."""
+    """Object questions about single images (POPE, Li et al. 2023), before and after distillation: does the student keep its ability on single images? (`snakemake pope`)"""
 
     images: Count = 500
-    """Images asked about, from val2017; POPE takes 500."""
+    """Images that are asked about, from val2017; POPE takes 500."""
     objects: Count = 3
-    """Objects asked about per image that it holds, and as many that it does not hold; POPE takes 3."""
+    """Objects of an image that are asked about, and as many that it does not hold; POPE takes 3."""
     seed: Natural = 0
     """Seed of the images, the objects and the order."""
     wording: Literal["pope", "haystack"] = "pope"
     """pope: "Is there a dog in the image?" and nothing else, as POPE asks. haystack: the official Visual Haystacks prompt and its question on one image, with another object of the image as anchor: the small-scale family was taught these words only."""
     methods: Names = ["base"]
-    """Methods of a student that are measured, those that its tables have; base is before, the others are after."""
+    """Methods that are measured, of those that a student's tables have; base shows the student before training."""
 
 
 class Tables(Section):
-    """Which cells stand in which table, and how they are summed up."""
+    """Which cells stand in which table, and how they are summarised."""
 
     methods: Names = ["base"]
-    """Rows of each student in Table 1, in this order; base first, because gains are relative to it."""
+    """Rows of each student in Table 1, in this order. base comes first: gains are relative to it."""
     ablations: Names = ["base"]
-    """Rows of Table 3, in this order; base first."""
+    """Rows of Table 3, in this order. base comes first."""
     table3_students: Names | None = None
     """Students in Table 3; null for the first student alone, as in the paper."""
     omit: Distinct[Count] = [2]
@@ -85,19 +85,19 @@ class Tables(Section):
     table3_omit: Distinct[Count] = [2, 150]
     """The same for Table 3, which the paper ends at 100 images."""
     short_max: Count = 20
-    """Images up to which a size counts for the short gain; larger ones for the long gain."""
+    """Largest size that counts as a short window; larger ones count as long."""
     threshold: Fraction = 0.8
-    """Accuracy that the effective window printed beside Table 1 asks for, as a fraction."""
+    """Accuracy, as a fraction, at which the effective window beside Table 1 ends."""
 
 
 class Sweep(Section):
-    """Methods, trained with several seeds and measured on the validation questions: which part does what (snakemake sweep; configs/sweep.yaml)."""
+    """Which part of a method does what (`snakemake sweep`, configs/sweep.yaml): methods trained with several seeds and measured on the validation questions."""
 
     methods: Distinct[str] = []
-    """Methods that are swept, in the order of the table; each stands in section methods."""
+    """Methods of section methods that are swept, in the order of the table."""
     seeds: Annotated[int, Field(ge=1, le=100)] = 3
     """Training seeds per method."""
     students: Names | None = None
-    """Students that are swept; null for all."""
+    """Students that the methods are trained on; null: all."""
     against: Distinct[str] = []
     """Methods that each of them is tested against."""

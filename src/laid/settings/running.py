@@ -21,7 +21,7 @@ class Job(Section):
 
 
 class Resources(Section):
-    """What a job of each rule asks for; no effect on results. Partition, account and GPU type belong in the profile."""
+    """What the jobs of each rule ask for; no effect on results. Partition, account and GPU type belong in the profile."""
 
     data: Job = Job()
     """Making the COCO data and the haystacks."""
@@ -41,18 +41,18 @@ class PlanImages(Section):
     """Visual tokens per image, where photographs differ."""
 
     tokens: Positive | None = None
-    """On average; null takes what COCO's images have under Qwen2.5-VL's limits, or the rendered scenes' number."""
+    """Their average; null: that of COCO's images under Qwen2.5-VL's limits, or of the rendered scenes."""
     spread: NonNegative | None = None
-    """Their standard deviation; null likewise."""
+    """Their standard deviation; null: likewise."""
 
 
 class Plan(Section):
-    """What `laid plan` reckons with; no effect on results."""
+    """What `laid plan` assumes; no effect on results."""
 
     gpu: str = "A800-80GB"
-    """The GPU that jobs run on, by name (laid.plan.gpus); the paper's by default. Jobs without a GPU (resources.<rule>.gpu 0) are held against mem_mb."""
+    """The GPU that jobs run on, by its name in laid.plan.gpus; the default is the paper's. Jobs without a GPU (`resources.<rule>.gpu: 0`) are checked against mem_mb."""
     compare: Distinct[str] = ["H100-80GB", "H200-141GB"]
-    """Other GPUs whose hours are told beside."""
+    """Other GPUs whose hours are listed too."""
     utilisation: Annotated[float, Field(gt=0, le=1)] = 0.4
-    """Share of the peak FLOP/s that jobs are taken to reach."""
+    """Share of the peak FLOP/s that jobs are assumed to reach."""
     images: PlanImages = PlanImages()

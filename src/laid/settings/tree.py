@@ -31,18 +31,18 @@ class Invalid(LaidError):
 
 
 class Settings(Section):
-    """Every key of config.yaml and its overlays. A key that is left out takes its default from here."""
+    """Every key of config.yaml and its overlays. A key that is left out takes its default."""
 
     scale: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")] = "small"
-    """Name of the scale; everything is written below <results>/<scale>/."""
+    """Name of the scale: results are written below `<results>/<scale>/`."""
     results: Text = "results"
-    """Folder of all results, relative to the folder the command runs in."""
+    """Folder of all results, seen from the folder that the command runs in."""
     seeds: Annotated[int, Field(ge=1, le=100)] = 1
-    """Training seeds per trained method (seed 0, 1, ...). One gives intervals over questions, several over questions
-    and seeds."""
+    """Training runs of each trained method, with seeds 0, 1, ... With one, intervals count questions; with several,
+    questions and seeds."""
     complete: bool = False
-    """In an overlay: it says all of its scale itself. What it leaves out then comes from the defaults, not from the
-    files before it: nothing of config.yaml shines through."""
+    """For an overlay that describes its scale alone: what it leaves out takes its default, and nothing comes from the
+    files before it."""
     data: Data = Data()
     haystacks: Haystacks = Haystacks()
     models: Models = Models()
@@ -56,8 +56,8 @@ class Settings(Section):
     training: Training = Training()
     teacher_cache: TeacherCache = TeacherCache()
     methods: dict[MethodName, AnyMethod] = {}
-    """Methods by name: what is done to a student before it is evaluated. base, yarn and self_extend are there without
-    being written; any other is trained, or extends one of these."""
+    """Methods by name: what is done to a student before it is evaluated. base, yarn and self_extend need not be
+    written. A method of another name is trained, unless it extends one of these three."""
     pope: Pope = Pope()
     sweep: Sweep = Sweep()
 
