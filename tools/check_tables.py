@@ -50,14 +50,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", type=Path, nargs="+", default=[Path("config.yaml")])
     config = load(parser.parse_args().config)
-    root = Path(config["results"]) / config["scale"]
-    tables, students = config["tables"], config["models"]["students"]
-    sizes = sorted(config["haystacks"]["test"]["sizes"])
-    first = [(config["models"]["teacher"], "base")]
-    first += [(student, method) for student in students for method in tables["methods"]]
-    third = [(s, m) for s in (tables["table3_students"] or students[:1]) for m in tables["ablations"]]
-    looked = check("table1", root, first, [s for s in sizes if s not in tables["omit"]])
-    looked += check("table3", root, third, [s for s in sizes if s not in tables["table3_omit"]])
+    root = Path(config.results) / config.scale
+    tables, students = config.tables, config.models.students
+    sizes = sorted(config.haystacks.test.sizes)
+    first = [(config.models.teacher, "base")]
+    first += [(student, method) for student in students for method in tables.methods]
+    third = [(s, m) for s in (tables.table3_students or students[:1]) for m in tables.ablations]
+    looked = check("table1", root, first, [s for s in sizes if s not in tables.omit])
+    looked += check("table3", root, third, [s for s in sizes if s not in tables.table3_omit])
     print(
         f"Tables 1 and 3 are complete and numeric: {looked} accuracies agree with the answers in their cells."
     )

@@ -63,7 +63,7 @@ def build(config: list[Path], results: Path, target: str, *options: str) -> None
 
 def run(config: list[Path], against: Path | None, target: str | None) -> int:
     settings = load(config)
-    scale = settings["scale"]
+    scale = settings.scale
     with tempfile.TemporaryDirectory(prefix="laid-twice-") as folder:
         first, second = (Path(folder) / name for name in ("first", "second"))
 
