@@ -7,7 +7,7 @@
     python bench/distill_step.py --write                      put the table into bench/RESULTS.md
 
 Weights and inputs are random: neither changes what a step costs. A step is one sample: forward, losses, backward,
-clipping, AdamW, as `laid train` does it, by the same code (laid.training.losses). All methods train all weights of the
+clipping, AdamW, as `laid train` does it, by the same code (laid.training.step). All methods train all weights of the
 language model, so that SFT is the measure for the others. Memory: the peak of a process of its own, one method each, from
 few tokens to many. Time: methods take their steps in turn in one process, so that a change in the machine's load meets all
 alike, and the ratio to SFT is the median of ratios of neighbouring steps (--apart: in processes of their own, for large
@@ -55,7 +55,7 @@ SHAPES = {
 
 LAST = {"lambda_laid": 0.3, "alignment": {"pairs": [[-1, -1]]}, "distance": {"strength": 4.0}}
 GAIN = {"gain": {"length_aware": True}, "alignment": {"pairs": [[0, 0], [-1, -1]]}}
-ROWS = {"lambda_rows": 1.0, "rows": "joint", "gain": {"length_aware": True}}
+ROWS = {"lambda_rows": 1.0, "gain": {"length_aware": True}}
 METHODS = {  # name -> (what it is, settings, teacher)
     "sft": ("SFT", {}, None),
     "kd": ("KD, cached teacher", {"lambda_kl": 1.0}, "cache"),

@@ -6,7 +6,7 @@
 
 Needs torch and transformers (and peft for LoRA, which is left out without it), no checkpoint, no image and no network. Cases: the teacher's pass of
 32B, a training step of 7B and 3B (all weights, and LoRA) at 1.8k, 7.4k and 35k tokens, and the reading of an evaluation
-prompt of 53k tokens in chunks. All run the project's own code: laid.training.losses, laid.training.online,
+prompt of 53k tokens in chunks. All run the project's own code: laid.training.step, laid.training.teacher,
 laid.models.forward. What the plan says cannot fit is not started, and said. Of these rates the GPU-hours of the whole
 paper are extrapolated.
 """
@@ -30,6 +30,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedConfig
 
+from laid.distill.distillation import TeacherOutputs
 from laid.models.decoder import geometry
 from laid.models.forward import last_logits
 from laid.plan.gpus import GIB, GPUS, Gpu
@@ -39,10 +40,11 @@ from laid.plan.shapes import meta_model, published_config
 from laid.plan.steps import meta_batch, reading, teacher_pass, training_step
 from laid.plan.tokens import DELIMITERS, TEXT, VISUAL
 from laid.settings import TrainedMethod
-from laid.training.losses import Losses
-from laid.training.online import teacher_outputs
-from laid.training.parallel import Alone
-from laid.training.student import make_trainable
+from laid.settings.training import Training as TrainingSettings
+from laid.training.data import Piece
+from laid.training.step import forward_backward, lesson_of
+from laid.training.student import compute_in, make_trainable
+from laid.training.teacher import teacher_outputs
 
 RESULTS = Path(__file__).with_name("GPU.md")
 MEMBERS = {size: f"Qwen/Qwen2.5-VL-{size}-Instruct" for size in ("32B", "7B", "3B")}
@@ -102,10 +104,9 @@ class Bench:
             "train": TrainedMethod(**LAID),
             "lora": TrainedMethod(**LAID | {"gain": None, "lora": {"rank": 8}}),
         }
-        self.training = {
-            "dtype": self.dtype, "per_device_batch": 1, "batch_size": BATCH, "gradient_checkpointing": True,
-            "train_vision": False,
-        }  # fmt: skip
+        self.training = TrainingSettings(
+            dtype=self.dtype, per_device_batch=1, batch_size=BATCH, gradient_checkpointing=True
+        )
 
     def visual(self, tokens: int) -> int:
         """Visual tokens of a prompt as long."""
@@ -205,10 +206,7 @@ class CachedTeacher:
         self.depth, self.words = shape.layers, config.get_text_config().vocab_size
         self._made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def logits(self, indices):
-        return torch.randn(len(indices), 2, self.words, generator=torch.Generator().manual_seed(0))
-
-    def queries_keys(self, layer, indices, tokens):
+    def outputs(self, indices, tokens, layers, logits=True):
         if tokens not in self._made:
             self._made = {
                 tokens: tuple(
@@ -216,7 +214,8 @@ class CachedTeacher:
                     for heads in (self.heads, self.kv_heads)
                 )
             }
-        return self._made[tokens]
+        said = torch.randn(len(indices), 2, self.words, generator=torch.Generator().manual_seed(0))
+        return TeacherOutputs(said if logits else None, {layer: self._made[tokens] for layer in layers})
 
 
 class Training:
@@ -226,14 +225,12 @@ class Training:
         self.bench = bench
         method = bench.methods[kind]
         self.config = model.config
-        self.model = make_trainable(model, method["lora"], bench.training).train()
-        self.losses = Losses(self.model, method, CachedTeacher(bench.configs["32B"]))
-        learned = [p for module in self.losses.learned().values() for p in module.parameters()]
+        self.model = make_trainable(model, method.lora, bench.training).train()
+        self.lesson = lesson_of(self.model, method, CachedTeacher(bench.configs["32B"]))
+        compute_in(self.lesson.student, getattr(torch, bench.dtype), bench.device)
+        learned = [p for module in self.lesson.learned.values() for p in module.parameters()]
         self.trained = [*(p for p in self.model.parameters() if p.requires_grad), *learned]
-        alone = Alone(bench.device, getattr(torch, bench.dtype))
-        _, self.optimizer = alone.prepare(
-            self.losses, lambda: torch.optim.AdamW(self.trained, lr=1e-5, fused=True)
-        )
+        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-5, fused=True)
 
     def _step(self) -> None:
         nn.utils.clip_grad_norm_(self.trained, 1.0)
@@ -244,7 +241,7 @@ class Training:
         labels = torch.tensor([[7, 8]], device=self.bench.device)
 
         def work():
-            self.losses.total(self.losses(batch, labels, [0], 0.5), 0.5).backward()
+            forward_backward(self.lesson, Piece.of([0], batch, labels), 0.5)
 
         work()
         self._step()  # the optimiser's state is there from now on

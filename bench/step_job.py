@@ -17,8 +17,9 @@ from laid.models.decoder import text_model
 from laid.models.forward import collate, embed
 from laid.models.prompts import EncodedPrompt, mrope_positions
 from laid.settings import TrainedMethod
-from laid.training.losses import Losses
-from laid.training.online import OnlineTeacher, teacher_outputs
+from laid.training.data import Piece
+from laid.training.step import forward_backward, lesson_of
+from laid.training.teacher import OnlineTeacher, teacher_outputs
 from laid.training.teacher_cache import FORMAT, TeacherCache
 
 QUESTION = 40  # tokens after the last image: the question, how to answer, and the answer
@@ -44,15 +45,14 @@ class Job:
             self.teacher_batches = [self._batch(shape["teacher"], count)[0] for count in counts]
         if kind == "pass":
             return
-        self.asked = 0
         self.model = build(shape["student"], shape, dtype, device, eager)
         if checkpointing:
             text_model(self.model).gradient_checkpointing_enable({"use_reentrant": False})
         self.model.train()
         self.batches = [self._batch(shape["student"], count) for count in counts]
-        self.losses = Losses(self.model, self.settings, self._teacher())
+        self.lesson = lesson_of(self.model, self.settings, self._teacher())
         parameters = [p for p in self.model.parameters() if p.requires_grad]
-        parameters += [p for module in self.losses.learned().values() for p in module.parameters()]
+        parameters += [p for module in self.lesson.learned.values() for p in module.parameters()]
         self.parameters = parameters
         self.optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=True)
 
@@ -61,13 +61,9 @@ class Job:
             return self._teacher_pass(sample)
         inputs, labels = self.batches[sample]
         if self.kind == "naive":
-            loss = self._naive(inputs, labels, sample)
+            self._naive(inputs, labels, sample).backward()
         else:
-            # The online teacher keeps its last answer: ask it as for another sample each time.
-            self.asked += len(self.counts)
-            known = sample + self.asked if self.kind == "online" else sample
-            loss = self.losses.total(self.losses(inputs, labels, [known], 0.5), 0.5)
-        loss.backward()
+            forward_backward(self.lesson, Piece.of([sample], inputs, labels), 0.5)
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -99,7 +95,7 @@ class Job:
             return write_cache(self.folder, self.shape["teacher"], self.counts)
         if self.kind == "online":
             seen = [self._batch(self.shape["teacher"], count)[0] for count in self.counts]
-            return OnlineTeacher(self.teacher_model, [-1], lambda indices: seen[indices[0] % len(seen)])
+            return OnlineTeacher(self.teacher_model, lambda indices: seen[indices[0]])
         return None
 
     def _teacher_pass(self, sample: int) -> None:

@@ -24,7 +24,10 @@ import torch
 from distill_step import METHODS, SHAPES, hardware, write
 from laid.distill.alignment import HeadAlignment
 from laid.distill.gain import RopeGain
+from laid.distill.objective import Objective
+from laid.distill.schedule import LambdaSchedule
 from laid.models.capture import LayerQK
+from laid.training.data import Piece
 from step_job import Job, build, write_cache
 
 SHAPE = SHAPES["small"]
@@ -113,15 +116,16 @@ def rows_of_the_question(tokens: int) -> float:
         job = Job(
             SHAPE, METHODS["laid_rows"][1], "cache", [64, tokens], torch.float32, "cpu", Path(folder), False
         )
-        losses, (inputs, _) = job.losses, job.batches[1]
-        ((layer, taught),) = losses.pairs
+        distillation, piece = job.lesson.distillation, Piece.of([1], job.batches[1][0])
+        distillation.objective = Objective(sft=LambdaSchedule(0.0), rows=LambdaSchedule(1.0))
         with torch.no_grad():
-            own = losses._pass(inputs)[1][layer]
-        theirs = losses.teacher.queries_keys(taught, [1], tokens)
+            student = job.lesson.student(piece.inputs)
+        ((layer, own),) = student.heads.items()
+        theirs = job.lesson.teacher.outputs([1], tokens, distillation.teacher_layers, logits=False)
 
         def match() -> None:
-            qk = LayerQK(own.q.requires_grad_(), own.k.requires_grad_(), own.cos, own.sin)
-            losses._joint_rows(qk, *theirs, inputs, inputs.positions, 0.5).backward()
+            student.heads[layer] = LayerQK(own.q.requires_grad_(), own.k.requires_grad_(), own.cos, own.sin)
+            distillation(student, theirs, piece.tokens, None, 0.5)["rows"].backward()
 
         return spent(match)
 
@@ -131,7 +135,7 @@ def gain_of_a_layer(tokens: int) -> float:
     text = model.model.language_model
     projection, hidden = text.layers[0].self_attn.q_proj, torch.randn(1, tokens, SHAPE["student"]["hidden"])
     bare = spent(lambda: projection(hidden).sum().backward())
-    gain = RopeGain(model, layers=[0], length_aware=True).attach(model)
+    gain = RopeGain(model, length_aware=True).attach(model)
     gain._counts[0] = torch.arange(1, tokens + 1)[None]
     return spent(lambda: projection(hidden).sum().backward()) - bare
 

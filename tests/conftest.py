@@ -62,7 +62,7 @@ MICRO = {
             "gaps": {"reach": 120},
             "gain": {"length_aware": True, "reference": 20, "exponent": 0.2},
         },
-        "laid_wo_kl": {"extends": "laid", "lambda_kl": 0.0, "lambda_rows": 0.2, "rows": "joint"},
+        "laid_wo_kl": {"extends": "laid", "lambda_kl": 0.0, "lambda_rows": 0.2},
         "laid_wo_laid": {"extends": "laid", "lambda_laid": 0.0, "gain": {"length_aware": False}},
     },
 }  # fmt: skip
@@ -160,23 +160,13 @@ def cache(micro, family, coco_root, haystacks, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def start(family, coco_root, haystacks, cache):
-    """start(config, method, out, ...): a Trainer, ready to train."""
-    from laid.training.trainer import Trainer
+    """start(config, method, out, ...): a Run, not begun."""
+    from laid.training.recipe import Run
 
     def start(config, method, out, seed=0, **options):
-        paths = {"student": family["small"], "cache": None if method == "sft" else cache}
-        paths |= {"questions": haystacks / "train.json"} | options
-        return Trainer(
-            config,
-            method,
-            seed,
-            "small",
-            paths["student"],
-            paths["cache"],
-            coco_root,
-            paths["questions"],
-            out,
-        )
+        paths = {"student": family["small"], "teacher_cache": None if method == "sft" else cache}
+        paths |= {"questions": haystacks / "train.json", "coco": coco_root} | options
+        return Run(config, method, seed, "small", out=out, **paths)
 
     return start
 
@@ -184,14 +174,14 @@ def start(family, coco_root, haystacks, cache):
 @pytest.fixture(scope="session")
 def runs(micro, start, tmp_path_factory):
     """One run per method, made when it is first asked for."""
-    from trainer_runs import Run
+    from trainer_runs import Finished
 
     made = {}
 
     def run(method):
         if method not in made:
             out = tmp_path_factory.mktemp("runs") / method / "seed0"
-            made[method] = Run(start(micro, method, out), out)
+            made[method] = Finished(start(micro, method, out))
         return made[method]
 
     return run

@@ -69,8 +69,8 @@ def test_held_out_images_seen_in_training_are_told(haystacks):
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (["--method", "yarn"], "--method yarn: not a trained method; trained methods: sft"),
-        (["--method", "nonsense"], "not a trained method"),
+        (["--method", "yarn"], "'yarn' is not a trained method; trained methods: sft"),
+        (["--method", "nonsense"], "is not a trained method"),
         (["--seed", "-1"], "argument --seed: '-1' is not a whole number from 0 on"),
         (["--coco", "."], "no such image: --coco . is not where the paths in"),
     ],

@@ -20,9 +20,10 @@ from laid.models.loading import empty_model, load_model
 from laid.models.processing import Processor
 from laid.models.prompts import EncodedPrompt, mrope_positions
 from laid.toy.family import build_processor
+from laid.training.recipe import Run
 from laid.training.teacher_cache import build_cache
-from laid.training.trainer import Trainer
 from tiny_vlm import IMAGE, prompt, tiny_config, tiny_model
+from trainer_runs import Finished, Ready
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 GRIDS = [((4, 4), (6, 4), (4, 2)), ((2, 2), (4, 6)), ((2, 8), (6, 2), (4, 4), (2, 2))]
@@ -283,46 +284,39 @@ def cache(other, micro, coco_root, haystacks):
     return other[1] / "cache"
 
 
-def trainer(other, cache, micro, method, coco_root, haystacks, out):
+def run_of(other, cache, micro, method, coco_root, haystacks, out):
     change = {"training": {"epochs": 1}, "methods": {"laid": {"gain": {"length_aware": False}}}}
-    config = micro.changed(change)
-    student = other[1] / "student"
-    return Trainer(config, method, 0, "student", student, cache, coco_root, haystacks / "train.json", out)
+    student, questions = other[1] / "student", haystacks / "train.json"
+    return Run(micro.changed(change), method, 0, "student", student, coco_root, questions, out, cache)
 
 
 @pytest.mark.parametrize("method", ["laid", "laid_wo_laid"])
 def test_a_student_is_trained_and_reloads(other, cache, micro, coco_root, haystacks, tmp_path, method):
     """The gain is learned and folded, and transformers reads what was written."""
     out = tmp_path / "seed0"
-    run = trainer(other, cache, micro, method, coco_root, haystacks, out)
-    assert run.features.get(run.samples[0].paths)[0].shape == (1, 32 * (3 if other[0] == "qwen3_vl" else 1))
-    inputs, *_ = run._batch([0, 5], 0)
-    with torch.no_grad():
-        before = last_logits(run.model, inputs)
-    export, seen = run._export, []
-    with torch.no_grad():
-        run._export = lambda folder: (seen.append(last_logits(run.model, inputs)), export(folder))
-    run.train()
-    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    assert len(log) == 3 and all(np.isfinite(line["loss"]) and line["grad_norm"] > 0 for line in log)
-    assert log[-1]["gain_max"] > log[-1]["gain_min"] > 0
+    run = Finished(run_of(other, cache, micro, method, coco_root, haystacks, out))
+    features = run.t.data.features.get(run.t.data.samples[0].paths)
+    assert features[0].shape == (1, 32 * (3 if other[0] == "qwen3_vl" else 1))
+    assert len(run.log) == 3
+    assert all(np.isfinite(line["loss"]) and line["grad_norm"] > 0 for line in run.log)
+    assert run.log[-1]["gain_max"] > run.log[-1]["gain_min"] > 0
     again = AutoModelForImageTextToText.from_pretrained(out / "model").eval()
     assert again.config.model_type == other[0]
     with torch.no_grad():
-        torch.testing.assert_close(last_logits(again, inputs), seen[0], **CLOSE)
-    assert (seen[0] - before).abs().max() > 1e-2
+        torch.testing.assert_close(last_logits(again, run.inputs), run.logits, **CLOSE)
+    assert (run.logits - run.before).abs().max() > 1e-2
     assert Processor.load(out / "model").image_processor.patch_size == (16 if other[0] == "qwen3_vl" else 14)
 
 
 def test_what_cannot_be_exported_is_refused_before_training(
     other, cache, micro, coco_root, haystacks, tmp_path
 ):
-    start = (other, cache, micro, "laid_wo_kl", coco_root, haystacks, tmp_path / "seed0")
+    run = run_of(other, cache, micro, "laid_wo_kl", coco_root, haystacks, tmp_path / "seed0")
     if other[0] == "qwen3_vl":
         with pytest.raises(LaidError, match="share one norm of their queries: set it to false"):
-            trainer(*start)
+            Ready(run)
     else:
-        trainer(*start)
+        Ready(run)
 
 
 # ------------------------------------------------------------------ what is refused

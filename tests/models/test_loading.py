@@ -156,7 +156,7 @@ def test_what_device_map_hooks_in_changes_no_logits(family):
 
     from laid.models.forward import collate, last_logits
     from laid.models.prompts import EncodedPrompt, mrope_positions
-    from laid.training.online import teacher_outputs
+    from laid.training.teacher import teacher_outputs
 
     ids = torch.arange(5, 25).numpy()
     prompt = EncodedPrompt(ids, mrope_positions(20, [], 0), ids[:0], ids < 0)

@@ -13,8 +13,9 @@ from laid.plan.measure import peak_bytes
 from laid.plan.shapes import meta_model
 from laid.plan.steps import meta_batch, training_step
 from laid.settings import TrainedMethod
-from laid.training.losses import Losses
-from laid.training.parallel import join
+from laid.training.data import Piece
+from laid.training.engine import start
+from laid.training.step import forward_backward, lesson_of
 from laid.training.student import make_trainable
 
 # Without bfloat16 instructions a processor takes 25 times as long in it: fewer tokens there.
@@ -36,32 +37,35 @@ def compare(name, dtype, words, checkpointing):
     """{"measured", "planned"}: bytes of one process in a step, gradients of an earlier one in place."""
     student = shrunk(hidden=256, layers=4, heads=8, kv=8, mlp=1024, words=words)
     teacher = shrunk(hidden=256, layers=2, heads=8, kv=4, mlp=256, words=words)
-    method, training = TrainedMethod(**METHODS[name]), settings(checkpointing) | {"dtype": dtype}
+    method, training = TrainedMethod(**METHODS[name]), settings(checkpointing, dtype=dtype)
     number, (tokens, visual) = getattr(torch, dtype), FEW[dtype]
-    parallel = join("fsdp2", "cpu", number)
-    model = make_trainable(meta_model(student, dtype, device="cpu"), method["lora"], training).train()
-    losses = Losses(model, method, FixedTeacher(teacher, 2), parallel)
-    losses.to_fit = False
+    engine = start(training)
+    model = make_trainable(meta_model(student, dtype, device="cpu"), method.lora, training).train()
+    lesson = lesson_of(model, method, FixedTeacher(teacher, 2))
+    lesson.to_fit = False
 
-    def optimizer():
-        apart = [list(model.parameters()), [p for m in losses.learned().values() for p in m.parameters()]]
-        groups = [[p for p in group if p.requires_grad] for group in apart]
-        return torch.optim.AdamW([{"params": group} for group in groups if group], fused=True)
+    def apart():
+        learned = [p for m in lesson.learned.values() for p in m.parameters()]
+        return [p for p in model.parameters() if p.requires_grad], learned
 
-    forward, optimizer = parallel.prepare(losses, optimizer)
+    def adamw():
+        return torch.optim.AdamW([{"params": group} for group in apart() if group], fused=True)
+
+    lesson.student, optimizer = engine.prepare(lesson.student, lesson.learned.values(), adamw)
     inputs = meta_batch(student, 2, tokens, visual, number, "cpu")
     labels = torch.ones(2, 2, dtype=torch.long)
 
     def step():
-        parallel.backward(losses.total(forward(inputs, labels, [0, 1], 0.5), 0.5))
+        forward_backward(lesson, Piece.of([0, 1], inputs, labels), 0.5, engine)
 
     step()
-    parallel.step(optimizer, [p for p in losses.parameters() if p.requires_grad], 1.0)
+    engine.step(optimizer, *apart(), 1.0)
     step()
+    everything = [*model.parameters(), *(p for m in lesson.learned.values() for p in m.parameters())]
     states = [t for state in optimizer.state.values() for t in state.values()]
-    gradients = [p.grad for p in losses.parameters() if p.grad is not None]
+    gradients = [p.grad for p in everything if p.grad is not None]
     given = [inputs.ids, inputs.positions, inputs.image_mask, inputs.features]
-    standing = held([*losses.parameters(), *losses.buffers(), *gradients, *states, *given])
+    standing = held([*everything, *model.buffers(), *gradients, *states, *given])
     peaks = []
     for _ in range(REPEATS):
         dist.barrier()
@@ -70,7 +74,7 @@ def compare(name, dtype, words, checkpointing):
     member = Member(student, "")
     need = Need(member.parameters, dtype, tokens, cost.trained, devices=dist.get_world_size())
     need.memory += cost.peak
-    shard(need, member, adapter=method["lora"] is not None)
+    shard(need, member, adapter=method.lora is not None)
     return {"measured": standing + min(peaks), "planned": need.bytes}
 
 

@@ -1,12 +1,12 @@
 """The plan's formula for fsdp2 against two real processes (gloo, CPU)."""
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-
-from laid.training.launch import launch
 
 CASES = {
     # The worst moment is in a layer's backward pass ...
@@ -22,7 +22,11 @@ def found(tmp_path_factory):
     root = tmp_path_factory.mktemp("sharded")
     (root / "plan.json").write_text(json.dumps({"cases": CASES, "found": str(root / "found.json")}))
     worker = str(Path(__file__).with_name("sharded_worker.py"))
-    assert launch([sys.executable, worker, str(root / "plan.json")], 2) == 0
+    config = Path(__file__).parents[2] / "configs/accelerate/fsdp2.yaml"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+    command += ["--num_processes", "2", worker, str(root / "plan.json")]
+    beside = os.pathsep.join([*sys.path, str(Path(__file__).parent), str(Path(__file__).parents[1])])
+    subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": beside})
     return json.loads((root / "found.json").read_text())
 
 

@@ -8,16 +8,17 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
 from laid.analysis.inference_cost import COUNTED
+from laid.distill.distillation import TeacherOutputs
 from laid.models.decoder import geometry
 from laid.models.forward import last_logits
 from laid.plan import steps
 from laid.plan.measure import peak_bytes
 from laid.plan.shapes import meta_model, published_config
 from laid.settings import TrainedMethod
-from laid.training.losses import Losses
-from laid.training.online import teacher_outputs
-from laid.training.parallel import Alone
-from laid.training.student import make_trainable
+from laid.settings.training import Training
+from laid.training.student import compute_in, make_trainable
+from laid.training.teacher import teacher_outputs
+from trainer_runs import Losses
 
 TOKENS, VISUAL = 512, 400
 # Without bfloat16 instructions a processor takes 25 times as long in it: fewer tokens there.
@@ -75,18 +76,16 @@ class FixedTeacher:
         self.heads, self.kv_heads, self.head_dim, self.depth = g.heads, g.kv_heads, g.head_dim, g.layers
         self.batch, self.words = batch, config.get_text_config().vocab_size
 
-    def logits(self, indices):
-        return torch.randn(self.batch, 2, self.words)
+    def outputs(self, indices, tokens, layers, logits=True):
+        def of(heads):
+            return torch.randn(self.batch, heads, tokens, self.head_dim)
 
-    def queries_keys(self, layer, indices, tokens):
-        return tuple(torch.randn(self.batch, h, tokens, self.head_dim) for h in (self.heads, self.kv_heads))
+        words = torch.randn(self.batch, 2, self.words) if logits else None
+        return TeacherOutputs(words, {layer: (of(self.heads), of(self.kv_heads)) for layer in layers})
 
 
-def settings(checkpointing, pieces=4):
-    return {
-        "dtype": "float32", "per_device_batch": 2, "batch_size": 2 * pieces, "train_vision": False,
-        "gradient_checkpointing": checkpointing,
-    }  # fmt: skip
+def settings(checkpointing, pieces=4, **more):
+    return Training(per_device_batch=2, batch_size=2 * pieces, gradient_checkpointing=checkpointing, **more)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -98,18 +97,18 @@ def test_training_step(student, teacher, name, checkpointing, dtype):
     bfloat16: under autocast, over weights of which the trained ones are float32.
     """
     method, number = TrainedMethod(**METHODS[name]), getattr(torch, dtype)
-    training = settings(checkpointing) | {"dtype": dtype}
-    model = make_trainable(meta_model(student, dtype, device="cpu"), method["lora"], training).train()
+    training = settings(checkpointing, dtype=dtype)
+    model = make_trainable(meta_model(student, dtype, device="cpu"), method.lora, training).train()
     losses = Losses(model, method, FixedTeacher(teacher, 2))
-    losses.to_fit = False
-    Alone("cpu", number).prepare(losses, lambda: None)
+    losses.lesson.to_fit = False
+    compute_in(losses.lesson.student, number, "cpu")
     tokens, visual = FEW[dtype]
     inputs = steps.meta_batch(student, 2, tokens, visual, number, "cpu")
     inputs.ids.random_(1, 500)
     labels = torch.ones(2, 2, dtype=torch.long)
 
     def step():
-        losses.total(losses(inputs, labels, [0, 1], 0.5), 0.5).backward()
+        losses(inputs, labels, [0, 1], 0.5)
 
     step()
     linear, attention = flops(step)
@@ -119,7 +118,7 @@ def test_training_step(student, teacher, name, checkpointing, dtype):
     # What stands there all the time is known to the byte: trained weights in float32, AdamW's two moments.
     weights = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    learned = sum(p.numel() for m in losses.learned().values() for p in m.parameters())
+    learned = sum(p.numel() for m in losses.lesson.learned.values() for p in m.parameters())
     standing = {"weights": weights, "gradients": 4 * trained, "optimizer": 8 * (trained + learned)}
     found = {part: cost.peak[part] for part in standing}
     if (
@@ -140,14 +139,14 @@ def test_training_step_with_the_vision_tower(student, teacher, checkpointing, dt
     number = getattr(torch, dtype)
     tokens = FEW[dtype][0]
     method = TrainedMethod()
-    training = settings(checkpointing) | {"dtype": dtype, "train_vision": True}
+    training = settings(checkpointing, dtype=dtype, train_vision=True)
     wide = copy.deepcopy(student)
     vision = wide.vision_config
     vision.hidden_size, vision.num_heads, vision.intermediate_size, vision.depth = 320, 4, 855, 4
     vision.fullatt_block_indexes = [3]
     model = make_trainable(meta_model(wide, dtype, device="cpu"), None, training).train()
     losses = Losses(model, method)
-    Alone("cpu", number).prepare(losses, lambda: None)
+    compute_in(losses.lesson.student, number, "cpu")
     visual = images * side * side
     inputs = steps.meta_batch(wide, 2, tokens, visual, number, "cpu")
     inputs.ids.random_(1, 500)
@@ -157,7 +156,7 @@ def test_training_step_with_the_vision_tower(student, teacher, checkpointing, dt
     labels = torch.ones(2, 2, dtype=torch.long)
 
     def step():
-        losses.total(losses(inputs, labels, [0, 1], 0.5), 0.5).backward()
+        losses(inputs, labels, [0, 1], 0.5)
 
     step()
     cost = steps.training_step(wide, teacher, method, training, tokens, visual, images=images)
@@ -166,7 +165,9 @@ def test_training_step_with_the_vision_tower(student, teacher, checkpointing, dt
     given = sum(t.nbytes for t in (inputs.ids, inputs.positions, inputs.image_mask, pixels))
     assert cost.trained == trained
     assert cost.bytes - standing - given == pytest.approx(peak_bytes(step), rel=0.15)
-    without = steps.training_step(wide, teacher, method, training | {"train_vision": False}, tokens, visual)
+    without = steps.training_step(
+        wide, teacher, method, training.changed({"train_vision": False}), tokens, visual
+    )
     assert cost.bytes > 1.5 * without.bytes and cost.linear == without.linear
 
 
@@ -225,7 +226,7 @@ def test_depth_is_extrapolated_to_the_byte(student, teacher, what, monkeypatch):
         if what == "step":
             return steps.training_step(deep, teacher, method, settings(True), TOKENS, VISUAL)
         if what in ("autocast", "sharded"):
-            low, sharded = settings(True) | {"dtype": "bfloat16"}, what == "sharded"
+            low, sharded = settings(True, dtype="bfloat16"), what == "sharded"
             return steps.training_step(deep, teacher, method, low, TOKENS, VISUAL, sharded=sharded)
         if what == "teacher":
             return steps.teacher_pass(deep, [7], "bfloat16", 2, TOKENS, VISUAL)
@@ -254,7 +255,7 @@ def test_a_longer_prompt_costs_more_memory_and_a_checkpoint_less(teacher):
     method = TrainedMethod()
 
     def peak(tokens, checkpointing):
-        training = {**settings(checkpointing), "dtype": "bfloat16", "per_device_batch": 1}
+        training = settings(checkpointing, dtype="bfloat16").changed({"per_device_batch": 1})
         return steps.training_step(config, teacher, method, training, tokens, tokens - 50).bytes
 
     assert peak(4000, True) < peak(8000, True) < peak(8000, False)

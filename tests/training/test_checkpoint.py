@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from laid.errors import LaidError
-from laid.training.checkpoint import Checkpoint
+from laid.training.checkpoint import Checkpoint, State
+from laid.training.engine import start
 
 
 def optimizer_of(parameters):
@@ -23,7 +24,8 @@ def step(parameters, optimizer, seed):
     optimizer.step()
 
 
-def test_what_is_saved_is_what_goes_on(tmp_path):
+def test_what_is_saved_is_what_goes_on(micro, tmp_path):
+    engine = start(micro.training)
     whole = parameters_()
     optimizer = optimizer_of(whole)
     for seed in range(5):
@@ -32,55 +34,62 @@ def test_what_is_saved_is_what_goes_on(tmp_path):
     optimizer = optimizer_of(half)
     for seed in range(3):
         step(half, optimizer, seed)
-    checkpoint = Checkpoint(tmp_path / "c", "key", 1)
-    checkpoint.save(3, {str(k): p.detach() for k, p in enumerate(half)}, optimizer, [{"loss": 0.1}])
+    state = State(3, dict(engine.optimizer_tensors(optimizer)), [{"loss": 0.1}])
+    state.tensors |= {f"w{k}": p for k, p in enumerate(half)}
+    Checkpoint(tmp_path / "c", "key", 1).save(state)
     fresh = [torch.nn.Parameter(torch.zeros_like(p)) for p in half]
     optimizer = optimizer_of(fresh)
-    done, weights, log = Checkpoint(tmp_path / "c", "key", 1).load(optimizer)
-    assert (done, log) == (3, [{"loss": 0.1}])
-    with torch.no_grad():
-        for k, p in enumerate(fresh):
-            p.copy_(weights[str(k)])
+    found = Checkpoint(tmp_path / "c", "key", 1).load()
+    assert (found.step, found.log) == (3, [{"loss": 0.1}])
+    for k, p in enumerate(fresh):
+        engine.set_(p, found.tensors.pop(f"w{k}"))
+    engine.restore_optimizer(optimizer, found.tensors)
     for seed in (3, 4):
         step(fresh, optimizer, seed)
     for a, b in zip(whole, fresh):
         assert torch.equal(a, b)
 
 
+def one(step, value, size=2):
+    return State(step, {"w": torch.full((size,), float(value))}, [])
+
+
 def test_another_runs_checkpoint_is_not_taken_up(tmp_path):
-    optimizer = optimizer_of(parameters_())
-    assert Checkpoint(tmp_path / "c", "key", 1).load(optimizer) is None
-    Checkpoint(tmp_path / "c", "key", 1).save(1, {"w": torch.ones(2)}, optimizer, [])
-    assert Checkpoint(tmp_path / "c", "other", 1).load(optimizer) is None
-    assert Checkpoint(tmp_path / "c", "key", 1).load(optimizer)[0] == 1
+    assert Checkpoint(tmp_path / "c", "key", 1).load() is None
+    Checkpoint(tmp_path / "c", "key", 1).save(one(1, 1))
+    assert Checkpoint(tmp_path / "c", "other", 1).load() is None
+    assert Checkpoint(tmp_path / "c", "key", 1).load().step == 1
 
 
-def test_a_broken_checkpoint_is_one_line(tmp_path):
-    optimizer = optimizer_of(parameters_())
+def test_a_broken_or_changed_checkpoint_is_one_line(tmp_path):
     checkpoint = Checkpoint(tmp_path / "c", "key", 1)
-    checkpoint.save(1, {"w": torch.ones(200)}, optimizer, [])
-    state = tmp_path / "c/state.safetensors"
-    state.write_bytes(state.read_bytes()[:-9])
-    with pytest.raises(LaidError, match="broken checkpoint .*; remove it to start again") as caught:
-        checkpoint.load(optimizer)
-    assert "\n" not in str(caught.value)
+    checkpoint.save(one(1, 1, 200))
+    file = tmp_path / "c/state.safetensors"
+    whole = file.read_bytes()
+    for content, match in (
+        (whole[:-9], "broken checkpoint .*; remove it to start again"),
+        (whole[:-1] + bytes([whole[-1] ^ 1]), "changed since it was written; remove .* to start again"),
+    ):
+        file.write_bytes(content)
+        with pytest.raises(LaidError, match=match) as caught:
+            checkpoint.load()
+        assert "\n" not in str(caught.value)
     (tmp_path / "c/state.json").write_text('{"key": ')
     with pytest.raises(LaidError, match="not valid JSON"):
-        checkpoint.load(optimizer)
+        checkpoint.load()
     checkpoint.remove()
     assert not (tmp_path / "c").exists()
 
 
 def test_saving_anew_replaces_and_failing_keeps(tmp_path, monkeypatch):
-    optimizer = optimizer_of(parameters_())
     checkpoint = Checkpoint(tmp_path / "c", "key", 1)
-    checkpoint.save(1, {"w": torch.ones(2)}, optimizer, [])
-    checkpoint.save(2, {"w": torch.zeros(2)}, optimizer, [])
+    checkpoint.save(one(1, 1))
+    checkpoint.save(one(2, 0))
     monkeypatch.setattr("laid.training.checkpoint.write_json", lambda *a, **k: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        checkpoint.save(3, {"w": torch.ones(2)}, optimizer, [])
-    done, weights, _ = checkpoint.load(optimizer)
-    assert done == 2 and weights["w"].tolist() == [0, 0]
+        checkpoint.save(one(3, 1))
+    found = checkpoint.load()
+    assert found.step == 2 and found.tensors["w"].tolist() == [0, 0]
     assert [p.name for p in tmp_path.iterdir()] == ["c"]
 
 

@@ -1,34 +1,44 @@
-"""Two real processes (gloo, CPU) against one: one start of the two that does every training listed in `cases`."""
+"""Two real processes (gloo, CPU), started as a run on GPUs is, against one."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parent))
-from distributed_worker import train
+from distributed_worker import lines_of, train
 
 from laid.errors import LaidError
 from laid.models.loading import load_model
-from laid.training.launch import launch
-from laid.training.parallel import Replicated
+from laid.settings import plain
+from laid.training.engine import Engine
 
+TOP = Path(__file__).parents[2]
 WORKER = str(Path(__file__).parent / "distributed_worker.py")
 STEPS = 3
 
 
+def launch(layout, *words, **options):
+    """`accelerate launch` in two processes with a file of configs/accelerate/."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
+    command += [str(TOP / f"configs/accelerate/{layout}.yaml"), "--num_processes", "2", *words]
+    return subprocess.Popen(command, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, **options)
+
+
 def case(micro, out, method, stop=None, settings=None, student="student", online=False, **training):
     training = {"per_device_batch": 2, "epochs": 1, "checkpoint_minutes": 1e9, **training}
-    config = micro.changed({"training": training, "methods": {method: settings or {}}})
+    config = plain(micro.changed({"training": training, "methods": {method: settings or {}}}))
     named = {"stop": stop, "student": student, "online": online}
-    return {"config": config.model_dump(), "method": method, "out": str(out), **named}
+    return {"config": config, "method": method, "out": str(out), **named}
 
 
 @pytest.fixture(scope="module")
@@ -43,26 +53,38 @@ def paths(family, coco_root, haystacks, cache, tmp_path_factory):
     return {k: str(v) for k, v in (found | {"questions": haystacks / "train.json"}).items()}
 
 
-@pytest.fixture(scope="module")
-def both(micro, paths, tmp_path_factory):
-    vision = {"train_vision": True, "gradient_checkpointing": True}
-    teacher_alone = {"lambda_sft": 0.0, "lambda_kl": 0.0, "gain": None}
-    kinds = {
-        "ddp": ("laid", {"parallel": "ddp"}),
-        "fsdp2": ("laid_wo_kl", {"parallel": "fsdp2", "gradient_checkpointing": True}),
-        "tied": ("kd", {"parallel": "fsdp2", "student": "tied"}),
-        "lora": ("sft", {"parallel": "fsdp2", "per_device_batch": 1}),
-        "vision": ("kd", {"parallel": "fsdp2", **vision}),
-        "bf16": ("laid", {"parallel": "fsdp2", "dtype": "bfloat16"}),
-        "teacher_alone": ("laid", {"parallel": "fsdp2", "settings": teacher_alone, "gradient_checkpointing": True}),
-        "online": ("laid", {"parallel": "fsdp2", "online": True}),
-        "one_to_two": ("laid", {"parallel": "fsdp2"}),
-        "two_to_one": ("laid", {"parallel": "fsdp2", "stop": 2}),
-    }  # fmt: skip
-    return in_one_and_two(micro, paths, tmp_path_factory.mktemp("runs"), kinds)
+TEACHER_ALONE = {"lambda_sft": 0.0, "lambda_kl": 0.0, "gain": None}
+CASES = {
+    "ddp": {
+        "pieces": ("laid", {}),
+        "lora": ("sft", {"per_device_batch": 1}),
+        "vision": ("kd", {"train_vision": True}),
+        "bf16": ("laid", {"dtype": "bfloat16"}),
+        "teacher_alone": (
+            "laid",
+            {"settings": TEACHER_ALONE, "gradient_checkpointing": True, "per_device_batch": 4},
+        ),
+    },
+    "fsdp2": {
+        "rows": ("laid_wo_kl", {"gradient_checkpointing": True}),
+        "tied": ("kd", {"student": "tied"}),
+        "lora": ("sft", {"per_device_batch": 1}),
+        "vision": ("kd", {"train_vision": True, "gradient_checkpointing": True}),
+        "bf16": ("laid", {"dtype": "bfloat16"}),
+        "teacher_alone": ("laid", {"settings": TEACHER_ALONE, "gradient_checkpointing": True}),
+        "online": ("laid", {"online": True}),
+        "one_to_two": ("laid", {}),
+        "two_to_one": ("laid", {"stop": 2}),
+    },
+}
 
 
-def in_one_and_two(micro, paths, root, kinds):
+@pytest.fixture(scope="module", params=CASES)
+def both(request, micro, paths, tmp_path_factory):
+    return in_one_and_two(micro, paths, tmp_path_factory.mktemp("runs"), request.param, CASES[request.param])
+
+
+def in_one_and_two(micro, paths, root, layout, kinds):
     """name -> {1: run in one process, 2: run in two}, each (log, folder).
 
     kinds: name -> (method, options of `case`); "one_to_two" starts in one process and two go on, "two_to_one" the other way.
@@ -73,18 +95,21 @@ def in_one_and_two(micro, paths, root, kinds):
         }
         for world in (1, 2)
     }
-    train(cases[1]["one_to_two"] | {"stop": 2}, paths)
-    shutil.copytree(root / "1/.one_to_two.checkpoint", root / "2/.one_to_two.checkpoint")
+    if "one_to_two" in kinds:
+        train(cases[1]["one_to_two"] | {"stop": 2}, paths)
+        shutil.copytree(root / "1/.one_to_two.checkpoint", root / "2/.one_to_two.checkpoint")
     plan = {"cases": cases[2], "paths": paths, "logs": str(root / "logs.json")}
     (root / "plan.json").write_text(json.dumps(plan))
-    assert launch([sys.executable, WORKER, str(root / "plan.json")], 2) == 0
+    assert launch(layout, WORKER, str(root / "plan.json")).wait() == 0
     logs = json.loads((root / "logs.json").read_text())
-    shutil.copytree(root / "2/.two_to_one.checkpoint", root / "1/.two_to_one.checkpoint")
-    cases[1]["two_to_one"]["stop"] = None
-    return {
-        name: {1: (train(cases[1][name], paths).log, root / "1" / name), 2: (logs[name], root / "2" / name)}
-        for name in kinds
-    }
+    if "two_to_one" in kinds:
+        shutil.copytree(root / "2/.two_to_one.checkpoint", root / "1/.two_to_one.checkpoint")
+        cases[1]["two_to_one"]["stop"] = None
+    found = {}
+    for name in kinds:
+        one = lines_of(cases[1][name], train(cases[1][name], paths)[0])
+        found[name] = {1: (one, root / "1" / name), 2: (logs[name], root / "2" / name)}
+    return found
 
 
 def same(one, two, rel):
@@ -96,10 +121,12 @@ def same(one, two, rel):
 
 
 @pytest.mark.parametrize(
-    "name", ["ddp", "fsdp2", "tied", "lora", "vision", "teacher_alone", "online", "one_to_two"]
+    "name", ["pieces", "rows", "tied", "lora", "vision", "teacher_alone", "online", "one_to_two"]
 )
 def test_two_processes_train_as_one_does(both, name):
     """Losses, norms and gains of every step, and the exported weights, in the same files."""
+    if name not in both:
+        pytest.skip("not of this layout")
     agree(both[name], name)
 
 
@@ -117,6 +144,8 @@ def agree(runs, name):
 
 def test_one_process_goes_on_where_two_stopped(both):
     """And the two stopped together, though one alone had the signal."""
+    if "two_to_one" not in both:
+        pytest.skip("not of this layout")
     (one, here), (two, there) = both["two_to_one"][1], both["two_to_one"][2]
     assert len(two) == 2 and not there.exists()
     same(one, both["one_to_two"][2][0], 2e-4)
@@ -130,39 +159,34 @@ def test_bfloat16_agrees_to_its_own_precision(both):
 
 
 def test_batches_that_do_not_divide_are_refused():
-    place = object.__new__(Replicated)
-    place.rank, place.world = 1, 4
-    assert place.pieces(list(range(8)), 1) == [[1], [5]]
+    place = SimpleNamespace(rank=1, world=4)
+    assert Engine.pieces(place, list(range(8)), 1) == [[1], [5]]
     with pytest.raises(
         LaidError, match="batch_size 8 is not a multiple of 4 processes x .*batch 4: set .* to 2"
     ):
-        place.pieces(list(range(8)), 4)
+        Engine.pieces(place, list(range(8)), 4)
 
 
-# ------------------------------------------------------------------ the launcher
-
-
-def test_the_others_end_with_one_that_fails(capfd):
-    program = (
-        "import os, sys, time\nrank = os.environ['RANK']\nprint('I am', rank)\n"
-        "time.sleep(60) if rank == '0' else sys.exit('no such file')"
+def test_laid_train_under_accelerate_launch_stops_on_a_signal_and_goes_on(paths, micro_file, tmp_path):
+    """As typed; the launcher passes the signal on, and errors of the processes end it."""
+    words = ["-m", "laid", "train", "--config", str(micro_file), "--method", "kd", "--student-name", "small"]
+    words += ["--student", paths["student"], "--teacher-cache", paths["cache"], "--coco", paths["coco"]]
+    words += ["--questions", paths["questions"], "--out", str(tmp_path / "seed0"), "--device", "cpu"]
+    failed = launch("ddp", *words, stderr=subprocess.PIPE)
+    assert (
+        "batch_size 8 is not a multiple of 2 processes x training.per_device_batch 8"
+        in failed.communicate()[1]
     )
-    start = time.monotonic()
-    assert launch([sys.executable, "-c", program], 2) == 1
-    assert time.monotonic() - start < 30
-    assert capfd.readouterr().err == "no such file\n"
-
-
-def test_a_signal_is_passed_on_and_waited_for(tmp_path):
-    child = (
-        "import os, pathlib, signal, sys, time\nrank = os.environ['RANK']\n"
-        "def end(*_):\n time.sleep(0.5)\n pathlib.Path(rank).touch()\n sys.exit(143)\n"
-        "signal.signal(signal.SIGTERM, end)\npathlib.Path('ready' + rank).touch()\ntime.sleep(60)"
-    )
-    parent = f"import sys\nfrom laid.training.launch import launch\nsys.exit(launch([sys.executable, '-c', {child!r}], 2))"
-    running = subprocess.Popen([sys.executable, "-c", parent], cwd=tmp_path)
-    while len(list(tmp_path.glob("ready*"))) < 2:
-        time.sleep(0.05)
+    assert failed.returncode
+    halves = tmp_path / "halves.yaml"
+    halves.write_text("training: {per_device_batch: 4, epochs: 12, checkpoint_minutes: 1.0e-9}\n")
+    words.insert(words.index(str(micro_file)) + 1, str(halves))
+    running = launch("ddp", *words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    while not (tmp_path / ".seed0.checkpoint/state.json").exists() and running.poll() is None:
+        time.sleep(0.1)
     running.send_signal(signal.SIGTERM)
-    assert running.wait(30) == 143
-    assert (tmp_path / "0").exists() and (tmp_path / "1").exists()
+    said = running.communicate()[0]
+    assert running.returncode and "the same command goes on from there" in said
+    assert not (tmp_path / "seed0").exists()
+    said = launch("ddp", *words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL).communicate()[0]
+    assert "goes on after step" in said and "small kd seed 0: 36 steps" in said

@@ -8,9 +8,9 @@ from torch.utils._pytree import tree_iter
 from laid.methods.self_extend import apply_self_extend
 from laid.models.forward import Batch, hidden_states, last_logits
 from laid.settings import TrainedMethod
-from laid.training.losses import Losses
-from laid.training.online import OnlineTeacher
+from laid.training.teacher import OnlineTeacher
 from tiny_vlm import IMAGE, prompt, tiny_model
+from trainer_runs import Losses
 
 WORDS = 77  # no other size of the models is a multiple of it
 LAID = {
@@ -60,11 +60,11 @@ def a_step(settings, images):
     student = tiny_model(vocab_size=WORDS)
     teacher = tiny_model(seed=1, heads=8, hidden=64, vocab_size=WORDS).requires_grad_(False)
     settings = TrainedMethod().changed(settings)
-    losses = Losses(student, settings, OnlineTeacher(teacher, [0, -1], lambda _: batch_of(teacher, images)))
+    losses = Losses(student, settings, OnlineTeacher(teacher, lambda _: batch_of(teacher, images)))
     optimizer = torch.optim.AdamW(student.parameters())
     inputs, labels = batch_of(student, images), torch.tensor([[7, 8]])
     with Watch() as watch:
-        losses.total(losses(inputs, labels, [0], 0.5), 0.5).backward()
+        losses(inputs, labels, [0], 0.5)
         optimizer.step()
     return watch, inputs.ids.shape[1]
 

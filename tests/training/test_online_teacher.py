@@ -1,14 +1,16 @@
 """A teacher that answers as training goes, against the same teacher's cache."""
 
+import json
+
 import pytest
 
 from laid.commands.train import own_device
 from laid.errors import LaidError
+from laid.training.recipe import Run, train
 from laid.training.teacher_cache import build_cache
-from laid.training.trainer import Trainer
 from trainer_runs import changed
 
-JOINT = {"lambda_rows": 1.0, "rows": "joint"}
+JOINT = {"lambda_rows": 1.0}
 
 
 @pytest.fixture
@@ -17,12 +19,22 @@ def trained(micro, family, coco_root, haystacks, tmp_path):
     config = changed(micro, {"epochs": 1}, "laid", **JOINT)
 
     def run(name, cache=None, **options):
-        trainer = Trainer(
-            config, "laid", 0, "small", family["small"], cache, coco_root, haystacks / "train.json", tmp_path / name,
-            **options,
-        )  # fmt: skip
-        record = trainer.train()
-        return trainer.log, record
+        out = tmp_path / name
+        record = train(
+            Run(
+                config,
+                "laid",
+                0,
+                "small",
+                family["small"],
+                coco_root,
+                haystacks / "train.json",
+                out,
+                cache,
+                **options,
+            )
+        )
+        return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()], record
 
     return run
 
@@ -43,14 +55,22 @@ def test_the_same_losses_as_from_the_cache(micro, family, coco_root, haystacks, 
 def test_wrong_uses_are_one_line(micro, family, cache, coco_root, haystacks, tmp_path, trained):
     with pytest.raises(LaidError, match="two sources of one teacher's answers; give one"):
         trained("both", cache, teacher=family["teacher"])
+    deep = changed(micro, None, "laid", alignment={"pairs": [[0, 5]]})
+    questions, out = haystacks / "train.json", tmp_path / "deep"
     with pytest.raises(LaidError, match="layer 5 does not exist: the model has"):
-        config = changed(
-            micro, None, "laid", alignment={**micro["methods"]["laid"]["alignment"], "pairs": [[0, 5]]}
+        train(
+            Run(
+                deep,
+                "laid",
+                0,
+                "small",
+                family["small"],
+                coco_root,
+                questions,
+                out,
+                teacher=family["teacher"],
+            )
         )
-        Trainer(
-            config, "laid", 0, "small", family["small"], None, coco_root, haystacks / "train.json", tmp_path / "o",
-            teacher=family["teacher"],
-        )  # fmt: skip
     with pytest.raises(LaidError, match="no such checkpoint folder"):
         trained("none", teacher=tmp_path / "none")
     assert not (tmp_path / "both").exists()

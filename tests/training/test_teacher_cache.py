@@ -14,11 +14,11 @@ from laid.models.features import ImageFeatures
 from laid.models.forward import collate
 from laid.models.loading import load_model
 from laid.models.processing import Processor
-from laid.training import teacher_cache
-from laid.training.losses import Losses
-from laid.training.online import OnlineTeacher
+from laid.training import engine, recipe, teacher_cache
 from laid.training.samples import build_samples
+from laid.training.teacher import OnlineTeacher
 from laid.training.teacher_cache import TeacherCache, build_cache, from_float8, shard_ranges, to_float8
+from trainer_runs import Losses
 
 
 def with_cache(config, **options):
@@ -96,19 +96,19 @@ def test_losses_from_the_cache_are_those_of_the_teacher_at_hand(
 ):
     """Values and gradients of all of equation 8's parts; bfloat16 changes L_LAid by its 8 bits, float8 by its 4."""
     build_cache(with_cache(micro, layers=[-1], dtype=dtype), *inputs, tmp_path / "c")
-    settings = {**micro["methods"]["laid"], "lambda_rows": 0.2, "gain": None}
-    settings["alignment"] = {**settings["alignment"], "init": "uniform"}
+    settings = micro.methods["laid"].changed(
+        {"lambda_rows": 0.2, "gain": None, "alignment": {"init": "uniform"}}
+    )
     indices = [3, 1, 20, 8]
     found = []
-    for source in (TeacherCache(tmp_path / "c"), OnlineTeacher(teacher.model, [-1], teacher.batch)):
+    for source in (TeacherCache(tmp_path / "c"), OnlineTeacher(teacher.model, teacher.batch)):
         losses = Losses(student.model, settings, source)
-        parts = losses(student.batch(indices), student.labels(indices), indices, 0.5)
         student.model.zero_grad()
-        losses.total(parts, 0.5).backward()
+        parts = losses(student.batch(indices), student.labels(indices), indices, 0.5)
         gradient = student.model.model.language_model.layers[1].self_attn.q_proj.weight.grad.clone()
         found.append((parts, gradient, losses.alignments["1-2"].w.grad))
     (cached, *cached_grads), (online, *online_grads) = found
-    assert set(cached) == set(online) == {"sft", "kl", "laid", "rows"}
+    assert set(cached) == set(online) == {"sft", "kl", "laid", "rows", ""}
     for part in cached:
         exact = part in ("sft", "kl")  # logits are kept in float32
         torch.testing.assert_close(cached[part], online[part], rtol=1e-4 if exact else close, atol=1e-5)
@@ -173,24 +173,26 @@ def test_the_size_is_known_before(micro, micro_file, inputs, tmp_path, capsys, d
     assert "give --out, a folder for the cache" in capsys.readouterr().err
 
 
-def test_queries_of_the_question_alone(micro, inputs, folder, teacher, student, tmp_path):
+def test_queries_of_the_question_alone(micro, inputs, folder, teacher, student, start, tmp_path):
     """Enough for attention rows, with the same loss; refused where equation 7 needs all."""
     build_cache(with_cache(micro, layers=[-1], queries="question"), *inputs, tmp_path / "c")
     cache, indices = TeacherCache(tmp_path / "c", inputs[2]), [3, 1, 20, 8]
-    settings = {**micro["methods"]["kd"], "lambda_rows": 0.2}
+    settings = micro.methods["kd"].changed({"lambda_rows": 0.2})
     found = []
-    for source in (cache, OnlineTeacher(teacher.model, [-1], teacher.batch)):
+    for source in (cache, OnlineTeacher(teacher.model, teacher.batch)):
         losses = Losses(student.model, settings, source)
         with torch.no_grad():
             found.append(losses(student.batch(indices), student.labels(indices), indices, 0.5)["rows"])
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
     q, _ = cache.queries_keys(2, [3], max(cache.lengths))
     whole, _ = TeacherCache(folder).queries_keys(2, [3], max(cache.lengths))
-    start = teacher.samples[3].text_start
-    assert not q[:, :, :start].any() and whole[:, :, :start].any()
-    assert torch.equal(q[:, :, start:], whole[:, :, start:])
+    first = teacher.samples[3].text_start
+    assert not q[:, :, :first].any() and whole[:, :, :first].any()
+    assert torch.equal(q[:, :, first:], whole[:, :, first:])
     with pytest.raises(LaidError, match="queries of question tokens alone"):
-        Losses(student.model, {**settings, "lambda_laid": 0.1}, cache)
+        recipe.prepare(
+            start(micro, "laid", tmp_path / "o", teacher_cache=tmp_path / "c"), engine.start(micro.training)
+        )
 
 
 def test_a_full_disk_is_told_before_the_pass(micro, inputs, tmp_path, monkeypatch):

@@ -9,7 +9,8 @@ from laid.io import read_json
 from laid.methods.registry import load_with_method
 from laid.models.forward import last_logits
 from laid.models.loading import load_model
-from trainer_runs import CLOSE, METHODS, Run, bytes_of, changed
+from laid.training.recipe import train
+from trainer_runs import CLOSE, METHODS, Finished, bytes_of, changed
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -43,7 +44,7 @@ def test_the_export_says_what_the_trained_model_said(runs, micro, family, method
 def test_a_length_factor_folds_at_the_longest_trained_prompt(runs, micro, family):
     """q_proj's rows by hand: trained row x exp(g of its frequency) x (tokens / reference) ** b of its head."""
     run = runs("laid_wo_kl")
-    gain, longest = run.trainer.losses.gain, max(len(s.prompt.ids) for s in run.trainer.samples)
+    gain, longest = run.t.lesson.gain, max(run.t.data.lengths)
     exported = dict(load_with_method(micro, "laid_wo_kl", family["small"], run.out).model.named_parameters())
     assert gain.exponent.abs().min() > 0.01
     for layer in range(2):
@@ -101,7 +102,7 @@ def test_what_was_learned_is_written(runs):
 def test_gain_and_adapter_together_export_what_was_trained(micro, start, family, tmp_path):
     gain = {**micro["methods"]["laid"]["gain"], "length_aware": False}
     config = changed(micro, None, "laid", lora=micro["methods"]["sft"]["lora"], gain=gain)
-    run = Run(start(config, "laid", tmp_path / "seed0"), tmp_path / "seed0")
+    run = Finished(start(config, "laid", tmp_path / "seed0"))
     assert any("lora_" in name for name in run.weights) and run.log[-1]["gain_max"] != 1.0
     with torch.no_grad():
         loaded = load_with_method(config, "laid", family["small"], run.out)
@@ -120,8 +121,8 @@ def test_the_same_run_elsewhere_gives_the_same_bytes_and_another_seed_others(
     torch.rand(5)
     again = start(micro, method, tmp_path / "again/seed0", student=student)
     other = start(micro, method, tmp_path / "other/seed1", seed=1)
-    for trainer in (again, other):
-        trainer.train()
+    for run in (again, other):
+        train(run)
     assert bytes_of(tmp_path / "again/seed0") == bytes_of(first.out)
     weights = "model/adapter_model.safetensors" if method == "sft" else "model/model.safetensors"
     assert bytes_of(tmp_path / "other/seed1")[weights] != bytes_of(first.out)[weights]

@@ -9,12 +9,13 @@ from laid.data.questions import read_questions, write_questions
 from laid.errors import LaidError
 from laid.io import sha256_folder
 from laid.methods.registry import load_with_method
+from laid.training.recipe import load_student, train
 from trainer_runs import changed
 
 
 def refused(match, start, *args, **options):
     with pytest.raises(LaidError, match=match) as caught:
-        start(*args, **options)
+        train(start(*args, **options))
     assert "\n" not in str(caught.value)
 
 
@@ -28,7 +29,7 @@ def test_wrong_inputs_are_one_line(micro, start, cache, haystacks, tmp_path, fam
         micro,
         "kd",
         out,
-        cache=None,
+        teacher_cache=None,
     )
     nothing = changed(micro, None, "sft", lambda_sft=0.0)
     refused("every lambda is 0, there is nothing to train", start, nothing, "sft", out)
@@ -36,9 +37,7 @@ def test_wrong_inputs_are_one_line(micro, start, cache, haystacks, tmp_path, fam
     deep = changed(micro, None, "laid", alignment={"pairs": [[5, -1]]})
     refused("layer 5 does not exist: the model has 2 layers", start, deep, "laid", out)
     absent = changed(micro, None, "laid", alignment={"pairs": [[0, 0]]})
-    trainer = start(absent, "laid", out)
-    with pytest.raises(LaidError, match="holds teacher layers \\[2\\], layer 0 is asked for"):
-        trainer.train()
+    refused("holds teacher layers \\[2\\], layer 0 is asked for", start, absent, "laid", out)
     write_questions(tmp_path / "less.json", read_questions(haystacks / "train.json")[:16])
     refused("was made from other questions", start, micro, "kd", out, questions=tmp_path / "less.json")
     refused("no such checkpoint folder", start, micro, "sft", out, student=tmp_path / "none")
@@ -54,15 +53,28 @@ def test_a_teacher_that_sees_other_tokens_is_refused(micro, start, cache, tmp_pa
     index["lengths"][2] += 1
     index["lengths"][3] -= 1
     (other / "index.json").write_text(json.dumps(index))
-    refused("do not see the same tokens: question 2 has", start, micro, "kd", tmp_path / "seed0", cache=other)
+    refused(
+        "do not see the same tokens: question 2 has",
+        start,
+        micro,
+        "kd",
+        tmp_path / "seed0",
+        teacher_cache=other,
+    )
 
 
-def test_a_loss_that_is_no_number_ends_the_run_and_writes_nothing(micro, start, tmp_path):
-    trainer = start(micro, "kd", tmp_path / "seed0")
-    with torch.no_grad():
-        trainer.model.lm_head.weight[0, 0] = float("nan")
-    with pytest.raises(LaidError, match="the loss is nan at step 1 of 6; lower the learning rate"):
-        trainer.train()
+def test_a_loss_that_is_no_number_ends_the_run_and_writes_nothing(micro, start, tmp_path, monkeypatch):
+    def broken(run, device):
+        model = load_student(run, device)
+        with torch.no_grad():
+            model.lm_head.weight[0, 0] = float("nan")
+        return model
+
+    monkeypatch.setattr("laid.training.recipe.load_student", broken)
+    with pytest.raises(
+        LaidError, match="small kd seed 0: the loss is nan at step 1 of 6; lower the learning rate"
+    ):
+        train(start(micro, "kd", tmp_path / "seed0"))
     assert not list(tmp_path.iterdir())
 
 

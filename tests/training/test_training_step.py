@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from laid.models.loading import load_model
-from trainer_runs import CLOSE, changed
+from trainer_runs import CLOSE, Ready, changed
 
 
 @pytest.mark.parametrize(
@@ -23,11 +23,13 @@ def test_accumulation_is_one_large_batch(micro, start, tmp_path, method, setting
     settings = {k: {**full, **v} for k, v in settings.items()}
     found = []
     for size in (8, 4, 1):
-        trainer = start(
-            changed(micro, {"per_device_batch": size}, method, **settings), method, tmp_path / str(size)
+        run = Ready(
+            start(
+                changed(micro, {"per_device_batch": size}, method, **settings), method, tmp_path / str(size)
+            )
         )
-        line = trainer._step(list(range(8)), 0)
-        weights = torch.cat([p.detach().flatten() for p in trainer.trained])
+        line = run.step(list(range(8)), 0)
+        weights = torch.cat([p.detach().flatten() for p in (*run.t.weights, *run.t.beside)])
         found.append((line, weights))
     for line, weights in found[1:]:
         for key in ("loss", "grad_norm"):
@@ -39,8 +41,8 @@ def test_accumulation_is_one_large_batch(micro, start, tmp_path, method, setting
 def test_gradient_checkpointing_changes_nothing(micro, start, tmp_path, method):
     lines = []
     for on in (False, True):
-        trainer = start(changed(micro, {"gradient_checkpointing": on}), method, tmp_path / str(on))
-        lines.append([trainer._step(list(range(8)), step) for step in (0, 1)])
+        run = Ready(start(changed(micro, {"gradient_checkpointing": on}), method, tmp_path / str(on)))
+        lines.append([run.step(list(range(8)), step) for step in (0, 1)])
     for a, b in zip(*lines):
         assert a.keys() == b.keys()
         assert all(a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-5) for key in a)
@@ -48,10 +50,10 @@ def test_gradient_checkpointing_changes_nothing(micro, start, tmp_path, method):
 
 def test_a_small_step_is_not_lost_in_bfloat16(micro, start, tmp_path):
     """A step of 1e-6 rounds to none in most bfloat16 weights; trained weights are therefore kept in float32."""
-    trainer = start(changed(micro, {"dtype": "bfloat16"}, "kd", lr=1e-6), "kd", tmp_path / "seed0")
-    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
-    trainer._step(list(range(8)), 0)
-    for name, p in trainer.model.named_parameters():
+    run = Ready(start(changed(micro, {"dtype": "bfloat16"}, "kd", lr=1e-6), "kd", tmp_path / "seed0"))
+    before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
+    run.step(list(range(8)), 0)
+    for name, p in run.model.named_parameters():
         if "visual" in name:
             assert p.dtype == torch.bfloat16 and torch.equal(p, before[name])
         else:
@@ -64,14 +66,15 @@ def test_a_small_step_is_not_lost_in_bfloat16(micro, start, tmp_path):
 
 def test_a_vision_tower_trains_through_the_step(micro, start, family, tmp_path):
     """The gradients of its weights: those of transformers' own forward, pixels to logits, on whole prompts."""
-    trainer = start(changed(micro, {"train_vision": True}), "kd", tmp_path / "seed0")
+    config = changed(micro, {"train_vision": True}, "kd", lambda_kl=0.0)
+    run = Ready(start(config, "kd", tmp_path / "seed0"))
     indices = [4, 9, 16]
-    trainer._loss_step(indices, 0)["sft"].backward()
-    found = {n: p.grad for n, p in trainer.model.named_parameters() if "visual" in n}
+    run.losses(indices)
+    found = {n: p.grad for n, p in run.model.named_parameters() if "visual" in n}
     plain, losses = load_model(family["small"]), []
     for k in indices:
-        sample = trainer.samples[k]
-        pixels, grid = trainer.processor.pixels([trainer.features.file(p) for p in sample.paths])
+        sample = run.data.samples[k]
+        pixels, grid = run.data.features.processor.pixels([run.data.features.file(p) for p in sample.paths])
         ids = torch.from_numpy(sample.prompt.ids)[None]
         logits = plain(
             input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=pixels, image_grid_thw=grid,
@@ -88,43 +91,45 @@ def test_a_vision_tower_trains_through_the_step(micro, start, family, tmp_path):
 
 def test_the_first_losses_by_hand(micro, start, tmp_path):
     """L_SFT as the mean cross-entropy of answer and end of turn, from the student's own logits at those two tokens."""
-    trainer = start(micro, "kd", tmp_path / "seed0")
+    run = Ready(start(micro, "kd", tmp_path / "seed0"))
     indices = [4, 9, 16]
-    inputs, labels, plain = trainer._batch(indices, 0)
-    assert torch.equal(inputs.positions, plain)  # no gaps in KD
+    piece = run.data.piece(indices, 0, 6)
+    assert torch.equal(piece.inputs.positions, piece.tokens.plain)  # no gaps in KD
     expected, kl = [], []
     tau = micro["methods"]["kd"]["temperature"]
     with torch.no_grad():
         for row, k in enumerate(indices):
-            sample = trainer.samples[k]
-            pixels, grid = trainer.processor.pixels([trainer.features.file(p) for p in sample.paths])
+            sample = run.data.samples[k]
+            pixels, grid = run.data.features.processor.pixels(
+                [run.data.features.file(p) for p in sample.paths]
+            )
             ids = torch.from_numpy(sample.prompt.ids)[None]
-            logits = trainer.model(
+            logits = run.model(
                 input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=pixels, image_grid_thw=grid,
                 mm_token_type_ids=torch.from_numpy(sample.prompt.image_mask)[None].int(),
             ).logits[0, -2:]  # fmt: skip
-            expected.append(torch.nn.functional.cross_entropy(logits, labels[row]))
-            p, q = ((x / tau).softmax(-1) for x in (trainer.cache.logits([k])[0], logits))
+            expected.append(torch.nn.functional.cross_entropy(logits, piece.labels[row]))
+            p, q = ((x / tau).softmax(-1) for x in (run.lesson.teacher.logits([k])[0], logits))
             kl.append(tau**2 * (p * (p / q).log()).sum(-1).mean())
-        parts = trainer._loss_step(indices, 0)
+        parts = run.losses(indices)
     torch.testing.assert_close(parts["sft"], torch.stack(expected).mean(), **CLOSE)
     torch.testing.assert_close(parts["kl"], torch.stack(kl).mean(), **CLOSE)
 
 
 def test_gaps_grow_with_progress_and_keep_images_whole(micro, start, tmp_path):
-    trainer = start(micro, "laid", tmp_path / "seed0")
+    run = Ready(start(micro, "laid", tmp_path / "seed0"))
     reach = micro["methods"]["laid"]["gaps"]["reach"]
     spans = []
     for step in (0, 2, 5):
-        inputs, _, plain = trainer._batch(list(range(8)), step)
-        again, _, _ = trainer._batch(list(range(8)), step)
-        assert torch.equal(inputs.positions, again.positions)
+        piece, again = (run.data.piece(list(range(8)), step, 6) for _ in range(2))
+        inputs, plain = piece.inputs, piece.tokens.plain
+        assert torch.equal(inputs.positions, again.inputs.positions)
         moved = inputs.positions - plain
         assert (moved >= 0).all() and (
             moved.diff(dim=2)[inputs.token_mask[None, :, 1:].expand(3, -1, -1)] >= 0
         ).all()
         for row in range(8):
-            for at in trainer.samples[row].prompt.block_starts:
+            for at in run.data.samples[row].prompt.block_starts:
                 assert len(moved[:, row, at : at + 3].unique()) == 1  # start, visual token, end move together
         spans.append(int(inputs.positions.max()) + 1)
     assert spans[0] == int(plain.max()) + 1 < spans[2] <= reach

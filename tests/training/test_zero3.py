@@ -9,7 +9,7 @@ import torch
 from test_distributed import agree, in_one_and_two, paths, same  # noqa: F401 (a fixture)
 
 from laid.errors import LaidError
-from laid.training.zero3 import Zero3, _deepspeed
+from laid.training.zero3 import Zero3, require_deepspeed
 
 
 @pytest.fixture(scope="module")
@@ -24,20 +24,18 @@ def both(micro, paths, tmp_path_factory):  # noqa: F811
 
 
 def made(micro, paths, root):  # noqa: F811
-    zero3 = {"parallel": "zero3"}
-    joint = {"lambda_rows": 1.0, "rows": "joint"}
     teacher_alone = {"lambda_sft": 0.0, "lambda_kl": 0.0, "gain": None}
     kinds = {
-        "laid": ("laid", {**zero3, "settings": joint, "gradient_checkpointing": True}),
-        "tied": ("kd", {**zero3, "student": "tied"}),
-        "lora": ("sft", {**zero3, "per_device_batch": 1}),
-        "vision": ("kd", {**zero3, "train_vision": True, "gradient_checkpointing": True}),
-        "bf16": ("laid", {**zero3, "dtype": "bfloat16"}),
-        "teacher_alone": ("laid", {**zero3, "settings": teacher_alone, "gradient_checkpointing": True}),
-        "one_to_two": ("laid", zero3),
-        "two_to_one": ("laid", {**zero3, "stop": 2}),
+        "laid": ("laid", {"settings": {"lambda_rows": 1.0}, "gradient_checkpointing": True}),
+        "tied": ("kd", {"student": "tied"}),
+        "lora": ("sft", {"per_device_batch": 1}),
+        "vision": ("kd", {"train_vision": True, "gradient_checkpointing": True}),
+        "bf16": ("laid", {"dtype": "bfloat16"}),
+        "teacher_alone": ("laid", {"settings": teacher_alone, "gradient_checkpointing": True}),
+        "one_to_two": ("laid", {}),
+        "two_to_one": ("laid", {"stop": 2}),
     }
-    return in_one_and_two(micro, paths, root, kinds)
+    return in_one_and_two(micro, paths, root, "zero3", kinds)
 
 
 @pytest.mark.slow
@@ -73,5 +71,5 @@ def test_weights_that_do_not_divide_are_padded_and_the_padding_is_no_gradient():
 
 def test_without_deepspeed_one_line_says_so(monkeypatch):
     monkeypatch.setitem(sys.modules, "deepspeed", None)
-    with pytest.raises(LaidError, match=r"zero3, but DeepSpeed is not installed: pip install .*fsdp2"):
-        _deepspeed("cpu")
+    with pytest.raises(LaidError, match=r"DeepSpeed is asked for, but not installed: pip install .*fsdp2"):
+        require_deepspeed()

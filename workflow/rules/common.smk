@@ -23,7 +23,10 @@ except LaidError as error:
 # any rule: what makes a rule run again is the slice of values in its params.
 # Where the checkout lies is no param either: in a clone elsewhere nothing needs to run again.
 shell.prefix(
-    f"set -euo pipefail; CONFIG={resolved_file(config, '.snakemake/laid')}; BENCH={workflow.basedir}/bench; "
+    f"set -euo pipefail; CONFIG={resolved_file(config, '.snakemake/laid')}; BENCH={workflow.basedir}/bench;"
+    f" LAYOUT={workflow.basedir}/configs/accelerate/{config.training.parallel}.yaml;"
+    # a stopped run has time to write its checkpoint
+    " export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=3600; "
 )
 
 ROOT, COCO, SUITES = LAYOUT.root, LAYOUT.coco, LAYOUT.suites

@@ -28,8 +28,11 @@ rule train:
         cache=lambda wildcards, input: (
             f"--teacher-cache {above(input.cache)}" if "cache" in input.keys() else ""
         ),
+    # Several GPUs: one process each, which share the student as training.parallel says.
     shell:
-        "laid train --config $CONFIG --method {wildcards.method} --seed {wildcards.seed}"
+        "launch=laid; [ {resources.gpu} -lt 2 ] ||"
+        ' launch="accelerate launch --config_file $LAYOUT --num_processes {resources.gpu} -m laid";'
+        " $launch train --config $CONFIG --method {wildcards.method} --seed {wildcards.seed}"
         " --student-name {wildcards.student} --student {params.student} {params.cache}"
-        " --coco {params.coco} --questions {input.questions} --out {output} --processes {resources.gpu}"
+        " --coco {params.coco} --questions {input.questions} --out {output}"
         " --threads {resources.cpus_per_task} 2>&1 | tee {log}"

@@ -20,11 +20,12 @@ from laid.analysis import spectrum
 from laid.data.questions import Question, haystack_file, read_questions
 from laid.distill.attention_rows import attention_rows
 from laid.errors import LaidError
-from laid.evaluation.evaluate import Asked, Evaluator, source_of
+from laid.evaluation.evaluate import Asked, Evaluator
 from laid.methods.registry import load_with_method
 from laid.models.capture import LayerQK, QKCapture
 from laid.models.decoder import geometry, text_model
 from laid.models.forward import collate, hidden_states
+from laid.models.loading import source_of
 from laid.progress import Progress
 
 FORMAT = "laid-analysis/1"

@@ -13,10 +13,10 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from laid import provenance
 from laid.data.questions import haystack_file, read_questions
-from laid.evaluation.evaluate import Evaluator, source_of
+from laid.evaluation.evaluate import Evaluator
 from laid.methods.registry import load_with_method
 from laid.models.forward import collate, generate
-from laid.models.loading import parameters
+from laid.models.loading import parameters, source_of
 
 FORMAT = "laid-inference-cost/1"
 NEW_TOKENS, NO_TOKEN = 4, -1  # nothing stops an answer early

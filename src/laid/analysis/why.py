@@ -24,9 +24,10 @@ from laid.analysis.attention import same_vision
 from laid.data.questions import haystack_file, read_questions
 from laid.distill.gaps import open_gaps
 from laid.errors import LaidError
-from laid.evaluation.evaluate import Asked, Evaluator, source_of
+from laid.evaluation.evaluate import Asked, Evaluator
 from laid.evaluation.scoring import is_right
 from laid.methods.registry import load_with_method
+from laid.models.loading import source_of
 from laid.models.prompts import EncodedPrompt
 from laid.progress import Progress
 

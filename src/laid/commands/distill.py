@@ -37,13 +37,15 @@ def run(args: argparse.Namespace) -> int:
     from laid.commands.shared import deterministic, pick_device
     from laid.settings import load
     from laid.standalone import distill, image_root, name_of, summary
+    from laid.training.recipe import Run
 
     settings = load(args.config)
     out = args.out or Path(f"{name_of(args.student)}-{args.method}")
     deterministic(args.threads)
-    record = distill(
-        settings, args.teacher, args.student, args.data, image_root(args.data, args.coco), out, args.method, args.seed,
-        args.eval, pick_device(args.device),
+    run = Run(
+        settings, args.method, args.seed, name_of(args.student), args.student, image_root(args.data, args.coco), args.data,
+        out, teacher=args.teacher,
     )  # fmt: skip
+    record = distill(run, args.eval, pick_device(args.device))
     print(f"{summary(record)}\n{out / 'model'}: the student, with its card in README.md")
     return 0

@@ -154,15 +154,15 @@ def deterministic(threads: int | None = None) -> None:
         torch.set_num_threads(threads)
 
 
-def runs_by_method(methods: list[str], runs: list[Path]) -> dict[str, Path | None]:
+def runs_by_method(settings: Settings, methods: list[str], runs: list[Path]) -> dict[str, Path | None]:
     """method -> the first of its run folders (<method>/seed<k>), None for one without training. Raises LaidError."""
     from laid.errors import LaidError
-    from laid.methods.registry import UNTRAINED
+    from laid.settings import TrainedMethod
 
     found: dict[str, Path | None] = {}
     for method in methods:
         own = [run for run in runs if run.resolve().parent.name == method]
-        if not own and method not in UNTRAINED:
+        if not own and isinstance(settings.methods.get(method), TrainedMethod):
             raise LaidError(
                 f"method {method} is trained: give its run folder (.../{method}/seed0) with --runs"
             )

@@ -1,10 +1,14 @@
-"""`laid train`: post-train a student."""
+"""`laid train`: post-train a student.
+
+In one process as it is; in several, started by Accelerate, whose file says how they share the student:
+
+    accelerate launch --config_file configs/accelerate/fsdp2.yaml --num_processes 4 -m laid train ...
+"""
 
 from __future__ import annotations
 
 import argparse
 import os
-import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -13,8 +17,13 @@ from laid.errors import LaidError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from laid.commands.shared import config_argument, count, device_arguments, features_argument, seed
+    from laid.commands.shared import config_argument, device_arguments, features_argument, seed
 
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = (
+        "several processes, one for each GPU (configs/accelerate/: one_gpu, ddp, fsdp2, zero3, several_machines):\n"
+        "  accelerate launch --config_file configs/accelerate/fsdp2.yaml --num_processes 4 -m laid train ..."
+    )
     config_argument(parser)
     parser.add_argument(
         "--method", required=True, help="a trained method (methods in the configuration): sft, kd, laid ..."
@@ -39,14 +48,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--questions", type=Path, required=True, help="training questions, VHs JSON")
     parser.add_argument("--out", type=Path, required=True, help="folder for model/, log.jsonl and run.json")
     features_argument(parser)
-    parser.add_argument(
-        "--processes",
-        type=lambda text: count(text, least=0),
-        default=1,
-        metavar="N",
-        help="processes to start on this machine, one per GPU, laid out as training.parallel says; 0 is 1. Not under"
-        " torchrun or `accelerate launch`, which start their own",
-    )
     device_arguments(parser)
 
 
@@ -73,41 +74,29 @@ def run(args: argparse.Namespace) -> int:
         raise LaidError(
             "--teacher-device says where --teacher computes: give --teacher as well, or leave it out"
         )
-    if args.processes > 1 and "WORLD_SIZE" not in os.environ:
-        from laid.training.launch import launch
-
-        return launch([sys.executable, "-m", "laid", *sys.argv[1:]], args.processes)
-
-    import torch
-
     from laid.commands.shared import deterministic, pick_device
     from laid.io import alone
-    from laid.training.parallel import join
-    from laid.training.trainer import Trainer
+    from laid.training.engine import launched, start
+    from laid.training.recipe import Run, made, train
 
-    training = settings["training"]
-    deterministic(max(1, args.threads // max(1, args.processes)))
-    parallel = join(training["parallel"], pick_device(args.device), getattr(torch, training["dtype"]))
+    deterministic(max(1, args.threads // launched()))
+    training = Run(
+        settings, args.method, args.seed, args.student_name, args.student, args.coco, args.questions, args.out,
+        args.teacher_cache, args.teacher, own_device(args.teacher_device), args.features,
+    )  # fmt: skip
+    engine = start(settings.training, pick_device(args.device), args.out.parent / f"{args.out.name}.trackers")
     try:
-        with alone(args.out) if parallel.main else nullcontext() as waited:
-            trainer = Trainer(
-                settings, args.method, args.seed, args.student_name, args.student, args.teacher_cache, args.coco,
-                args.questions, args.out, features_folder=args.features, parallel=parallel, teacher=args.teacher,
-                teacher_device=own_device(args.teacher_device),
-            )  # fmt: skip
+        with alone(args.out) if engine.main else nullcontext() as waited:
             # Whoever was waited for may have made this very run: a cluster's job whose Snakemake was killed, for one.
-            record = parallel.agree(lambda: trainer.made() if waited else None)
-            if record and parallel.main:
-                print(f"{args.out}: was made meanwhile, from the same inputs; nothing left to do")
-            record = record or trainer.train()
+            record = engine.agree(lambda: made(training) if waited else None)
+            if record:
+                engine.accelerator.print(
+                    f"{args.out}: was made meanwhile, from the same inputs; nothing left to do"
+                )
+            record = record or train(training, engine)
     except LaidError:
-        if not parallel.main:
+        if not engine.main:
             time.sleep(2)  # what stops all processes is the main one's to say
         raise
-    if not parallel.main:
-        return 0
-    print(
-        f"{args.student_name} {args.method} seed {args.seed}: {record['steps']} steps,"
-        f" loss {record['final']['loss']:.4f}"
-    )
+    engine.accelerator.print(f"{training}: {record['steps']} steps, loss {record['final']['loss']:.4f}")
     return 0

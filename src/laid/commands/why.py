@@ -25,7 +25,7 @@ def run(args: argparse.Namespace) -> int:
     settings = load(args.config)
     deterministic(args.threads)
     found = measure(
-        settings, args.student_name, args.model, runs_by_method(args.methods, args.runs), args.coco,
+        settings, args.student_name, args.model, runs_by_method(settings, args.methods, args.runs), args.coco,
         args.questions, pick_device(args.device),
     )  # fmt: skip
     write_json(args.out, found, indent=None)

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 
 from laid.distill.schedule import LambdaSchedule
 from laid.errors import LaidError
+
+if TYPE_CHECKING:
+    from laid.settings import TrainedMethod
 
 PARTS = ("laid", "kl", "sft", "rows")
 
@@ -25,6 +29,17 @@ class Objective:
     kl: LambdaSchedule = field(default_factory=lambda: LambdaSchedule(0.0))
     sft: LambdaSchedule = field(default_factory=lambda: LambdaSchedule(1.0))
     rows: LambdaSchedule = field(default_factory=lambda: LambdaSchedule(0.0))
+
+    @classmethod
+    def of(cls, method: TrainedMethod) -> Objective:
+        """The lambdas of a method; alignment.anneal takes those of both terms on attention to 0."""
+        anneal = method.alignment.anneal
+        return cls(
+            LambdaSchedule(method.lambda_laid, anneal),
+            LambdaSchedule(method.lambda_kl),
+            LambdaSchedule(method.lambda_sft),
+            LambdaSchedule(method.lambda_rows, anneal),
+        )
 
     def needs(self, part: str) -> bool:
         """Whether `part` ever has weight: whether the teacher's tensors for it are needed at all."""

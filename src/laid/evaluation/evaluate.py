@@ -21,7 +21,7 @@ from laid.io import safe_join, write_json
 from laid.methods.registry import Loaded, load_with_method
 from laid.models.features import ImageFeatures
 from laid.models.forward import collate, generate, last_logits
-from laid.models.loading import parameter_label, parameters
+from laid.models.loading import parameter_label, parameters, source_of
 from laid.models.prompts import OFFICIAL_PROMPT, EncodedPrompt
 from laid.progress import Progress
 
@@ -283,11 +283,6 @@ def _check_images(sets: Sequence[QuestionSet], coco_root: str | Path) -> None:
             f" first {missing[0]}; of COCO, just those are fetched with: laid data --config config.yaml configs/paper.yaml"
             f" --out {coco_root} --questions {files}"
         )
-
-
-def source_of(model: str | Path) -> str | Path:
-    """A checkpoint as provenance names it: a local folder, or "hub:owner/name"."""
-    return Path(model) if Path(model).is_dir() else f"hub:{model}"
 
 
 def seed_of(run: str | Path) -> int:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -14,8 +12,7 @@ from laid.methods.self_extend import apply_self_extend
 from laid.methods.yarn import apply_yarn
 from laid.models.loading import load_model, resolve, source_errors
 from laid.models.processing import Processor
-
-UNTRAINED = ("base", "yarn", "self_extend")
+from laid.settings import SelfExtend, Settings, TrainedMethod, Yarn
 
 
 @dataclass
@@ -27,31 +24,30 @@ class Loaded:
 
 
 def load_with_method(
-    config: Mapping[str, Any], method: str, model: str | Path, run: str | Path | None, device: str = "cpu"
+    settings: Settings, method: str, model: str | Path, run: str | Path | None, device: str = "cpu"
 ) -> Loaded:
     """The student in `model` (hub id or folder) under `method`.
 
     run: the folder of a trained method's run; its model/ is a plain checkpoint or a PEFT adapter, which is
     merged. Raises LaidError for an unknown method, or a trained method without a run.
     """
-    if method not in config["methods"]:
-        raise LaidError(f"no method {method!r}; methods: {', '.join(config['methods'])}")
-    if (method in UNTRAINED) != (run is None):
-        need = "takes no --runs" if method in UNTRAINED else "is trained: give its run folders with --runs"
+    if method not in settings.methods:
+        raise LaidError(f"no method {method!r}; methods: {', '.join(settings.methods)}")
+    how, evaluation = settings.methods[method], settings.evaluation
+    if isinstance(how, TrainedMethod) == (run is None):
+        need = "takes no --runs" if run else "is trained: give its run folders with --runs"
         raise LaidError(f"method {method} {need}")
-    settings = config["methods"][method]
-    evaluation = config["evaluation"]
-    dtype = getattr(torch, evaluation["dtype"])
+    dtype = getattr(torch, evaluation.dtype)
     processor = Processor.load(model)
     if run is None:
-        student = load_model(model, dtype, evaluation["attention"], device)
+        student = load_model(model, dtype, evaluation.attention, device)
     else:
-        student = load_run(Path(run) / "model", model, dtype, evaluation["attention"], device)
-    if method == "yarn":
-        trained = settings["original_positions"] or student.config.text_config.max_position_embeddings
-        apply_yarn(student, settings["factor"], trained, settings["axes"])
-    elif method == "self_extend":
-        apply_self_extend(student, settings["group"], settings["window"], settings["axes"])
+        student = load_run(Path(run) / "model", model, dtype, evaluation.attention, device)
+    if isinstance(how, Yarn):
+        trained = how.original_positions or student.config.text_config.max_position_embeddings
+        apply_yarn(student, how.factor, trained, how.axes)
+    elif isinstance(how, SelfExtend):
+        apply_self_extend(student, how.group, how.window, how.axes)
     return Loaded(student, processor)
 
 

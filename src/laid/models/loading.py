@@ -36,6 +36,11 @@ def resolve(source: str | Path) -> str:
     return text
 
 
+def source_of(model: str | Path) -> str | Path:
+    """A checkpoint as provenance names it: a local folder, or "hub:owner/name"."""
+    return Path(model) if Path(model).is_dir() else f"hub:{model}"
+
+
 @contextmanager
 def source_errors(source: str) -> Iterator[None]:
     """Turn what the loading libraries raise for a bad checkpoint into one line that names it; their tables and retries

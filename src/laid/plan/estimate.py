@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from laid.distill.objective import PARTS
+from laid.distill.objective import PARTS, Objective
 from laid.errors import LaidError
 from laid.io import dumps
 from laid.models.decoder import geometry, text_model
@@ -24,7 +24,7 @@ from laid.plan.steps import reading, teacher_pass, training_step
 from laid.plan.tokens import lengths_of
 from laid.plan.vision import BATCH, image_flops, pass_bytes, tower
 from laid.settings import TrainedMethod, plain
-from laid.training.losses import objective_of
+from laid.settings.training import Training
 from laid.training.teacher_cache import Kept
 
 STANDING = ("weights", "gradients", "optimizer")
@@ -118,10 +118,7 @@ class Estimator:
         batch = given["batch"]
         longest, visual = self.lengths.longest(about["window"])
         longest += 16 * given["targets"]  # that many questions share a haystack
-        settings = {
-            "per_device_batch": batch, "batch_size": batch, "dtype": "float32", "train_vision": False,
-            "gradient_checkpointing": False,
-        }  # fmt: skip
+        settings = Training(per_device_batch=batch, batch_size=batch)
         cost = self._once(
             ["pretrain", name, batch],
             training_step, member.config, member.config, TrainedMethod(), settings, longest, visual, self.attention,
@@ -163,9 +160,9 @@ class Estimator:
         """One training run of a student."""
         c, m, member = self.config, self.config["methods"][method], self.members[student]
         teacher, settings = self.members[c["models"]["teacher"]], c["training"]
-        asked, objective = c["haystacks"][m["questions"]], objective_of(m)
-        settings = {**settings, "per_device_batch": min(settings["per_device_batch"], settings["batch_size"])}
-        batch = settings["per_device_batch"]
+        asked, objective = c["haystacks"][m["questions"]], Objective.of(m)
+        batch = min(settings.per_device_batch, settings.batch_size)
+        settings = settings.changed({"per_device_batch": batch})
         longest, visual = self.lengths.longest(asked["max_size"])
         longest += 1
         alike = [m["lora"], m["gain"], m["alignment"]]
@@ -271,7 +268,7 @@ class Estimator:
 
 
 def shard(need: Need, member: Member, adapter: bool, vision: bool = False) -> None:
-    """Lay weights, gradients and the optimiser's state out in pieces over the devices (laid.training.parallel).
+    """Lay weights, gradients and the optimiser's state out in pieces over the devices (laid.training.engine).
 
     Each device holds its share, and the vision tower whole where that is not trained (vision). The worst moment is one of two. In a layer's backward pass:
     what is no layer's (embedding, output) stands gathered in the number format of the pass, and so do two layers; the

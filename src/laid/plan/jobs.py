@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from laid.distill.objective import Objective
 from laid.models.decoder import geometry
 from laid.models.loading import SPREAD
 from laid.plan.estimate import Estimator, Need
 from laid.plan.gpus import GIB, Gpu
 from laid.results.needed import needed
 from laid.settings import TrainedMethod
-from laid.training.losses import objective_of
 
 PROCESS = int(0.45 * GIB)  # Python and its libraries, where a job's memory is the machine's
 
@@ -123,4 +123,4 @@ def _job(
 
 def _taught(method: TrainedMethod) -> bool:
     """Whether a method learns from the teacher's cache."""
-    return any(objective_of(method).needs(part) for part in ("kl", "laid", "rows"))
+    return any(Objective.of(method).needs(part) for part in ("kl", "laid", "rows"))

@@ -1,6 +1,6 @@
 """What the jobs do with a GPU, rehearsed: a training step, the teacher's pass, the reading of a prompt.
 
-Each runs the project's own code (laid.training.losses, laid.training.online, laid.models.forward) on the meta device.
+Each runs the project's own code (laid.training.step, laid.training.teacher, laid.models.forward) on the meta device.
 
 All layers of a decoder are alike, so that bytes and FLOPs are affine in their number: a deep model is rehearsed with
 DEPTHS layers and extrapolated. Not where gradients appear during the pass: the worst moment may then be another one.
@@ -10,25 +10,28 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedConfig
 
+from laid.distill.distillation import TeacherOutputs
 from laid.errors import LaidError
 from laid.models.decoder import geometry, layer_indices, vision_tower
 from laid.models.forward import Batch, last_logits
 from laid.plan.rehearsal import Cost, Rehearsal, as_if_real, rehearse
 from laid.plan.shapes import meta_model
-from laid.training.losses import Losses
-from laid.training.online import teacher_outputs
-from laid.training.student import make_trainable
+from laid.settings import TrainedMethod
+from laid.settings.training import Training
+from laid.training.data import Piece
+from laid.training.step import forward_backward, lesson_of
+from laid.training.student import compute_in, make_trainable
+from laid.training.teacher import teacher_outputs
 
 DEPTHS = (4, 6)
 
@@ -76,14 +79,14 @@ class MetaTeacher:
         self.device = device
         self.rehearsal: Rehearsal | None = None
 
-    def logits(self, indices: Sequence[int]) -> Tensor:
-        return self._new(len(indices), 2, self.words, dtype=torch.float32)
+    def outputs(
+        self, indices: Sequence[int], tokens: int, layers: Sequence[int], logits: bool = True
+    ) -> TeacherOutputs:
+        def of(heads: int) -> Tensor:
+            return self._new(len(indices), heads, tokens, self.head_dim, dtype=self.dtype)
 
-    def queries_keys(self, layer: int, indices: Sequence[int], tokens: int) -> tuple[Tensor, Tensor]:
-        return tuple(
-            self._new(len(indices), heads, tokens, self.head_dim, dtype=self.dtype)
-            for heads in (self.heads, self.kv_heads)
-        )
+        words = self._new(len(indices), 2, self.words, dtype=torch.float32) if logits else None
+        return TeacherOutputs(words, {layer: (of(self.heads), of(self.kv_heads)) for layer in layers})
 
     def _new(self, *shape: int, dtype: torch.dtype) -> Tensor:
         tensor = torch.empty(*shape, dtype=dtype, device=self.device)
@@ -156,8 +159,8 @@ def see_images(model: nn.Module, inputs: Batch, images: int, order: Tensor) -> N
 def training_step(
     student: PreTrainedConfig,
     teacher: PreTrainedConfig,
-    method: Mapping[str, Any],
-    training: Mapping[str, Any],
+    method: TrainedMethod,
+    training: Training,
     tokens: int,
     visual: int,
     attention: str = "sdpa",
@@ -168,44 +171,45 @@ def training_step(
 
     method, training: those sections of the configuration. Gradients of earlier passes are there where one pass is not
     the whole batch. sharded: a format below float32 is fully_shard's, the whole pass is in it; else autocast's
-    (laid.training.parallel). images: in each sample, all different; where training.train_vision says so, the tower's
+    (laid.training.engine). images: in each sample, all different; where training.train_vision says so, the tower's
     pass over them is in the memory, but not in the FLOPs, which laid.plan.vision has in closed form.
     """
-    if training["train_vision"]:
-        asleep = {**training, "train_vision": False}
+    if training.train_vision:
+        asleep = training.changed({"train_vision": False})
         given = (student, teacher, method), (tokens, visual, attention, sharded)
         counted = training_step(*given[0], asleep, *given[1])
         cost = _training_step(*given[0], training, *given[1], images)
         return replace(cost, linear=counted.linear, attention=counted.attention)
-    own, theirs = zip(*method["alignment"]["pairs"])
-    gain = method["gain"]
-    if training["per_device_batch"] >= training["batch_size"] or (gain and gain["layers"] is not None):
+    own, theirs = zip(*method.alignment.pairs)
+    if training.per_device_batch >= training.batch_size:
         return _training_step(student, teacher, method, training, tokens, visual, attention, sharded)
 
     def rehearsal(config: PreTrainedConfig, layers: list[int]) -> Cost:
-        alignment = {**method["alignment"], "pairs": [*zip(layers, theirs)]}
-        return _training_step(
-            config, teacher, {**method, "alignment": alignment}, training, tokens, visual, attention, sharded
-        )
+        near = method.changed({"alignment": {"pairs": [list(pair) for pair in zip(layers, theirs)]}})
+        return _training_step(config, teacher, near, training, tokens, visual, attention, sharded)
 
     return by_depth(student, own, rehearsal)
 
 
 def _training_step(student, teacher, method, training, tokens, visual, attention, sharded, images=0) -> Cost:
-    dtype, batch = getattr(torch, training["dtype"]), training["per_device_batch"]
+    dtype, batch = getattr(torch, training.dtype), training.per_device_batch
     autocast = dtype if dtype != torch.float32 and not sharded else None
-    model = meta_model(student, training["dtype"], attention)
-    model = make_trainable(model, method["lora"], training).train()
+    model = meta_model(student, training.dtype, attention)
+    model = make_trainable(model, method.lora, training).train()
     device = "cpu" if autocast else "meta"
     served = MetaTeacher(teacher, dtype, device)
-    losses = Losses(model, method, served)
-    losses.to_fit = False  # once, in the first step
-    losses.autocast = autocast
-    for module in losses.learned().values():
+    lesson = lesson_of(model, method, served)
+    lesson.to_fit = False  # once, in the first step
+    compute_in(lesson.student, autocast or torch.float32, device)
+    for module in lesson.learned.values():
         module.to("meta")
     order = torch.arange(batch * images)  # has content, unlike all that follows
-    with as_if_real(losses) if autocast else nullcontext():
-        learned = [p for module in losses.learned().values() for p in module.parameters()]
+    with (
+        as_if_real(lesson.student, lesson.distillation, *lesson.learned.values())
+        if autocast
+        else nullcontext()
+    ):
+        learned = [p for module in lesson.learned.values() for p in module.parameters()]
         trained = [p for p in model.parameters() if p.requires_grad]
         # What is trained is float32; sharded, a pass in another format computes with a copy.
         masters = [torch.empty_like(p) for p in trained] if dtype != torch.float32 and sharded else []
@@ -240,14 +244,12 @@ def _training_step(student, teacher, method, training, tokens, visual, attention
                     p.grad = None
 
             for p in trained:
-                if batch < training["batch_size"]:
+                if batch < training.batch_size:
                     gradients[p] = torch.empty_like(p, dtype=torch.float32)
                     rehearsal.add(gradients[p], "gradients")
                     p.grad = None if masters else gradients[p]
                 p.register_post_accumulate_grad_hook(keep)
-            parts = losses(inputs, labels, range(batch), 0.5)
-            losses.total(parts, 0.5).backward()
-            del parts
+            forward_backward(lesson, Piece.of(range(batch), inputs, labels), 0.5)
     rehearsal.cost.trained = sum(p.numel() for p in (*trained, *learned))
     return rehearsal.cost
 

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from laid.settings.base import Count, Fraction, Natural, NonNegative, Positive, Section, Share, Text
+from laid.settings.base import Count, Natural, NonNegative, Positive, Section, Share, Text
 
 
 class Lora(Section):
@@ -47,25 +47,19 @@ class Alignment(Section):
     """Norm of eq. 7."""
     normalize: bool = True
     """Divide by the teacher's own size, so that lambda means the same for any width."""
-    init: Literal["uniform", "blocks", "fit"] = "uniform"
+    init: Literal["uniform", "fit"] = "uniform"
     """Start of w."""
     projection: bool = False
     """Learn a map between different head_dims."""
-    anneal: Literal["constant", "linear", "cosine"] = "constant"
+    anneal: Literal["constant", "linear"] = "constant"
     """lambda_laid and lambda_rows over training."""
 
 
 class Distance(Section):
-    """Progressive distance weighting of eq. 7's tokens (laid.distill.schedule)."""
+    """Progressive distance weighting (laid.distill.schedule): of eq. 7's tokens and of the keys of attention rows."""
 
     strength: NonNegative = 0.0
-    """Extra weight at the far end; 0 is off."""
-    power: Positive = 1.0
-    """Shape over distance."""
-    start: Share = 0.0
-    """Progress at which it begins."""
-    end: Share = 1.0
-    """Progress at which it is full."""
+    """Extra weight at the far end when training ends; 0 is off."""
 
 
 class Gaps(Section):
@@ -77,8 +71,6 @@ class Gaps(Section):
     """How a sample's span is drawn, from its own to the present reach: uniform, or log, every doubling equally likely, which keeps short distances in practice."""
     reach: Natural = 0
     """Largest span in positions; 0 is off."""
-    start: Share = 0.0
-    """Progress at which gaps begin to grow."""
     end: Share = 0.5
     """Progress at which they reach their full span."""
 
@@ -86,14 +78,6 @@ class Gaps(Section):
 class Gain(Section):
     """Learnable RoPE gain; null is off."""
 
-    layers: list[int] | None = None
-    """Layers; null is all."""
-    granularity: Literal["frequency", "section", "head"] = "frequency"
-    """One gain per head and frequency, M-RoPE section, or head."""
-    export: Literal["fold", "attention"] = "fold"
-    """A length-aware gain's export: fold makes a plain checkpoint, its factor fixed at fold_tokens; attention keeps it for all lengths with a small registered attention function."""
-    fold_tokens: Count | None = None
-    """Tokens whose length factor is folded in; null: those of the longest training prompt."""
     length_aware: bool = False
     """Also learn (tokens / reference)^b."""
     reference: Annotated[float, Field(ge=1)] = 1.0
@@ -154,17 +138,9 @@ class TrainedMethod(Method):
     lambda_laid: NonNegative = 0.0
     """Weight of L_LAid (eq. 7, 8)."""
     lambda_rows: NonNegative = 0.0
-    """Weight of matching attention rows (laid.distill.attention_rows)."""
-    rows: Literal["answer", "question", "joint"] = "answer"
-    """Which attention rows are matched. answer: that of the token that predicts the answer; question: of all tokens after the last image, up to that one; joint: those of the question over the images of the whole batch, against what the teacher's heads say together."""
+    """Weight of matching attention rows (laid.distill.joint_rows): those of the question over the images of the whole batch, against what the teacher's heads say together."""
     temperature: Positive = 2.0
     """tau of L_KL."""
-    divergence: Literal["forward_kl", "jsd"] = "forward_kl"
-    """L_KL's form."""
-    jsd_beta: Fraction = 0.5
-    """beta of the generalised Jensen-Shannon divergence."""
-    kl_vocabulary: Literal["common", "same"] = "common"
-    """Where student and teacher have vocabularies of different size: common: both are cut to the rows that both have before the softmax; same: L_KL is left out, as the paper does for its 3B student."""
     alignment: Alignment = Alignment()
     distance: Distance = Distance()
     gaps: Gaps = Gaps()

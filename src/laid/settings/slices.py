@@ -37,6 +37,7 @@ SLICES: dict[str, list[str]] = {
         "training",
         "-training.checkpoint_minutes",
         "-training.parallel",
+        "-training.trackers",
         "methods.{method}",
         *(f"-methods.{{method}}.{key}" for key in ("questions", "extends", "label")),
         "evaluation.order_seed",

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from laid.settings.base import Count, NonNegative, Positive, Section
+from laid.settings.base import Count, Distinct, NonNegative, Positive, Section
 
 
 class Training(Section):
@@ -37,11 +37,13 @@ class Training(Section):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass, for long inputs."""
     parallel: Literal["ddp", "fsdp2", "zero3"] = "ddp"
-    """How several GPUs share a training run (resources.train.gpu, --processes): ddp, each holds the whole student; fsdp2, each holds a part of weights, gradients and optimiser state; zero3, the same by DeepSpeed, which is to be installed (laid[zero3]). Results agree to float tolerance."""
+    """How the GPUs of resources.train.gpu share a training run: which file of configs/accelerate/ the workflow launches it with. ddp, each holds the whole student; fsdp2, each holds a part of weights, gradients and optimiser state; zero3, the same by DeepSpeed, which is to be installed (laid[zero3]). Results agree to float tolerance."""
     checkpoint_minutes: NonNegative = 5
-    """Minutes between checkpoints to resume from; also on SIGTERM. 0: none."""
+    """Minutes between checkpoints to resume from; also on SIGTERM and SIGINT. 0: none."""
     log_every: Count = 10
     """Steps between lines of log.jsonl."""
+    trackers: Distinct[Literal["tensorboard", "wandb", "mlflow", "trackio", "dvclive"]] = []
+    """Experiment trackers that get those lines too, through Accelerate; each is to be installed."""
 
 
 class TeacherCache(Section):

@@ -1,28 +1,30 @@
-"""Which weights of a student are trained, and whether its activations are kept or computed again."""
+"""The student: which of its weights are trained, and its pass in a training step."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Sequence
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from laid.distill.distillation import StudentOutputs
 from laid.errors import LaidError
+from laid.models.capture import LayerQK, QKCapture
 from laid.models.decoder import text_model, vision_tower
+from laid.models.forward import Batch, hidden_states, logits_at, with_features
+from laid.settings.methods import Lora
+from laid.settings.training import Training
 
 
-def make_trainable(
-    model: nn.Module, lora: Mapping[str, Any] | None, settings: Mapping[str, Any]
-) -> nn.Module:
+def make_trainable(model: nn.Module, lora: Lora | None, training: Training) -> nn.Module:
     """Freeze all but an adapter (lora: the method's section of that name) or the language model; returns the model.
 
-    settings: the section `training`; its train_vision trains the vision tower too. What is trained is kept in float32
-    whatever the rest is in: a step of 1e-5 is lost in a bfloat16 weight. Raises LaidError for an adapter with
-    train_vision.
+    training.train_vision trains the vision tower too. What is trained is kept in float32 whatever the rest is in: a step of
+    1e-5 is lost in a bfloat16 weight. Raises LaidError for an adapter with train_vision.
     """
     model.requires_grad_(False)
     parts = [text_model(model)]
-    if settings["train_vision"]:
+    if training.train_vision:
         if lora is not None:
             raise LaidError(
                 "training.train_vision is true, but the method trains an adapter, and an adapter holds no vision tower:"
@@ -35,20 +37,61 @@ def make_trainable(
         model = get_peft_model(
             model,
             LoraConfig(
-                r=lora["rank"],
-                lora_alpha=lora["alpha"],
-                lora_dropout=lora["dropout"],
+                r=lora.rank,
+                lora_alpha=lora.alpha,
+                lora_dropout=lora.dropout,
                 # the language model's layers only: the vision tower has projections of the same names
-                target_modules=rf".*language_model\.layers\.\d+\..*\.({'|'.join(lora['targets'])})",
+                target_modules=rf".*language_model\.layers\.\d+\..*\.({'|'.join(lora.targets)})",
             ),
         )
     else:
         for part in (*parts, model.get_output_embeddings()):
             part.requires_grad_(True)
-    if settings["gradient_checkpointing"]:
+    if training.gradient_checkpointing:
         for part in parts:
             part.gradient_checkpointing_enable({"use_reentrant": False})
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return model
+
+
+class Student(nn.Module):
+    """The pass of a student, as a module, so that whatever wraps or shards it sees the whole pass as one forward.
+
+    model: adapters in place. layers: whose queries and keys are caught (absolute numbers).
+    """
+
+    def __init__(self, model: nn.Module, layers: Sequence[int] = ()) -> None:
+        super().__init__()
+        self.model, self.layers = model, layers
+
+    def forward(self, inputs: Batch) -> StudentOutputs:
+        """For samples whose last two tokens predict the answer and the end of the turn."""
+        return StudentOutputs(*answer_outputs(self.model, with_features(self.model, inputs), self.layers))
+
+
+def compute_in(student: nn.Module, dtype: torch.dtype, device: torch.device | str) -> None:
+    """Let a student's passes compute in `dtype`, by autocast; what is made of its outputs does not.
+
+    As Accelerate does it for a student that lies whole; for those that it does not prepare.
+    """
+    if dtype != torch.float32:
+        student.forward = torch.autocast(torch.device(device).type, dtype)(student.forward)
+
+
+def answer_outputs(
+    model: nn.Module, inputs: Batch, layers: Sequence[int]
+) -> tuple[Tensor, dict[int, LayerQK]]:
+    """One pass: (B, 2, vocabulary) logits at the last two tokens; queries and keys of `layers` before rotation."""
+    caught: dict[int, LayerQK] = {}
+    if layers:
+        with QKCapture(model, layers) as capture:
+            hidden = hidden_states(model, inputs)
+            caught = capture.take()
+    else:
+        hidden = hidden_states(model, inputs)
+    count = len(inputs.lengths)
+    rows = torch.arange(count, device=hidden.device).repeat_interleave(2)
+    columns = torch.stack([inputs.lengths - 2, inputs.lengths - 1], 1).flatten()
+    return logits_at(model, hidden, rows, columns).view(count, 2, -1), caught

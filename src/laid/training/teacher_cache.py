@@ -26,16 +26,17 @@ from safetensors.torch import save_file
 
 from laid import provenance
 from laid.data.questions import read_questions
+from laid.distill.distillation import TeacherOutputs
 from laid.errors import LaidError
 from laid.io import atomic_path, read_json, safe_join, sha256_file, sha256_json, write_json
 from laid.models.decoder import geometry, layer_indices
 from laid.models.features import ImageFeatures
 from laid.models.forward import collate
-from laid.models.loading import empty_model, load_model
+from laid.models.loading import empty_model, load_model, source_of
 from laid.models.processing import Processor
 from laid.progress import Progress
-from laid.training.online import teacher_outputs
 from laid.training.samples import Sample, build_samples
+from laid.training.teacher import teacher_outputs
 
 FORMAT = "laid-teacher-cache/1"
 SHARD = 512  # questions
@@ -160,8 +161,6 @@ def build_cache(
     shards of a pass that was killed (same teacher, questions, settings and code) are taken up, not computed again.
     Raises LaidError for inputs that are missing or wrong.
     """
-    from laid.evaluation.evaluate import source_of
-
     record = provenance.collect(
         "teacher_cache", config, {"teacher": source_of(teacher), "questions": questions}
     )
@@ -454,6 +453,13 @@ class TeacherCache:
                 padded[row, self.lengths[k] - len(found) : self.lengths[k]] = found
             out.append(padded.transpose(1, 2))
         return out[0], out[1]
+
+    def outputs(
+        self, indices: Sequence[int], tokens: int, layers: Sequence[int], logits: bool = True
+    ) -> TeacherOutputs:
+        """As laid.training.teacher.Teacher has it."""
+        heads = {layer: self.queries_keys(layer, indices, tokens) for layer in layers}
+        return TeacherOutputs(self.logits(indices) if logits else None, heads)
 
     def _rows(self, question: int, name: str) -> torch.Tensor:
         """A question's part of a tensor: (2, vocabulary) of logits, else (tokens, ...)."""

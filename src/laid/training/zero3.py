@@ -1,8 +1,8 @@
-"""The student in pieces by DeepSpeed's ZeRO stage 3, where a lab has its reasons (`training.parallel: zero3`).
+"""The student in pieces by DeepSpeed's ZeRO stage 3, through Accelerate's plug-in (configs/accelerate/zero3.yaml).
 
 Of DeepSpeed only the engine is used: pieces, gathering, the sum of gradients. Clipping is ours, because a step's norm counts what is
 learned beside the student too; checkpoints are ours, because another number of processes, or fsdp2, is to go on from them.
-`laid.training.parallel.Sharded` (torch's own) does the same and needs nothing installed.
+`laid.training.engine.shard` (torch's own) lays the same out and needs nothing installed.
 """
 
 from __future__ import annotations
@@ -10,20 +10,25 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DeepSpeedPlugin
 from torch import Tensor, nn
+from transformers.integrations import unset_hf_deepspeed_config
 
 from laid.errors import LaidError
 from laid.models.decoder import vision_tower
-from laid.training.parallel import Replicated
+from laid.training.engine import Engine
+from laid.training.student import compute_in
 
 CONFIG = {
-    "train_micro_batch_size_per_gpu": 1,  # not read: pieces and shares of a batch are laid.training.parallel's
+    "train_micro_batch_size_per_gpu": 1,  # not read: pieces and shares of a batch are laid.training.engine's
     "gradient_accumulation_steps": 1,
+    "gradient_clipping": 0.0,
     "zero_allow_untested_optimizer": True,
     "zero_optimization": {
         "stage": 3,
@@ -35,61 +40,82 @@ CONFIG = {
 }
 
 
-class Zero3(Replicated):
+class Zero3(Engine):
     """Weights, gradients and optimiser state in pieces; DeepSpeed gathers a module's weights when it runs.
 
     What is learned beside the student (w, gains) stays whole everywhere, and so does a vision tower that is not trained.
     Trained weights are float32 and gathered as such; a pass in another format runs under autocast.
     """
 
-    sharded = True
+    def __init__(self, accelerator: Accelerator, dtype: torch.dtype) -> None:
+        super().__init__(accelerator, dtype)
+        # The plug-in has transformers cut up what it loads; students, and a teacher, are loaded whole.
+        unset_hf_deepspeed_config()
 
-    def __init__(self, device: str = "cpu", dtype: torch.dtype = torch.float32):
-        super().__init__(device, dtype)
-        self.load_device = "cpu"
+    @staticmethod
+    def precision(dtype: str) -> str:
+        """Always float32 to DeepSpeed: its own bfloat16 mode would round the trained weights."""
+        return "no"
 
-    def prepare(self, losses, optimizer):
-        deepspeed = _deepspeed(self.device)
-        losses.autocast = self.dtype if self.dtype != torch.float32 else None
+    @staticmethod
+    def plugins() -> dict[str, Any]:
+        require_deepspeed()
+        plugin = DeepSpeedPlugin(zero_stage=3, zero3_init_flag=False)
+        plugin.deepspeed_config.update(CONFIG)
+        return {"deepspeed_plugin": plugin}
+
+    def prepare(
+        self,
+        student: nn.Module,
+        learned: Iterable[nn.Module],
+        optimizer: Callable[[], torch.optim.Optimizer],
+    ) -> tuple[nn.Module, Any]:
         whole = optimizer()
         groups, kind = whole.param_groups, type(whole)
-        own = {id(p) for p in losses.model.parameters()}
-        student, beside = (
+        own = {id(p) for p in student.parameters()}
+        theirs, beside = (
             [g for g in groups if (id(g["params"][0]) in own) is mine] for mine in (True, False)
         )
-        weights = [p for g in student for p in g["params"]]
-        kept, tower = [*losses.learned().values()], vision_tower(losses.model)
-        if not any(p.requires_grad for p in tower.parameters()):
-            kept.append(tower)
-        self._student_alone = lambda: _left_out(losses, kept)
+        weights = [p for g in theirs for p in g["params"]]
+        tower = vision_tower(student)
+        kept = [] if any(p.requires_grad for p in tower.parameters()) else [tower]
+        compute_in(student, self.dtype, self.device)
+        self._student_alone = lambda: _left_out(student, kept)
         with self._student_alone():
-            self.engine, self.zero, _, _ = deepspeed.initialize(
-                model=losses, optimizer=kind(student), config={**CONFIG, "train_batch_size": self.world}
-            )
-        for module in kept:
+            self.engine, wrapped = self.accelerator.prepare(student, kind(theirs))
+        self.zero = wrapped.optimizer
+        for module in (*learned, *kept):
             module.to(self.device)
         self.beside = kind(beside) if beside else None
         return self.engine, _Optimizers(weights, self.zero, self.beside)
 
     # ---------------------------------------------------------------- a step
 
-    def pieces(self, indices: Sequence[int], size: int) -> list[Sequence[int]]:
-        found = super().pieces(indices, size)
-        self.left = len(found)
-        return found
+    def accumulating(self, student: nn.Module, last: bool) -> AbstractContextManager[None]:
+        self.engine.set_gradient_accumulation_boundary(last)
+        return nullcontext()
 
     def backward(self, loss: Tensor) -> None:
-        self.left -= 1
-        self.engine.set_gradient_accumulation_boundary(self.left == 0)
-        self.engine.backward(loss * self.world)  # gradients are averaged over the processes
+        # Not Accelerate's backward, which would step, and clip by the student's norm alone, at the last piece.
+        self.engine.backward(loss * self.world)
 
-    def step(self, optimizer: torch.optim.Optimizer, trained: Sequence[nn.Parameter], limit: float) -> float:
+    def step(
+        self,
+        optimizer: torch.optim.Optimizer,
+        weights: Sequence[nn.Parameter],
+        beside: Sequence[nn.Parameter],
+        limit: float,
+    ) -> float:
         from deepspeed.utils import safe_get_local_grad
 
-        pieces = [self._filled(p, safe_get_local_grad(p)) for p in trained if _in_pieces(p)]
-        norm = self._clip(
-            pieces, [p.grad for p in trained if not _in_pieces(p) and p.grad is not None], limit
-        )
+        self.average(beside)
+        pieces = [self._filled(p, safe_get_local_grad(p)) for p in weights]
+        whole = [p.grad for p in beside]
+        (squares,) = self.sum([_square(pieces)])
+        norm = (squares + _square(whole)) ** 0.5
+        if norm > limit:
+            for gradient in (*whole, *pieces):
+                gradient.mul_(limit / norm)
         with self._student_alone():
             self.engine.step()
         if self.beside is not None:
@@ -100,9 +126,7 @@ class Zero3(Replicated):
     # ---------------------------------------------------------------- whole tensors, for checkpoints
 
     def whole(self, tensor: Tensor) -> Tensor:
-        if _in_pieces(tensor):
-            tensor = self.zero.get_full_hp_param(tensor)
-        return self._here(tensor)
+        return super().whole(self.zero.get_full_hp_param(tensor) if _in_pieces(tensor) else tensor)
 
     @torch.no_grad()
     def set_(self, parameter: nn.Parameter, whole: Tensor) -> None:
@@ -120,7 +144,7 @@ class Zero3(Replicated):
             for key, value in state.items():
                 # One count of steps serves all weights of a group; in a checkpoint each has its own.
                 value = self.zero.get_full_hp_param(parameter, key) if value.ndim else value.clone()
-                yield f"{number}/{key}", self._here(value)
+                yield f"{number}/{key}", super().whole(value)
         if self.beside is not None:
             for name, tensor in super().optimizer_tensors(self.beside):
                 at, _, key = name.partition("/")
@@ -202,16 +226,21 @@ def _left_out(root: nn.Module, modules: Sequence[nn.Module]) -> Iterator[None]:
             parent._modules[name] = child
 
 
-def _deepspeed(device: str):
-    if not device.startswith("cuda"):
+def _square(gradients: Sequence[Tensor]) -> float:
+    return float(nn.utils.get_total_norm(gradients)) ** 2 if gradients else 0.0
+
+
+def require_deepspeed() -> None:
+    """Raise LaidError where DeepSpeed is not installed."""
+    if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     try:
-        import deepspeed
+        import deepspeed  # noqa: F401
     except ImportError:
         raise LaidError(
-            'training.parallel is zero3, but DeepSpeed is not installed: pip install "laid[zero3]", or set it to fsdp2'
+            'DeepSpeed is asked for, but not installed: pip install "laid[zero3]", or launch with'
+            " configs/accelerate/fsdp2.yaml"
         ) from None
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # Of DeepSpeed's own calls, at every step.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
-    return deepspeed

@@ -1,0 +1,150 @@
+"""The questions of a run as batches: in which order, with which images, at which positions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from laid.data.questions import read_questions
+from laid.distill.distillation import Tokens
+from laid.distill.gaps import open_gaps
+from laid.distill.schedule import reach
+from laid.errors import LaidError
+from laid.io import safe_join
+from laid.models.features import ImageFeatures
+from laid.models.forward import Batch, collate
+from laid.models.processing import Processor
+from laid.settings import TrainedMethod
+from laid.settings.measuring import Evaluation
+from laid.settings.methods import Gaps
+from laid.training.samples import Sample, batches_of, build_samples
+
+
+@dataclass
+class Piece:
+    """Samples of one forward pass. labels: (B, 2) token ids; None where answers are not read."""
+
+    indices: Sequence[int]
+    inputs: Batch
+    tokens: Tokens
+    labels: Tensor | None = None
+
+    @classmethod
+    def of(
+        cls, indices: Sequence[int], inputs: Batch, labels: Tensor | None = None, plain: Tensor | None = None
+    ) -> Piece:
+        """inputs: whose last two tokens predict the answer and the end of the turn. plain: (3, B, T) positions before gaps
+        were opened (None: inputs.positions).
+        """
+        plain = inputs.positions if plain is None else plain
+        tokens = Tokens(inputs.positions, plain, inputs.token_mask, inputs.image_mask, inputs.lengths - 2)
+        return cls(indices, inputs, tokens, labels)
+
+
+@dataclass
+class Data:
+    """Samples of a question file, as a student (or a teacher that answers as training goes) reads them.
+
+    features: of the model that reads; in_step: features are computed in the step instead, as a trained vision tower needs.
+    seed: of order and gaps.
+    """
+
+    samples: list[Sample]
+    features: ImageFeatures
+    gaps: Gaps
+    seed: int = 0
+    device: str | torch.device = "cpu"
+    in_step: bool = False
+    lengths: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.lengths = [len(sample.prompt.ids) for sample in self.samples]
+
+    def order(self, epoch: int, batch: int) -> list[list[int]]:
+        """An epoch's batches of `batch` samples, of like length each."""
+        return batches_of(self.lengths, batch, [self.seed, 4, epoch])
+
+    def inputs(self, indices: Sequence[int]) -> Batch:
+        """Padded prompts and the features of their images, at ordinary positions."""
+        samples = [self.samples[k] for k in indices]
+        if not self.in_step:
+            return collate(
+                [s.prompt for s in samples], [f for s in samples for f in self.features.get(s.paths)]
+            )
+        batch = collate([s.prompt for s in samples], [])
+        batch.images = self._images([path for s in samples for path in s.paths])
+        return batch
+
+    def piece(self, indices: Sequence[int], step: int, steps: int) -> Piece:
+        """What a pass over `indices` needs, with gaps opened as far as `step` of `steps` allows."""
+        inputs = self.inputs(indices)
+        plain = inputs.positions
+        if self.gaps.reach:
+            inputs.positions = plain.clone()
+            for row, sample in enumerate(self.samples[k] for k in indices):
+                rng = np.random.default_rng([self.seed, 3, step, sample.index])
+                inputs.positions[:, row, : len(sample.prompt.ids)] = self._stretched(
+                    sample, step / steps, rng
+                )
+        labels = [self.samples[k].labels for k in indices]
+        known = None if labels[0] is None else torch.from_numpy(np.stack(labels)).to(self.device)
+        return Piece.of(indices, inputs.to(self.device), known, plain.to(self.device))
+
+    def _stretched(self, sample: Sample, progress: float, rng: np.random.Generator) -> Tensor:
+        positions = torch.from_numpy(sample.prompt.positions)
+        if rng.random() >= self.gaps.share:
+            return positions
+        span = sample.prompt.span
+        far = reach(progress, span, max(span, self.gaps.reach), self.gaps.end)
+        starts = sample.prompt.block_starts.tolist()
+        return open_gaps(positions, starts, sample.text_start, far, rng, draw=self.gaps.draw)
+
+    def _images(self, paths: list[str]) -> tuple[Tensor, Tensor, Tensor]:
+        """(pixels, grid_thw, order) of laid.models.forward.Batch.images: what features are made from in the step."""
+        each = {path: k for k, path in enumerate(dict.fromkeys(paths))}
+        pixels, grid = self.features.processor.pixels([self.features.file(path) for path in each])
+        return pixels, grid, torch.tensor([each[path] for path in paths])
+
+
+def read_data(
+    model: nn.Module,
+    processor: Processor,
+    questions: str | Path,
+    coco: str | Path,
+    evaluation: Evaluation,
+    method: TrainedMethod,
+    store: str | Path | None = None,
+    ahead: bool = False,
+    **how: object,
+) -> Data:
+    """The file `questions` as `model` reads it, images below `coco`.
+
+    store: keeps features for other runs. ahead: compute those of all images now. how: seed, device, in_step of Data.
+    """
+    features = ImageFeatures(
+        model,
+        processor,
+        lambda path: safe_join(coco, path),
+        limit_bytes=int(evaluation.feature_cache_gb * 2**30),
+        store=store,
+    )
+    labelled = method.questions == "train"
+    samples = build_samples(read_questions(questions), features, evaluation.order_seed, labelled, ahead)
+    return Data(samples, features, method.gaps, **how)
+
+
+def require_same_tokens(lengths: Sequence[int], teacher: Sequence[int], whose: str) -> None:
+    """Raise LaidError where teacher and student read a question in different numbers of tokens."""
+    if list(lengths) == list(teacher):
+        return
+    differing = (k for k, (a, b) in enumerate(zip(lengths, teacher, strict=False)) if a != b)
+    at = next(differing, min(len(lengths), len(teacher)))
+    raise LaidError(
+        f"{whose}: teacher and student do not see the same tokens: question {at} has {list(teacher[at : at + 1])} tokens for"
+        f" the teacher and {list(lengths[at : at + 1])} for the student: both need one tokenizer and one image size"
+    )

@@ -1,0 +1,372 @@
+"""Post-training of a student: SFT, KD, LAid and its ablations are one recipe with other weights in eq. 8.
+
+    laid train --config config.yaml --method laid --seed 0 --student-name small --student DIR --teacher-cache DIR
+               --coco DIR --questions FILE.json --out DIR
+
+`prepare` makes what the steps need, `train` runs them; the step itself is `laid.training.step`.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from laid import provenance
+from laid.distill.objective import PARTS, Objective
+from laid.errors import LaidError
+from laid.io import atomic_path, read_json, sha256_json, write_json
+from laid.models.loading import load_model
+from laid.models.processing import Processor
+from laid.progress import Progress
+from laid.settings import Settings, TrainedMethod, slice_for
+from laid.training.checkpoint import Checkpoint, State
+from laid.training.data import read_data, require_same_tokens
+from laid.training.engine import Engine, start
+from laid.training.export import export_adapter, export_checkpoint, write_run
+from laid.training.step import Lesson, Training, lesson_of, training_step
+from laid.training.student import make_trainable
+from laid.training.teacher import OnlineTeacher, Teacher
+from laid.training.teacher_cache import TeacherCache
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run: a student under a method, from a seed.
+
+    name: the student's. student, teacher: checkpoint folders or hub ids; the teacher answers as training goes, on
+    teacher_device, in place of teacher_cache, a folder. questions: Visual Haystacks JSON, images below coco. out: where model/,
+    log.jsonl, learned.json and run.json appear, all at once, at the end. features: keeps visual features for other runs.
+    """
+
+    settings: Settings
+    method: str
+    seed: int
+    name: str
+    student: str | Path
+    coco: str | Path
+    questions: str | Path
+    out: Path
+    teacher_cache: str | Path | None = None
+    teacher: str | None = None
+    teacher_device: str | None = None
+    features: str | Path | None = None
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.method} seed {self.seed}"
+
+    @property
+    def how(self) -> TrainedMethod:
+        """The method's settings. Raises LaidError for a method that is not trained."""
+        methods = self.settings.methods
+        if not isinstance(methods.get(self.method), TrainedMethod):
+            trained = [name for name, method in methods.items() if isinstance(method, TrainedMethod)]
+            raise LaidError(f"{self.method!r} is not a trained method; trained methods: {', '.join(trained)}")
+        return methods[self.method]
+
+    @property
+    def from_teacher(self) -> list[str]:
+        """The parts of eq. 8 that the teacher gives."""
+        return [part for part in PARTS if part != "sft" and Objective.of(self.how).needs(part)]
+
+    def inputs(self) -> dict[str, Any]:
+        """What the run is made from, by name, for its record."""
+        found: dict[str, Any] = {"questions": self.questions, "student": self.student}
+        if self.from_teacher and self.teacher is not None:
+            found["teacher"] = self.teacher
+        elif self.from_teacher:
+            found["teacher_cache"] = Path(self.teacher_cache or "") / "index.json"
+        return found
+
+
+def train(run: Run, engine: Engine | None = None) -> dict[str, Any]:
+    """Run (or go on with) a training, write its folder and return its record.
+
+    engine: this process among those of the run (None: a run of its own on the CPU). Raises LaidError for wrong inputs, and for
+    a loss that is no number; SystemExit after a checkpoint where a signal stops it.
+    """
+    started = time.perf_counter()
+    engine = engine or start(run.settings.training)
+    t, model = prepare(run, engine)
+    s = run.settings.training
+    checkpoint = Checkpoint(
+        run.out.parent / f".{run.out.name}.checkpoint", engine.agree(lambda: _key(run)), s.checkpoint_minutes
+    )
+    done, log = _restore(run, checkpoint.load(), t, model)
+    model.train()
+    with _stop_asked() as stop, _trackers(run, engine), Progress(t.steps, str(run), unit="steps") as bar:
+        bar.update(done)
+        order, per_epoch = [], len(t.data.samples) // s.batch_size
+        for step in range(done, t.steps):
+            epoch, at = divmod(step, per_epoch)
+            if at == 0 or not order:
+                order = t.data.order(epoch, s.batch_size)
+            line = training_step(t, order[at], step)
+            if not math.isfinite(line["loss"]):
+                raise LaidError(
+                    f"{run}: the loss is {line['loss']} at step {step + 1} of {t.steps}; lower the learning rate"
+                    f" ({t.peaks[0]:g})"
+                )
+            if (step + 1) % s.log_every == 0 or step == t.steps - 1:
+                log.append(line)
+                engine.accelerator.log(line, step=step + 1)
+                bar.update(0, **{name: value for name, value in line.items() if name.startswith("loss")})
+            bar.update(1)
+            stopped, due = map(bool, engine.sum([bool(stop), checkpoint.due()]))
+            if stopped or (due and step + 1 < t.steps):
+                _save(checkpoint, step + 1, t, model, log)
+            if stopped:
+                engine.accelerator.print(
+                    f"{run}: stopped after step {step + 1}; the same command goes on from there"
+                )
+                raise SystemExit(128 + (stop[0] if stop else signal.SIGTERM))
+    record = _export(run, t, model, log)
+    if engine.main:
+        checkpoint.remove()
+        cost = provenance.cost(started) | {"processes": engine.world}
+        write_json(run.out.parent / f"{run.out.name}.cost.json", cost)
+    return record
+
+
+def prepare(run: Run, engine: Engine) -> tuple[Training, nn.Module]:
+    """All that the steps need, and the student inside it. Raises LaidError for wrong inputs."""
+    method, settings = run.how, run.settings.training
+    _require_sensible(run)
+    torch.manual_seed(run.seed)
+    model = load_student(run, engine.load_device)
+    processor = Processor.load(run.student)
+    teacher = _teacher(run, engine)
+    lesson = lesson_of(model, method, teacher)
+    lesson.every_weight = engine.world > 1
+
+    def adamw() -> torch.optim.Optimizer:
+        groups = [{"params": weights, "lr": rate} for weights, rate in _groups(run, model, lesson)]
+        return torch.optim.AdamW(groups, betas=(0.9, 0.999), weight_decay=settings.weight_decay, fused=True)
+
+    lesson.student, optimizer = engine.prepare(lesson.student, lesson.learned.values(), adamw)
+    data = read_data(
+        model, processor, run.questions, run.coco, run.settings.evaluation, method,
+        None if settings.train_vision else run.features,
+        ahead=engine.world == 1 and not settings.train_vision,  # of several processes none needs the images of all
+        seed=run.seed, device=engine.device, in_step=settings.train_vision,
+    )  # fmt: skip
+    per_epoch = len(data.samples) // settings.batch_size
+    if per_epoch == 0:
+        raise LaidError(
+            f"{run.questions}: {len(data.samples)} questions do not fill one batch of {settings.batch_size}"
+            " (training.batch_size)"
+        )
+    if teacher is not None:
+        require_same_tokens(data.lengths, teacher.lengths, str(run.teacher or run.teacher_cache))
+    (weights, _), *others = groups = _groups(run, model, lesson)
+    beside = [p for learned, _ in others for p in learned]
+    steps = max(1, round((method.epochs or settings.epochs) * per_epoch))
+    peaks = [rate for _, rate in groups]
+    return Training(settings, lesson, data, engine, optimizer, weights, beside, peaks, steps), model
+
+
+def load_student(run: Run, device: str) -> nn.Module:
+    """The student as it starts: its adapter in place, what is trained marked and in float32."""
+    settings = run.settings
+    dtype = getattr(torch, settings.training.dtype)
+    model = load_model(run.student, dtype, settings.evaluation.attention, device)
+    return make_trainable(model, run.how.lora, settings.training)
+
+
+def made(run: Run) -> dict[str, Any] | None:
+    """The record of the run that lies in `out`, if it is this very run: same code, settings, inputs, libraries."""
+    if not (run.out / "run.json").is_file():
+        return None
+    record = read_json(run.out / "run.json")
+    return record if record.get("provenance") == _provenance(run) else None
+
+
+# ------------------------------------------------------------------ before the first step
+
+
+def _require_sensible(run: Run) -> None:
+    """Raise LaidError where a method has nothing to learn, or nothing to learn it from."""
+    parts = run.from_teacher
+    if not parts and not Objective.of(run.how).needs("sft"):
+        raise LaidError(f"methods.{run.method}: every lambda is 0, there is nothing to train")
+    if parts and run.teacher is not None and run.teacher_cache is not None:
+        raise LaidError("--teacher and --teacher-cache: two sources of one teacher's answers; give one")
+    if parts and run.teacher is None and run.teacher_cache is None:
+        raise LaidError(
+            f"method {run.method} learns from the teacher ({', '.join(parts)}): give --teacher-cache, or --teacher"
+        )
+
+
+def _teacher(run: Run, engine: Engine) -> Teacher | None:
+    if not run.from_teacher:
+        return None
+    method, settings = run.how, run.settings
+    if run.teacher is not None:
+        device = run.teacher_device or str(engine.device)
+        dtype = getattr(torch, settings.training.dtype)
+        model = load_model(run.teacher, dtype, settings.evaluation.attention, device).requires_grad_(False)
+        read = read_data(
+            model,
+            Processor.load(run.teacher),
+            run.questions,
+            run.coco,
+            settings.evaluation,
+            method,
+            run.features,
+        )
+        place = next(model.parameters()).device
+        return OnlineTeacher(model, lambda indices: read.inputs(indices).to(place), read.lengths)
+    cache = TeacherCache(run.teacher_cache, run.questions)
+    labelled = method.questions == "train"
+    if cache.labelled != labelled:
+        has, wanted = ("without", "with") if labelled else ("with", "without")
+        raise LaidError(
+            f"{cache.folder}: was made {has} labels, method {run.method} learns {wanted} them:"
+            f" make the cache {'without' if labelled else 'with'} --without-labels"
+        )
+    if "laid" in run.from_teacher and cache.queries != "all":
+        raise LaidError(
+            f"{cache.folder}: lambda_laid has weight, but this cache keeps the queries of question tokens alone: set"
+            " teacher_cache.queries to all and make it again"
+        )
+    return cache
+
+
+def _groups(run: Run, model: nn.Module, lesson: Lesson) -> list[tuple[list[nn.Parameter], float]]:
+    """(weights, their highest learning rate): the student's, w, the gains'."""
+    settings = run.settings.training
+    groups = [([p for p in model.parameters() if p.requires_grad], run.how.lr or settings.lr)]
+    for name, rate in (("alignment", settings.lr_weights), ("gain", settings.lr_gain)):
+        if name in lesson.learned and (weights := list(lesson.learned[name].parameters())):
+            groups.append((weights, rate))
+    return groups
+
+
+# ------------------------------------------------------------------ around the steps
+
+
+@contextmanager
+def _stop_asked() -> Iterator[list[int]]:
+    """Signals that ask to stop: SIGTERM and SIGINT are noted here and wait for the step at hand; a second SIGINT does not."""
+    asked: list[int] = []
+
+    def note(number: int, _frame: object) -> None:
+        if asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _trackers(run: Run, engine: Engine) -> Iterator[None]:
+    """training.trackers, through Accelerate, as long as the steps go on."""
+    if run.settings.training.trackers:
+        engine.accelerator.init_trackers(
+            "laid", {"student": run.name, "method": run.method, "seed": run.seed}
+        )
+    try:
+        yield
+    finally:
+        for tracker in engine.accelerator.trackers:
+            tracker.finish()
+
+
+def _key(run: Run) -> str:
+    """What makes this run this run: settings, inputs and seed, and not by how many processes it is done."""
+    inputs = {name: provenance.fingerprint(Path(v)) for name, v in run.inputs().items() if Path(v).exists()}
+    settings = slice_for("train", run.settings, method=run.method, student=run.name, seed=run.seed)
+    return sha256_json({"settings": settings, "inputs": inputs, "seed": run.seed})
+
+
+def _provenance(run: Run) -> dict[str, Any]:
+    inputs = {name: v if Path(v).exists() else f"hub:{v}" for name, v in run.inputs().items()}
+    return provenance.collect(
+        "train", run.settings, inputs, student=run.name, method=run.method, seed=run.seed
+    )
+
+
+def _parameters(t: Training, model: nn.Module) -> dict[str, nn.Parameter]:
+    """All that is trained, by name."""
+    return {
+        f"{name}/{key}": parameter
+        for name, module in {"model": model, **t.lesson.learned}.items()
+        for key, parameter in module.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def _trained(t: Training, model: nn.Module) -> dict[str, Tensor]:
+    """All that is trained, whole, in the main process; every process calls it."""
+    return {name: t.engine.whole(parameter) for name, parameter in _parameters(t, model).items()}
+
+
+def _save(checkpoint: Checkpoint, step: int, t: Training, model: nn.Module, log: list[dict]) -> None:
+    tensors = {f"weights/{name}": tensor for name, tensor in _trained(t, model).items()}
+    tensors |= {f"optimizer/{name}": x for name, x in t.engine.optimizer_tensors(t.optimizer)}
+    if t.engine.main:
+        checkpoint.save(State(step, tensors, log))
+
+
+def _restore(run: Run, state: State | None, t: Training, model: nn.Module) -> tuple[int, list[dict]]:
+    """(Steps already done, their log): weights and optimiser are set to a checkpoint's, if there is one."""
+    if state is None:
+        return 0, []
+    t.engine.restore_optimizer(t.optimizer, _below("optimizer/", state.tensors))
+    for name, parameter in _parameters(t, model).items():
+        t.engine.set_(parameter, state.tensors[f"weights/{name}"])
+    t.lesson.to_fit = False
+    t.engine.accelerator.print(f"{run}: goes on after step {state.step} of {t.steps}")
+    return state.step, state.log
+
+
+def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
+
+
+def _export(run: Run, t: Training, model: nn.Module, log: list[dict]) -> dict[str, Any]:
+    """Export the student and write the run folder, by the main process; returns its record."""
+    record = {
+        "student": run.name,
+        "method": run.method,
+        "seed": run.seed,
+        "steps": t.steps,
+        "final": log[-1],
+        "provenance": _provenance(run),
+    }
+    if t.engine.sharded:
+        tensors = _trained(t, model)
+        if t.engine.main:  # the student as it was loaded, with the weights that were trained
+            model = load_student(run, "cpu")
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    if parameter.requires_grad:
+                        parameter.copy_(tensors[f"model/{name}"])
+    if not t.engine.main:
+        return record
+    model.eval()
+    with atomic_path(run.out) as folder:
+        folder.mkdir()
+        if run.how.lora is not None and t.lesson.gain is None:
+            base = str(
+                run.student
+            )  # a hub id as it is; a folder by the student's name, the same wherever it lies
+            export_adapter(model, run.name if Path(base).exists() else base, folder / "model")
+        else:
+            dtype, processor = getattr(torch, run.settings.training.dtype), t.data.features.processor
+            export_checkpoint(model, t.lesson.gain, max(t.data.lengths), dtype, processor, folder / "model")
+        write_run(folder, log, t.lesson.learned, record)
+    return record

@@ -1,0 +1,151 @@
+"""One training step: batch -> student -> teacher -> losses -> total -> backward, and then the optimiser."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from laid.distill.distillation import Distillation, TeacherOutputs
+from laid.distill.gain import RopeGain
+from laid.distill.objective import PARTS
+from laid.distill.schedule import learning_rate_factor
+from laid.errors import LaidError
+from laid.models.decoder import geometry, text_model
+from laid.settings import TrainedMethod
+from laid.settings.training import Training as TrainingSettings
+from laid.training.data import Data, Piece
+from laid.training.engine import Engine
+from laid.training.student import Student
+from laid.training.teacher import Teacher
+
+
+@dataclass
+class Lesson:
+    """A student and what it learns from.
+
+    student: the pass, wrapped by whatever lays it out over processes. gain: attached to it by hooks. to_fit: w of eq. 7 is yet
+    to be started at its least-squares mixture. every_weight: what joins processes waits for a gradient of every weight.
+    """
+
+    student: nn.Module
+    distillation: Distillation
+    teacher: Teacher | None = None
+    gain: RopeGain | None = None
+    to_fit: bool = False
+    every_weight: bool = False
+
+    @property
+    def learned(self) -> dict[str, nn.Module]:
+        """What is learned beside the student, small and whole in every process."""
+        found: dict[str, nn.Module] = {"alignment": self.distillation.alignments}
+        return found | ({"gain": self.gain} if self.gain is not None else {})
+
+
+def lesson_of(model: nn.Module, method: TrainedMethod, teacher: Teacher | None) -> Lesson:
+    """A model, its adapter in place, under a method. Raises LaidError where layers or heads do not fit."""
+    device, shape = next(model.parameters()).device, geometry(model)
+    gain = None
+    if method.gain is not None:
+        if shape.query_norm and method.gain.length_aware:
+            raise LaidError(
+                "gain.length_aware: such a gain cannot fold into this student, whose heads share one norm of their"
+                " queries: set it to false"
+            )
+        gain = RopeGain(model, method.gain.length_aware, method.gain.reference, method.gain.exponent)
+        gain.to(device).attach(model)
+    distillation = Distillation(method, shape, teacher, text_model(model).rotary_emb).to(device)
+    to_fit = method.alignment.init == "fit" and distillation.needs("laid")
+    return Lesson(Student(model, distillation.student_layers), distillation, teacher, gain, to_fit)
+
+
+def forward_backward(
+    lesson: Lesson, piece: Piece, progress: float, engine: Engine | None = None, share: float = 1.0
+) -> dict[str, Tensor]:
+    """batch -> student -> teacher -> losses -> total -> backward. Returns the losses by part, and their total as "".
+
+    share: by how much these samples count in their step. engine: the other processes, if any.
+    """
+    distillation, tokens = lesson.distillation, piece.tokens
+    student = lesson.student(piece.inputs)
+    taught = TeacherOutputs()
+    if lesson.teacher is not None:
+        wanted = (piece.indices, tokens.real.shape[1], distillation.teacher_layers, distillation.needs("kl"))
+        taught = lesson.teacher.outputs(*wanted).to(student.logits.device)
+    if lesson.to_fit:
+        distillation.fit_(student, taught, tokens)
+        if engine is not None:
+            engine.agree_on(distillation.parameters())
+        lesson.to_fit = False
+    losses = distillation(student, taught, tokens, piece.labels, progress)
+    total = distillation.objective.total(losses, progress)
+    if lesson.every_weight and not losses.keys() & {"sft", "kl"}:
+        total = total + 0.0 * student.logits.float().sum()
+    del student, taught  # backward keeps what it needs
+    if torch.is_grad_enabled():
+        (engine.backward if engine else Tensor.backward)(total * share)
+    return {**losses, "": total}
+
+
+@dataclass
+class Training:
+    """All that the steps of a run need.
+
+    optimizer: AdamW over `weights` of the student and those learned `beside` it. peaks: the highest learning rate of each of
+    its groups. steps: in all.
+    """
+
+    settings: TrainingSettings
+    lesson: Lesson
+    data: Data
+    engine: Engine
+    optimizer: torch.optim.Optimizer
+    weights: list[nn.Parameter]
+    beside: list[nn.Parameter]
+    peaks: list[float]
+    steps: int
+
+
+def training_step(t: Training, indices: Sequence[int], step: int) -> dict[str, float]:
+    """One step of the optimiser over the samples `indices`, in pieces of per_device_batch; returns a line for the log.
+
+    Every piece counts by its share of the samples, whichever process computes it.
+    """
+    progress = step / t.steps
+    factor = learning_rate_factor(step, t.steps, t.settings.warmup, t.settings.schedule)
+    for group, peak in zip(t.optimizer.param_groups, t.peaks, strict=True):
+        group["lr"] = peak * factor
+    sums: dict[str, float] = {}
+    pieces = t.engine.pieces(indices, t.settings.per_device_batch)
+    for part in pieces:
+        # Dropout follows from step and samples alone, so that resuming is exact, in however many processes.
+        torch.manual_seed(t.data.seed * 1_000_003 + step + (indices.index(part[0]) << 32))
+        piece, share = t.data.piece(part, step, t.steps), len(part) / len(indices)
+        with t.engine.accumulating(t.lesson.student, last=part is pieces[-1]):
+            found = forward_backward(t.lesson, piece, progress, t.engine, share)
+        for name, value in found.items():
+            sums[name] = sums.get(name, 0.0) + share * float(value.detach())
+    sums = dict(zip(sums, t.engine.sum(sums.values()), strict=True))
+    norm = t.engine.step(t.optimizer, t.weights, t.beside, t.settings.max_grad_norm)
+    return {
+        "step": step + 1,
+        **{f"loss_{name}" if name else "loss": round(value, 6) for name, value in sums.items()},
+        "grad_norm": round(norm, 6),
+        "lr": t.peaks[0] * factor,
+        "distance_emphasis": progress,
+        **_weights_now(t.lesson, progress),
+    }
+
+
+def _weights_now(lesson: Lesson, progress: float) -> dict[str, float]:
+    """The lambdas at this moment, and how far the gains have moved."""
+    objective, gain = lesson.distillation.objective, lesson.gain
+    line = {f"lambda_{part}": getattr(objective, part)(progress) for part in PARTS if objective.needs(part)}
+    if gain is not None:
+        gains = gain.gains().detach()
+        line |= {f"gain_{name}": float(getattr(gains, name)()) for name in ("min", "mean", "max")}
+        if gain.length_aware:
+            line["exponent_mean"] = float(gain.exponent.detach().mean())
+    return line

@@ -1,0 +1,63 @@
+"""The teacher of a training step: read from its cache, or a model that answers as training goes.
+
+Either gives the same: its logits at the answer, and queries and keys of the layers that are looked at. The cache is
+`laid.training.teacher_cache.TeacherCache`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from laid.distill.distillation import TeacherOutputs
+from laid.models.capture import LayerQK
+from laid.models.decoder import geometry
+from laid.models.forward import Batch
+from laid.training.student import answer_outputs
+
+
+class Teacher(Protocol):
+    """heads, kv_heads, head_dim: of its attention. depth: its number of layers. lengths: tokens it reads of each question."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    depth: int
+    lengths: Sequence[int]
+
+    def outputs(
+        self, indices: Sequence[int], tokens: int, layers: Sequence[int], logits: bool = True
+    ) -> TeacherOutputs:
+        """For the samples `indices` (places in the question file), padded to `tokens`, of absolute `layers`."""
+
+
+@torch.no_grad()
+def teacher_outputs(
+    model: nn.Module, inputs: Batch, layers: Sequence[int]
+) -> tuple[Tensor, dict[int, LayerQK]]:
+    """One pass without gradients: (B, 2, vocabulary) logits at the last two tokens; queries and keys before rotation."""
+    return answer_outputs(model, inputs, layers)
+
+
+class OnlineTeacher:
+    """A pass of the teacher for every batch.
+
+    batch: sample indices -> the teacher's inputs, in its own features, at ordinary positions.
+    """
+
+    def __init__(
+        self, model: nn.Module, batch: Callable[[Sequence[int]], Batch], lengths: Sequence[int] = ()
+    ) -> None:
+        shape = geometry(model)
+        self.model, self.batch, self.lengths = model, batch, lengths
+        self.heads, self.kv_heads, self.head_dim = shape.heads, shape.kv_heads, shape.head_dim
+        self.depth = shape.layers
+
+    def outputs(
+        self, indices: Sequence[int], tokens: int, layers: Sequence[int], logits: bool = True
+    ) -> TeacherOutputs:
+        found, caught = teacher_outputs(self.model, self.batch(indices), layers)
+        return TeacherOutputs(found.float(), {layer: (qk.q, qk.k) for layer, qk in caught.items()})
