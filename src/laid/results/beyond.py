@@ -172,7 +172,7 @@ def figure_ends(near: Cells, far: Cells, teacher: str, students: Sequence[str], 
     return Drawing(
         "beyond",
         "Where it stops",
-        "Accuracy over images, beyond the sizes of the paper where shaded; plotting.bars: 95 % intervals; dashed: chance."
+        "Accuracy over images, beyond the sizes of the paper where shaded; bars: 95 % intervals; dashed: chance."
         f" {beyond['questions'].min()} questions a size where shaded.",
         figure,
         drawn[["student", "method", "images", *formats]].assign(
