@@ -86,7 +86,7 @@ def figure_why(records: Mapping[str, Record], students: Sequence[str], teacher: 
             if student == shown[0]:
                 axes.set_title(TITLES[condition].format(few=record["few"]), loc="left")
         line[0].set_ylabel(f"{student}\naccuracy (%)")
-    plotting.legend_below(figure, panels[0][0], columns=5)
+    plotting.legend_below(figure, panels, columns=5)
     record = records[shown[0]]
     few, n = record["few"], len(right(record, "base", "ordinary", record["few"]))
     drawn = pd.concat(data)
@@ -166,7 +166,7 @@ def figure_ends(near: Cells, far: Cells, teacher: str, students: Sequence[str], 
         axes.set_xlabel("Images in the haystack")
         axes.set_title(student, loc="left", fontweight="bold")
     panels[0].set_ylabel("Accuracy (%)")
-    plotting.legend_below(figure, panels[0], columns=5)
+    plotting.legend_below(figure, panels, columns=5)
     drawn = pd.concat(data).rename(columns={"size": "images", "positions_mean": "positions"})
     formats = {"positions": 1, "accuracy": 6, "low": 6, "high": 6}
     return Drawing(

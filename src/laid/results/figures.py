@@ -68,7 +68,7 @@ def methods(results: Results) -> Drawing:
         axes.set_title(results.member(student), loc="left", fontweight="bold")
         if axes is not panels[0]:
             axes.set_ylabel("")
-    plotting.legend_below(figure, panels[0], columns=4)
+    plotting.legend_below(figure, panels, columns=4)
     return Drawing(
         "methods",
         "Every method over images",
@@ -144,7 +144,7 @@ def figure3(results: Results) -> Drawing:
         axes.set_title(results.member(student), loc="left", fontweight="bold")
     panels[0].set_ylabel("Accuracy (%)")
     panels[0].set_ylim(0, 104)
-    plotting.legend_below(figure, panels[0], columns=3)
+    plotting.legend_below(figure, panels, columns=3)
     return Drawing(
         "figure3",
         "Figure 3. Base, KD and LAid",
@@ -214,7 +214,7 @@ def needle_position(results: Results) -> Drawing | None:
         axes.set_xticks(range(BINS), [str(i + 1) for i in range(BINS)])
         axes.set_xlabel("Fifth of the haystack")
     panels[0][0].set_ylim(10 * math.floor(100 * found.low.min() / 10), 104)
-    plotting.legend_below(figure, panels[-1][0], columns=4)
+    plotting.legend_below(figure, panels, columns=4)
     return Drawing(
         "needle_position",
         "Accuracy by needle position",

@@ -180,7 +180,7 @@ def spectra(records: Mapping[str, Record], teacher: str, students: Sequence[str]
         axes.set_title(student, loc="left", fontweight="bold")
     panels[0].set_ylabel("Energy up to it (%)")
     _share_dots(panels[-1], records, teacher, students, names)
-    plotting.legend_below(figure, panels[0], columns=5)
+    plotting.legend_below(figure, panels, columns=5)
     return Drawing(
         "spectrum",
         "Spectrum of attention over position differences",
