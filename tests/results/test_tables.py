@@ -128,6 +128,17 @@ def test_equal_values_share_their_mark():
     assert [row[2].mark for row in table.rows] == ["", *(["second", "best", "best"] * 2)]
 
 
+def test_a_method_of_ones_own_is_a_row_by_its_label_or_its_name():
+    mine = {"mine": {"extends": "laid", "label": "Mine"}, "plain": {"extends": "mine"}}
+    names = ["base", "laid", "mine", "plain"]
+    settings = synthetic.config(methods=names, ablations=["base"], sizes=[1, 50], more={"methods": mine})
+    curves = {(s, m): {1: 0.75, 50: 0.5} for s in ("7B", "3B") for m in names}
+    cells = synthetic.grid_of({("32B", "base"): {1: 1.0, 50: 1.0}, **curves}, 4)
+    table = tables.table1(Results(cells, settings, "cells"))
+    assert [row[1].text for row in table.rows] == ["base", *(["base", "LAid", "Mine", "plain"] * 2)]
+    assert list(table.data["method"]) == ["base", *(names * 2)]
+
+
 def test_windows_are_read_off_the_curve(built):
     window = {(row[0].text, row[1].text): row[-1].text for row in built["table1"].rows}
     # 7B base: 80.22 at 1, 68.45 at 5: 5 ** ((80.22 - 80) / (80.22 - 68.45)) = 1.03 images.

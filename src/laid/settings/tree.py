@@ -101,11 +101,11 @@ def kind(name: str, methods: Mapping[str, Any]) -> type[Method]:
 
 
 def extended(name: str, methods: Mapping[str, Any]) -> Method:
-    """A method laid over the one it extends, before defaults fill what neither sets."""
+    """A method laid over the one it extends, before defaults fill what neither sets. A label is its own method's."""
 
     def resolved(name: str) -> dict[str, Any]:
         own, parent = methods[name], methods[name].get("extends")
-        return own if parent is None else merge(resolved(parent), own)
+        return own if parent is None else merge({**resolved(parent), "label": None}, own)
 
     return kind(name, methods).model_validate(resolved(name))
 
