@@ -121,7 +121,7 @@ def test_teacher_student_and_data_are_all_it_needs(
 def test_a_folder_with_other_things_is_not_replaced(words, tmp_path, capsys):
     (tmp_path / "precious.txt").write_text("mine")
     assert main([*words, "--out", str(tmp_path)]) == 2
-    assert "is no earlier result of `laid distill`" in capsys.readouterr().err
+    assert "is not an earlier result of `laid distill`" in capsys.readouterr().err
     assert (tmp_path / "precious.txt").read_text() == "mine"
 
 

@@ -36,7 +36,7 @@ def distill(run: Run, held_out: str | Path | None = None, device: str = "cpu") -
     earlier = (out / "distill.json").is_file() or (out.is_dir() and not any(out.iterdir()))
     if out.exists() and not earlier:
         raise LaidError(
-            f"{out}: exists and is no earlier result of `laid distill`: choose another folder for --out"
+            f"{out}: exists and is not an earlier result of `laid distill`: choose another folder for --out"
         )
     questions = read_questions(run.questions)
     asked = read_questions(held_out) if held_out else []

@@ -262,7 +262,7 @@ def test_archive_without_the_files(make, site, tmp_path):
     with zipfile.ZipFile(packed, "w") as archive:
         archive.writestr("annotations/instances_val2017.json", b"{}")
     site.files[ANNOTATIONS] = packed.getvalue()
-    with pytest.raises(LaidError, match="misses 1 of 2 files, first annotations/instances_train2017.json"):
+    with pytest.raises(LaidError, match="lacks 1 of 2 files, first annotations/instances_train2017.json"):
         make(checksums=False).annotations()
     assert not (tmp_path / "coco/annotations").exists()
 

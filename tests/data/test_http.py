@@ -110,7 +110,9 @@ def test_silence_counts_as_a_broken_connection(site, tmp_path):
 def test_wrong_bytes_are_never_kept(site, client, tmp_path):
     for trick in ("wrong", "flip"):
         site.plans[NAME] = [trick]
-        with pytest.raises(LaidError, match=f"its MD5 is [0-9a-f]+, expected {MD5}; what came was deleted"):
+        with pytest.raises(
+            LaidError, match=f"its MD5 is [0-9a-f]+, expected {MD5}; the partial file was deleted"
+        ):
             get(client, site, tmp_path, md5=MD5)
         assert leftovers(tmp_path) == []
     assert get(client, site, tmp_path, md5=MD5) == DATA
@@ -169,7 +171,7 @@ def test_server_without_ranges_or_lengths(site, client, tmp_path):
 
 
 def test_own_check_speaks_and_nothing_is_kept(site, client, tmp_path):
-    with pytest.raises(LaidError, match="it is Tuesday; what came was deleted"):
+    with pytest.raises(LaidError, match="it is Tuesday; the partial file was deleted"):
         get(client, site, tmp_path, check=lambda path: "it is Tuesday" if path.read_bytes() == DATA else None)
     assert leftovers(tmp_path) == []
 

@@ -90,7 +90,7 @@ def said(question=None, answer=None, asker="human"):
     "broken, says",
     [
         ("text", "expected an object, found str"),
-        ({k: v for k, v in SINGLE.items() if k != "needle"}, "misses needle"),
+        ({k: v for k, v in SINGLE.items() if k != "needle"}, "lacks needle"),
         (changed(SINGLE, "conversations", []), "not one question and one answer"),
         (said(asker="system"), "'system'"),
         (said(answer="maybe"), "'maybe', not yes or no"),
@@ -110,7 +110,7 @@ def said(question=None, answer=None, asker="human"):
         ),
         (
             changed(SINGLE, "neg_image", ["val2017/1.jpg", "val2017/1.jpg"]),
-            "val2017/1.jpg stands there twice",
+            "val2017/1.jpg is there twice",
         ),
         (changed(SINGLE, "neg_image", ["../secret/1.jpg"]), "not a path below the COCO root"),
         (changed(SINGLE, "neg_image", ["val2017/../../1.jpg"]), "not a path below"),

@@ -201,7 +201,7 @@ def test_wrong_inputs_are_one_line_and_nothing_is_written(micro, family, coco_ro
     refused("method base takes no --runs", *data, runs=[tmp_path / "seed0"], out=out)
     refused("expected a run folder named seed<K>", *data, method="sft", runs=[tmp_path / "last"], out=out)
     refused(
-        "two of the 2 runs have one seed",
+        "two of the 2 runs have the same seed",
         *data,
         method="sft",
         runs=[tmp_path / "a/seed1", tmp_path / "seed1"],

@@ -199,7 +199,7 @@ ENTRY = "{id: a, title: A, claim: c, where: w, how: h, test: shrinkage}"
         ("claims: [{id: a}]", "claim 1 needs claim, how, id, test, title, where"),
         (f"claims: [{ENTRY.replace('shrinkage', 'magic')}]", "asks for test 'magic'"),
         (f"claims: [{ENTRY.replace('shrinkage', 'decay')}]", "test decay takes times under `with`"),
-        (f"claims: [{ENTRY}, {ENTRY}]", "stands twice"),
+        (f"claims: [{ENTRY}, {ENTRY}]", "is there twice"),
     ],
 )
 def test_a_broken_ledger_is_one_clear_line(tmp_path, text, complaint):

@@ -146,7 +146,7 @@ def test_empty_overlay_changes_nothing(tmp_path):
         ("seeds: true\n", ["seeds = true: expected a whole number, found true or false"]),
         ("haystacks: {hard_negatives: 1.5}\n", ["haystacks.hard_negatives = 1.5: must be at most 1"]),
         ("haystacks: {test: {sizes: [1, -2]}}\n", ["haystacks.test.sizes.1 = -2: must be at least 1"]),
-        ("haystacks: {test: {sizes: [5, 5]}}\n", ["haystacks.test.sizes = [5, 5]: an entry stands twice"]),
+        ("haystacks: {test: {sizes: [5, 5]}}\n", ["haystacks.test.sizes = [5, 5]: an entry is there twice"]),
         ("haystacks: {test: {sizes: []}}\n", ["needs at least 1 entry, has 0"]),
         ("haystacks: 7\n", ["haystacks = 7: expected a mapping, found a whole number"]),
         ("haystacks:\n", ["haystacks = null: expected a mapping, found null"]),

@@ -172,11 +172,11 @@ class CocoDownload:
                 files = {e.filename: (e.file_size, e.CRC) for e in archive.infolist() if not e.is_dir()}
         except zipfile.BadZipFile as error:
             raise LaidError(
-                f"{url}: not a zip archive ({error}); data.download.checksums: false goes without"
+                f"{url}: not a zip archive ({error}); set data.download.checksums: false to do without"
             ) from None
         except LaidError as error:
             raise LaidError(
-                f"{error}; data.download.checksums: false goes without the archive's checksums"
+                f"{error}; set data.download.checksums: false to do without the archive's checksums"
             ) from None
         write_json(kept, {"base": self.base, "files": files}, indent=None)
         return files
@@ -223,7 +223,7 @@ class CocoDownload:
             members[entry.filename] = entry
         absent = sorted(targets.keys() - members.keys())
         if absent:
-            raise LaidError(f"{url}: misses {len(absent)} of {len(targets)} files, first {absent[0]}")
+            raise LaidError(f"{url}: lacks {len(absent)} of {len(targets)} files, first {absent[0]}")
         todo = [(members[name], target) for name, target in targets.items()]
         todo = [
             (e, t)

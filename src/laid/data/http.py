@@ -107,7 +107,7 @@ class Http:
             patched = part.patched
             part.discard()
             if last or not patched:
-                raise LaidError(f"{url}: {problem}; what came was deleted, the next call starts over")
+                raise LaidError(f"{url}: {problem}; the partial file was deleted, the next call starts over")
 
     def _gather(self, url: str, part: _Part, size: int | None) -> None:
         have, known = part.bytes(), size if size is not None else part.total

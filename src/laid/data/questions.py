@@ -179,7 +179,7 @@ def _parse(entry: Any) -> Question:
         if key not in entry
     ]
     if missing:
-        raise _Wrong(f"misses {', '.join(missing)}")
+        raise _Wrong(f"lacks {', '.join(missing)}")
     turns = entry["conversations"]
     if not isinstance(turns, list) or len(turns) != 2 or not all(isinstance(t, dict) for t in turns):
         raise _Wrong("conversations is not one question and one answer")
@@ -228,7 +228,7 @@ def _paths(value: Any, key: str) -> tuple[str, ...]:
             raise _Wrong(f"{key}: {path!r} is not a path below the COCO root, like val2017/000000000139.jpg")
     if len(set(value)) < len(value):
         twice = next(path for path in value if value.count(path) > 1)
-        raise _Wrong(f"{key}: {twice} stands there twice")
+        raise _Wrong(f"{key}: {twice} is there twice")
     return tuple(value)
 
 

@@ -217,7 +217,9 @@ def evaluate_cells(
     start = time.perf_counter()
     seeds = [seed_of(run) for run in runs]
     if len(set(seeds)) < len(seeds):
-        raise LaidError(f"{student} {method}: two of the {len(seeds)} runs have one seed: {sorted(seeds)}")
+        raise LaidError(
+            f"{student} {method}: two of the {len(seeds)} runs have the same seed: {sorted(seeds)}"
+        )
     _check_images(sets, coco_root)
     answers: list[list[dict[str, Any]]] = [[] for _ in sets]
     tokens: list[list[int]] = [[] for _ in sets]

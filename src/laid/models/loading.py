@@ -150,7 +150,7 @@ def load_model(
         )
     for name, theirs, ours in sorted(report["mismatched_keys"]):
         raise LaidError(
-            f"{source}: {name} is {list(theirs)} in the file, {list(ours)} by config.json: they are of two models"
+            f"{source}: {name} is {list(theirs)} in the file, {list(ours)} by config.json: they belong to different models"
         )
     tied = model.config.tie_word_embeddings
     absent = [name for name in report["missing_keys"] if not (tied and name == "lm_head.weight")]
@@ -162,7 +162,7 @@ def load_model(
     if surplus:
         raise LaidError(
             f"{source}: {len(surplus)} weights are of layers that config.json does not have, first {min(surplus)}:"
-            " they are of two models"
+            " they belong to different models"
         )
     if over is None:
         return model.to(device).eval()

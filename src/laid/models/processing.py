@@ -111,17 +111,17 @@ class Processor:
             a, b = getattr(images, ours), getattr(vision, theirs)
             if a != b:
                 raise LaidError(
-                    f"{where}: preprocessor_config.json has {ours} {a}, config.json {theirs} {b}: they are of two models"
+                    f"{where}: preprocessor_config.json has {ours} {a}, config.json {theirs} {b}: they belong to different models"
                 )
         tokens, rows = len(self.tokenizer), model_config.get_text_config().vocab_size
         if tokens > rows:
             raise LaidError(
-                f"{where}: the tokenizer has {tokens} tokens, the model's vocabulary {rows} rows: they are of two models"
+                f"{where}: the tokenizer has {tokens} tokens, the model's vocabulary {rows} rows: they belong to different models"
             )
         if model_config.image_token_id != self.encoder.pad_id:
             raise LaidError(
                 f"{where}: config.json says image_token_id {model_config.image_token_id}, the tokenizer has {self.encoder.image_pad}"
-                f" at {self.encoder.pad_id}: they are of two models"
+                f" at {self.encoder.pad_id}: they belong to different models"
             )
 
     def grid(self, width: int, height: int, file: str | Path = "an image") -> tuple[int, int]:

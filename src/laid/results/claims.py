@@ -48,7 +48,7 @@ def read_ledger(path: str | Path) -> list[dict[str, Any]]:
             asked = ", ".join(known) or "nothing"
             raise LaidError(f"{path}: claim {entry['id']!r}: test {entry['test']} takes {asked} under `with`")
         if entry["id"] in seen:
-            raise LaidError(f"{path}: claim {entry['id']!r} stands twice")
+            raise LaidError(f"{path}: claim {entry['id']!r} is there twice")
         seen.add(entry["id"])
     return entries
 

@@ -21,7 +21,7 @@ Text = Annotated[str, Field(min_length=1)]
 
 def _distinct(values: list[T]) -> list[T]:
     if any(value in values[:i] for i, value in enumerate(values)):
-        raise PydanticCustomError("distinct", "an entry stands twice")
+        raise PydanticCustomError("distinct", "an entry is there twice")
     return values
 
 
