@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
         settings, args.method, args.seed, args.student_name, args.student, args.coco, args.questions, args.out,
         args.teacher_cache, args.teacher, own_device(args.teacher_device), args.features,
     )  # fmt: skip
-    engine = start(settings.training, pick_device(args.device), args.out.parent / f"{args.out.name}.trackers")
+    engine = start(settings.training, pick_device(args.device), training.logs)
     try:
         with alone(args.out) if engine.main else nullcontext() as waited:
             # Whoever was waited for may have made this very run: a cluster's job whose Snakemake was killed, for one.

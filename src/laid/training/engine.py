@@ -84,6 +84,9 @@ def start(training: Training, device: str = "cpu", log_folder: str | os.PathLike
             project_dir=log_folder,
             **kind.plugins(),
         )
+    missing = set(training.trackers) - {str(tracker) for tracker in accelerator.log_with}
+    if missing:  # Accelerate would leave them out without a word
+        raise LaidError(f"training.trackers: {min(missing)} is not installed: pip install {min(missing)}")
     return kind(accelerator, getattr(torch, training.dtype))
 
 

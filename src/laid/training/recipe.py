@@ -73,6 +73,11 @@ class Run:
         return methods[self.method]
 
     @property
+    def logs(self) -> Path:
+        """Where trackers keep what they keep in files, beside `out`."""
+        return self.out.parent / f"{self.out.name}.trackers"
+
+    @property
     def from_teacher(self) -> list[str]:
         """The parts of eq. 8 that the teacher gives."""
         return [part for part in PARTS if part != "sft" and Objective.of(self.how).needs(part)]
@@ -94,7 +99,7 @@ def train(run: Run, engine: Engine | None = None) -> dict[str, Any]:
     a loss that is no number; SystemExit after a checkpoint where a signal stops it.
     """
     started = time.perf_counter()
-    engine = engine or start(run.settings.training)
+    engine = engine or start(run.settings.training, log_folder=run.logs)
     t, model = prepare(run, engine)
     s = run.settings.training
     checkpoint = Checkpoint(
@@ -275,9 +280,10 @@ def _stop_asked() -> Iterator[list[int]]:
 def _trackers(run: Run, engine: Engine) -> Iterator[None]:
     """training.trackers, through Accelerate, as long as the steps go on."""
     if run.settings.training.trackers:
-        engine.accelerator.init_trackers(
-            "laid", {"student": run.name, "method": run.method, "seed": run.seed}
-        )
+        about = {"student": run.name, "method": run.method, "seed": run.seed}
+        # One folder a run, and no DVC experiment of it: several runs go on at once, and none owns the repository.
+        dvclive = {"dir": str(run.logs / "dvclive"), "save_dvc_exp": False, "dvcyaml": None}
+        engine.accelerator.init_trackers("laid", about, {"dvclive": dvclive})
     try:
         yield
     finally:
