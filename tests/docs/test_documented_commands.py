@@ -73,6 +73,15 @@ def test_laid(words):
     files_exist(rest, "--config")
 
 
+@pytest.mark.parametrize("words", commands("accelerate"))
+def test_accelerate(words):
+    launcher, laid = words[: words.index("-m")], words[words.index("-m") + 1 :]
+    parser = pytest.importorskip("accelerate.commands.launch").launch_command_parser()
+    args = parser.parse_args([*launcher[1:], "laid"])
+    assert launcher[0] == "launch" and (ROOT / args.config_file).is_file()
+    test_laid(laid[1:])
+
+
 @pytest.mark.parametrize("words", commands("snakemake"))
 def test_snakemake(words):
     cli = pytest.importorskip("snakemake.cli")
