@@ -9,7 +9,7 @@ PYTHON ?=
 VENV := .venv
 BIN := $(VENV)/bin
 CORES ?= all
-# Processes that share the tests: two cores serve two. Each takes about 2 GB.
+# Processes that share the tests, a file on one of them: two cores serve two. Each takes about 2 GB.
 WORKERS ?= 2
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
@@ -38,7 +38,7 @@ readme: $(VENV)/.demo
 	@python tools/readme.py results/small
 
 test: $(VENV)/.dev
-	@OMP_NUM_THREADS=1 python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder $(PYTEST_ARGS)
+	@OMP_NUM_THREADS=1 python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev
 	ruff check .

@@ -68,17 +68,9 @@ MICRO = {
 }  # fmt: skip
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(config, items):
-    """For several workers (pytest-xdist, --dist loadgroup): a file stays on one of them, since its tests share what
-    they make; so do all real Snakemake, DVC and Slurm runs, which come first, being the longest."""
-    if config.pluginmanager.hasplugin("xdist"):
-        for item in items:
-            folder = item.path.parent
-            item.add_marker(
-                pytest.mark.xdist_group(folder.name if folder.name == "workflow" else item.path.name)
-            )
-        items.sort(key=lambda item: item.path.parent.name != "workflow")
+def pytest_collection_modifyitems(items):
+    """Real Snakemake, DVC and Slurm runs come first: being the longest, they are not what the last worker ends on."""
+    items.sort(key=lambda item: item.path.parent.name != "workflow")
 
 
 @pytest.fixture(scope="session")
