@@ -5,7 +5,7 @@ Every table, figure and claim is a query of these two: `Results.answers` and `Re
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -117,6 +117,12 @@ class Curves:
 
     def has(self, student: str, *methods: str) -> bool:
         return all((student, method) in self.curves for method in methods)
+
+    def pairs(self, method: str, against: str = "base") -> Iterator[tuple[str, list[Model]]]:
+        """(student, [under `method`, under `against`]) for every student that was measured under both."""
+        for student in self.students:
+            if self.has(student, method, against):
+                yield student, [(student, method), (student, against)]
 
     def common(self, *models: Model) -> list[int]:
         """The sizes that all the models have, ascending."""

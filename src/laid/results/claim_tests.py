@@ -220,10 +220,7 @@ def no_help(source: Curves, methods: Sequence[str], margin: float) -> Outcome:
 
 def short_biased(source: Curves, method: str) -> Outcome:
     found = []
-    for student in source.students:
-        if not source.has(student, method):
-            continue
-        keys = [(student, method), (student, "base")]
+    for student, keys in source.pairs(method):
         short, long = source.parts(*keys)
         gain = statement(source, f"{student} short gain", keys, short, _gain, unit="%")
         excess = partial(_excess_gain, edge=len(short))
@@ -236,20 +233,15 @@ def short_biased(source: Curves, method: str) -> Outcome:
 
 def gains(source: Curves, method: str) -> Outcome:
     found = []
-    for student in source.students:
-        if source.has(student, method):
-            keys = [(student, method), (student, "base")]
-            for name, sizes in zip(("short", "long"), source.parts(*keys), strict=True):
-                found.append(statement(source, f"{student} {name} gain", keys, sizes, _gain, unit="%"))
+    for student, keys in source.pairs(method):
+        for name, sizes in zip(("short", "long"), source.parts(*keys), strict=True):
+            found.append(statement(source, f"{student} {name} gain", keys, sizes, _gain, unit="%"))
     return conclude(source, found)
 
 
 def over_kd(source: Curves) -> Outcome:
     found, remarks = [], []
-    for student in source.students:
-        if not source.has(student, "laid", source.kd):
-            continue
-        keys = [(student, "laid"), (student, source.kd)]
+    for student, keys in source.pairs("laid", source.kd):
         short, long = source.parts(*keys)
         sizes = [size for size in short + long if size <= 100]  # those of Figure 3
         growth = partial(_growth, sizes=sizes)
@@ -280,10 +272,7 @@ def ablation_order(source: Curves) -> Outcome:
 
 def window_ratio(source: Curves, times: float) -> Outcome:
     found, remarks = [], []
-    for student in source.students:
-        if not source.has(student, "laid"):
-            continue
-        keys = [(student, "laid"), (student, "base")]
+    for student, keys in source.pairs("laid"):
         sizes = source.common(*keys)
         told = []
         for threshold in sorted({*THRESHOLDS, source.threshold}):
@@ -306,12 +295,10 @@ def window_ratio(source: Curves, times: float) -> Outcome:
 
 def kept(source: Curves, method: str, margin: float) -> Outcome:
     found = []
-    for student in source.students:
-        if source.has(student, method):
-            keys = [(student, method), (student, "base")]
-            size = source.common(*keys)[:1]
-            what = f"{student} {method} minus base at {size[0]} image{'s' if size[0] > 1 else ''}"
-            found.append(statement(source, what, keys, size, _points, bound=-margin))
+    for student, keys in source.pairs(method):
+        size = source.common(*keys)[:1]
+        what = f"{student} {method} minus base at {size[0]} image{'s' if size[0] > 1 else ''}"
+        found.append(statement(source, what, keys, size, _points, bound=-margin))
     return conclude(source, found)
 
 
