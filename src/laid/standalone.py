@@ -54,7 +54,9 @@ def distill(run: Run, held_out: str | Path | None = None, device: str = "cpu") -
         answers["teacher"] = _answers(run, "base", teacher, None, asked, device)
         answers["before"] = _answers(run, "base", run.student, None, asked, device)
     cache = _cache(run, device) if run.from_teacher else None
-    trained = train(replace(run, teacher=None, teacher_cache=cache), start(run.settings.training, device, run.logs))
+    trained = train(
+        replace(run, teacher=None, teacher_cache=cache), start(run.settings.training, device, run.logs)
+    )
     if asked:
         # Under the folder's own method: an adapter is merged, a checkpoint is loaded as it is.
         answers["after"] = _answers(run, run.method, run.student, out, asked, device)

@@ -48,7 +48,8 @@ def flat(value, before=()) -> list[list[str]]:
 def keys(text: str) -> list[list[str]]:
     """Dotted keys and `key: value` in inline code that start with a section or with a part of a method."""
     found = []
-    for span in re.findall(r"`([^`\n]+)`", FENCED.sub("", text)):
+    prose = re.sub(r"\[`[^`]+`\]\(", "(", FENCED.sub("", text))  # links name functions
+    for span in re.findall(r"`([^`\n]+)`", prose):
         head, colon, value = span.partition(": ")
         if colon and re.fullmatch(r"[a-z_.]+", head):
             paths = [head.split(".") + path for path in flat(yaml.safe_load(value) if "{" in value else None)]

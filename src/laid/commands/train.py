@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     config_argument(parser)
     parser.add_argument(
-        "--method", required=True, help="a trained method (methods in the configuration): sft, kd, laid ..."
+        "--method", required=True, help="a trained method of the configuration: sft, kd, laid ..."
     )
     parser.add_argument("--seed", type=seed, default=0, help="seed of data order, gaps and adapters")
     parser.add_argument("--student-name", required=True, help="name of the student (models.students)")
@@ -35,15 +35,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--teacher",
         metavar="CHECKPOINT",
-        help="instead: a teacher that answers as training goes, once per step and epoch, and keeps nothing on disk",
+        help="instead: a teacher that answers in every step and keeps nothing on disk",
     )
     parser.add_argument(
         "--teacher-device",
         metavar="DEVICE[,DEVICE ...]",
-        help="where --teacher computes: one device for all processes of this machine, or one for each; default: with the student",
+        help="device of --teacher: one for all processes of this machine, or one for each (default: the student's)",
     )
     parser.add_argument(
-        "--coco", type=Path, required=True, help="COCO root that the questions' paths start from"
+        "--coco", type=Path, required=True, help="COCO folder that the questions' image paths start from"
     )
     parser.add_argument("--questions", type=Path, required=True, help="training questions, VHs JSON")
     parser.add_argument("--out", type=Path, required=True, help="folder for model/, log.jsonl and run.json")

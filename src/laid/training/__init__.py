@@ -1,1 +1,1 @@
-"""The recipe: samples, the teacher (cached or online), the step, checkpoints, export."""
+"""The recipe: samples, the teacher (cached or online), the step, the processes, checkpoints, export."""

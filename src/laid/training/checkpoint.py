@@ -31,7 +31,7 @@ class State:
 
 
 class Checkpoint:
-    """One run's checkpoint folder. `key` names its configuration and inputs: another run's is not taken up.
+    """One run's checkpoint folder. `key` names its configuration and inputs: another run's is not used.
 
     The main process writes, all read (the folder must be on a file system that all see). minutes: between checkpoints; 0 is
     none.

@@ -66,7 +66,7 @@ class Data:
         self.lengths = [len(sample.prompt.ids) for sample in self.samples]
 
     def order(self, epoch: int, batch: int) -> list[list[int]]:
-        """An epoch's batches of `batch` samples, of like length each."""
+        """An epoch's batches of `batch` samples, of similar length each."""
         return batches_of(self.lengths, batch, [self.seed, 4, epoch])
 
     def inputs(self, indices: Sequence[int]) -> Batch:

@@ -93,10 +93,10 @@ class Run:
 
 
 def train(run: Run, engine: Engine | None = None) -> dict[str, Any]:
-    """Run (or go on with) a training, write its folder and return its record.
+    """Run a training, or resume it; write its folder and return its record.
 
     engine: this process among those of the run (None: a run of its own on the CPU). Raises LaidError for wrong inputs, and for
-    a loss that is no number; SystemExit after a checkpoint where a signal stops it.
+    a loss that is not a number; SystemExit, after a checkpoint, where a signal stops it.
     """
     started = time.perf_counter()
     engine = engine or start(run.settings.training, log_folder=run.logs)
@@ -292,7 +292,7 @@ def _trackers(run: Run, engine: Engine) -> Iterator[None]:
 
 
 def _key(run: Run) -> str:
-    """What makes this run this run: settings, inputs and seed, and not by how many processes it is done."""
+    """What identifies a run: settings, inputs and seed, but not the number of processes."""
     inputs = {name: provenance.fingerprint(Path(v)) for name, v in run.inputs().items() if Path(v).exists()}
     settings = slice_for("train", run.settings, method=run.method, student=run.name, seed=run.seed)
     return sha256_json({"settings": settings, "inputs": inputs, "seed": run.seed})

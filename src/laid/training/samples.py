@@ -77,7 +77,7 @@ def build_samples(
 
 
 def batches_of(lengths: Sequence[int], batch: int, seed: Sequence[int], group: int = 8) -> list[list[int]]:
-    """A shuffled order in batches of like length, so that padding wastes little.
+    """A shuffled order in batches of similar length, so that padding wastes little.
 
     Indices are shuffled, taken `group` batches at a time, sorted by length within that, and the batches
     shuffled. What does not fill a last batch is left out, whatever its length, so that every step weighs the

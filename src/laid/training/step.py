@@ -26,8 +26,8 @@ from laid.training.teacher import Teacher
 class Lesson:
     """A student and what it learns from.
 
-    student: the pass, wrapped by whatever lays it out over processes. gain: attached to it by hooks. to_fit: w of eq. 7 is yet
-    to be started at its least-squares mixture. every_weight: what joins processes waits for a gradient of every weight.
+    student: the pass, wrapped by whatever lays it out over processes. gain: attached to it by hooks. to_fit: w of eq. 7 has
+    yet to start at its least-squares mixture. every_weight: the wrapper waits for a gradient of every weight.
     """
 
     student: nn.Module

@@ -2,9 +2,9 @@
 
 Kept per question: the logits at the two answer positions, exact, and for chosen layers the keys of all tokens and the
 queries of all tokens, or of those after the last image (teacher_cache.queries), before rotation. In float8 each head of
-each token has a power of two of its own, so that what is read back is exact in bfloat16. What lies in the cache was computed at ordinary positions; gaps are opened for
-the student only. The cache is made of shards written whole, and an index written last: a killed pass goes on
-with the next shard.
+each token has a power of two of its own, so that what is read back is exact in
+bfloat16. The cache is computed at ordinary positions; gaps open for the student only. It is made of shards written
+whole, and an index written last: a killed pass goes on with the next shard.
 
 Opening a cache checks every shard's size, tensors and shapes, which costs a read of its header. Hashing all
 of it, which finds a changed byte too, costs a read of the whole: `TeacherCache.verify`.
