@@ -24,8 +24,16 @@ help:
 	@echo "make format  let ruff and snakefmt rewrite the sources"
 	@echo "make clean   remove results; make distclean: .venv and caches too"
 
+# The mark stays where `make demo` was killed, and nobody holds it where that one is dead: then Snakemake's lock goes too.
+MARK := .snakemake/demo
+
 demo: $(VENV)/.demo
-	@snakemake --cores $(CORES)
+	@mkdir -p .snakemake; killed=; [ ! -e $(MARK) ] || killed=yes; exec 9>$(MARK); \
+	if ! command -v flock >/dev/null; then killed=; \
+	elif ! flock -n 9; then echo "make demo is already at work in this folder" >&2; exit 1; fi; \
+	trap 'rm -f $(MARK)' EXIT; \
+	[ -z "$$killed" ] || snakemake --unlock --quiet all; \
+	snakemake --cores $(CORES) --rerun-incomplete
 	@laid tables
 
 report: $(VENV)/.demo

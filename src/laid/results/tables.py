@@ -189,8 +189,9 @@ def metrics(results: Results) -> dict[str, Any]:
 
 
 def write_metrics(results: Results, out: str | Path) -> None:
-    """Write metrics.json, and curves.csv with a row a size and a column a student and method, where they changed."""
+    """Write metrics.json, and curves.csv with a row a model ("small laid") and size, where they changed."""
     update(Path(out) / "metrics.json", dumps(metrics(results)) + "\n")
     curves = 100 * pd.DataFrame({" ".join(model): results.curves[model] for model in results.models})
-    text = curves.to_csv(index_label="images", float_format="%.2f", lineterminator="\n")
+    rows = curves.rename_axis("images").reset_index().melt("images", var_name="model", value_name="accuracy")
+    text = rows[["model", "images", "accuracy"]].to_csv(index=False, float_format="%.2f", lineterminator="\n")
     update(Path(out) / "curves.csv", text)
