@@ -167,7 +167,6 @@ def test_stages_cover_what_the_rules_make(overlay, tmp_path):
     [
         ("scale: small", "scale: smal l", "config.yaml, line 3: scale = 'smal l': must match"),
         ("results: results", "", "Could not find 'results'"),
-        ("[medium, small]", "[small]", "Could not find 'models.students.1'"),
         ("\ndata:", "\ndates:", "Parameters 'data' are missing from 'config.yaml'"),
         ("seed: 0", "sead: 0", "unknown key; did you mean 'seed'?"),
     ],

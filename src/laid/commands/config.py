@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out",
         type=Path,
         metavar="FILE",
-        help="write base and overlays as one file, merged and validated, without the defaults",
+        help="write base and overlays as one file, merged, validated and with the defaults",
     )
 
 
@@ -41,8 +41,8 @@ def run(args: argparse.Namespace) -> int:
     if base.is_file() and not base.stat().st_size:
         raise LaidError(f"{base}: is empty; to write over what is read, restore it and use --out {base}")
     values = load(args.config).model_dump()
-    if args.out:  # as written, so that a method that extends another still follows it
-        values = merged(args.config)
+    if args.out:  # methods as written, so that one that extends another still follows it
+        values["methods"] = merged(args.config).get("methods", {})
     text = dumps(values) + "\n" if args.json else yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     if args.out:
         write_text(args.out, text)
