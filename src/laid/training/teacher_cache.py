@@ -35,6 +35,7 @@ from laid.models.forward import collate
 from laid.models.loading import empty_model, load_model, source_of
 from laid.models.processing import Processor
 from laid.progress import Progress
+from laid.settings import Settings
 from laid.training.samples import Sample, build_samples
 from laid.training.teacher import teacher_outputs
 
@@ -105,7 +106,7 @@ def from_float8(values: torch.Tensor, exponents: torch.Tensor) -> torch.Tensor:
 
 
 def cache_size(
-    config: Mapping[str, Any],
+    settings: Settings,
     teacher: str | Path,
     coco_root: str | Path,
     questions: str | Path,
@@ -114,17 +115,17 @@ def cache_size(
     """What `build_cache` would write, in a line, without running or even loading the teacher's weights."""
     model = empty_model(teacher)
     features = ImageFeatures(model, Processor.load(teacher), lambda path: safe_join(coco_root, path))
-    order = config["evaluation"]["order_seed"]
+    order = settings.evaluation.order_seed
     samples = build_samples(read_questions(questions), features, order, labelled, ahead=False)
-    return _size_line(_kept(config, model), samples)
+    return _size_line(_kept(settings, model), samples)
 
 
-def _kept(config: Mapping[str, Any], model: torch.nn.Module) -> Kept:
-    settings, shape = config["teacher_cache"], geometry(model)
-    layers = layer_indices(settings["layers"], shape.layers) if settings["layers"] else ()
+def _kept(settings: Settings, model: torch.nn.Module) -> Kept:
+    asked, shape = settings.teacher_cache, geometry(model)
+    layers = layer_indices(asked.layers, shape.layers) if asked.layers else ()
     return Kept(
         layers, shape.heads, shape.kv_heads, shape.head_dim, model.config.get_text_config().vocab_size,
-        settings["dtype"], settings["queries"],
+        asked.dtype, asked.queries,
     )  # fmt: skip
 
 
@@ -145,7 +146,7 @@ def _size(count: int) -> str:
 
 
 def build_cache(
-    config: Mapping[str, Any],
+    settings: Settings,
     teacher: str | Path,
     coco_root: str | Path,
     questions: str | Path,
@@ -162,22 +163,22 @@ def build_cache(
     Raises LaidError for inputs that are missing or wrong.
     """
     record = provenance.collect(
-        "teacher_cache", config, {"teacher": source_of(teacher), "questions": questions}
+        "teacher_cache", settings, {"teacher": source_of(teacher), "questions": questions}
     )
     model = load_model(
-        teacher, getattr(torch, config["training"]["dtype"]), config["evaluation"]["attention"], device
+        teacher, getattr(torch, settings.training.dtype), settings.evaluation.attention, device
     )
     processor = Processor.load(teacher)
     features = ImageFeatures(
         model,
         processor,
         lambda path: safe_join(coco_root, path),
-        limit_bytes=int(config["evaluation"]["feature_cache_gb"] * 2**30),
+        limit_bytes=int(settings.evaluation.feature_cache_gb * 2**30),
         store=features_folder,
     )
-    order = config["evaluation"]["order_seed"]
+    order = settings.evaluation.order_seed
     samples = build_samples(read_questions(questions), features, order, labelled, ahead=False)
-    kept = _kept(config, model)
+    kept = _kept(settings, model)
     print(_size_line(kept, samples), flush=True)
     images = {path for sample in samples for path in sample.paths}
     key = sha256_json(
@@ -212,7 +213,7 @@ def build_cache(
                     features,
                     [samples[k] for k in part],
                     kept,
-                    config["evaluation"]["batch_tokens"],
+                    settings.evaluation.batch_tokens,
                 )
                 with atomic_path(file) as beside:
                     save_file(tensors, beside)
