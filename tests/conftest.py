@@ -128,9 +128,9 @@ def family(micro, coco_root, tmp_path_factory) -> dict[str, Path]:
 
     root = tmp_path_factory.mktemp("models")
     categories = load_coco(coco_root, "train2017").categories
-    processor = build_processor(categories, micro["family"]["image_pixels"])
-    for name, member in micro["family"]["members"].items():
-        model = build_model(build_config(processor, micro["family"], member), seed=len(name))
+    processor = build_processor(categories, micro.family.image_pixels)
+    for name, member in micro.family.members.items():
+        model = build_model(build_config(processor, micro.family, member), seed=len(name))
         generator = torch.Generator().manual_seed(len(name))
         with torch.no_grad():
             for key, parameter in model.named_parameters():
@@ -138,7 +138,7 @@ def family(micro, coco_root, tmp_path_factory) -> dict[str, Path]:
                     parameter.copy_(0.25 * torch.randn(parameter.shape, generator=generator))
         model.save_pretrained(root / name)
         processor.save(root / name)
-    return {name: root / name for name in micro["family"]["members"]}
+    return {name: root / name for name in micro.family.members}
 
 
 @pytest.fixture(scope="session")

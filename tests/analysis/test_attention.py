@@ -21,9 +21,7 @@ from laid.models.forward import collate, embed
 @pytest.fixture(scope="module")
 def asked(micro, family, haystacks, coco_root):
     """(analysis, asked questions of five images) of the untrained student."""
-    evaluator = Evaluator(
-        load_with_method(micro, "base", family["small"], None), coco_root, micro["evaluation"]
-    )
+    evaluator = Evaluator(load_with_method(micro, "base", family["small"], None), coco_root, micro.evaluation)
     questions = read_questions(haystack_file(haystacks / "test", 5))[:4]
     return attention.Analysis(evaluator), evaluator.ask(questions)
 

@@ -281,7 +281,7 @@ def test_real_coco_labels(shared, tmp_path):
                 assert abs(score["accuracy"][rule] - 0.5) < error, (name, rule)
     with pytest.raises(LaidError, match="size 210: .*209 distractors.*206 images"):
         build_haystacks(
-            with_settings(**{**config["haystacks"], "test": {"questions": 4, "sizes": [210]}}),
+            config.changed({"haystacks": {"test": {"questions": 4, "sizes": [210]}}}),
             root,
             tmp_path / "h",
         )

@@ -29,7 +29,7 @@ def questions(haystacks):
 
 
 def evaluator(loaded, coco_root, micro, **evaluation):
-    return Evaluator(loaded, coco_root, changed(micro, **evaluation)["evaluation"])
+    return Evaluator(loaded, coco_root, changed(micro, **evaluation).evaluation)
 
 
 def answers(*args, questions, **options):
@@ -64,7 +64,7 @@ def test_an_answer_is_what_the_library_model_says(loaded, coco_root, micro, ques
     """Pixels, ids and order put together anew for one question; p_yes from the library's own logits."""
     question = questions[-1]
     (answer,) = answers(loaded, coco_root, micro, questions=[question])
-    paths, needles = ordered_images(question, micro["evaluation"]["order_seed"])
+    paths, needles = ordered_images(question, micro.evaluation.order_seed)
     assert answer["needles"] == needles and [paths[k] for k in needles] == list(question.needles)
     pixels, grid = loaded.processor.pixels([coco_root / p for p in paths])
     ids = torch.from_numpy(loaded.processor.encoder.encode(question.text, [(1, 1)] * len(paths)).ids)[None]

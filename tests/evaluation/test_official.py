@@ -92,7 +92,7 @@ def test_one_file_says_its_own_size(official, micro_file, family, tmp_path):
 def test_prompt_and_order_of_the_official_runner(official, micro, family):
     """Its words, all images before them; its shuffle, but from a seed."""
     evaluator = Evaluator(
-        load_with_method(micro, "base", family["small"], None), official / "coco", micro["evaluation"]
+        load_with_method(micro, "base", family["small"], None), official / "coco", micro.evaluation
     )
     for file in (official / SINGLE / "visual_haystack_10.json", official / MULTI / "visual_haystack_5.json"):
         entry = json.loads(file.read_text())[0]

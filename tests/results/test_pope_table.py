@@ -193,9 +193,7 @@ def test_the_prompt_is_popes_own_in_its_words(asked, coco_root, micro, family):
 
     coco = load_coco(coco_root, "val2017")
     polled = poll(coco.labels, coco.categories, images=10, objects=2, seed=0)
-    evaluator = Evaluator(
-        load_with_method(micro, "base", family["small"], None), coco_root, micro["evaluation"]
-    )
+    evaluator = Evaluator(load_with_method(micro, "base", family["small"], None), coco_root, micro.evaluation)
     decode = evaluator.processor.tokenizer.decode
     for wording, before in (
         ("pope", "<|vision_end|>Is there "),

@@ -124,8 +124,8 @@ def test_the_paper_inherits_no_value_of_the_small_scale(tmp_path):
 def test_overlay_merges_deeply_and_replaces_lists(tmp_path):
     over = write(tmp_path, "haystacks: {test: {sizes: [1, 5]}}\nseeds: 3\n")
     merged, base = load([BASE, over]), load([BASE])
-    assert merged["haystacks"]["test"] == {**base["haystacks"]["test"], "sizes": [1, 5]}
-    assert merged["haystacks"]["train"] == base["haystacks"]["train"] and merged["seeds"] == 3
+    assert merged.haystacks.test == base.haystacks.test.changed({"sizes": [1, 5]})
+    assert merged.haystacks.train == base.haystacks.train and merged.seeds == 3
 
 
 def test_empty_overlay_changes_nothing(tmp_path):
@@ -200,7 +200,7 @@ def test_slices_name_keys_that_exist():
 
 
 def wildcards_for(step, full):
-    member = full["models"]["students"][0]
+    member = full.models.students[0]
     return {"member": member, "student": member, "method": "laid", "seed": 0, "size": 5}
 
 
@@ -293,9 +293,9 @@ def test_resolved_file_is_named_by_content_and_loads_to_the_same(tmp_path):
 def test_config_verb_prints_what_load_gives(capsys, tmp_path):
     over = write(tmp_path, "seeds: 4\n")
     assert main(["config", "--json", "--config", str(BASE), str(over)]) == 0
-    assert json.loads(capsys.readouterr().out) == load([BASE, over])
+    assert json.loads(capsys.readouterr().out) == load([BASE, over]).model_dump()
     assert main(["config", "--config", str(BASE), str(over)]) == 0
-    assert yaml.safe_load(capsys.readouterr().out) == load([BASE, over])
+    assert yaml.safe_load(capsys.readouterr().out) == load([BASE, over]).model_dump()
     assert main(["config", "--config", str(tmp_path / "none.yaml")]) == 2
     assert capsys.readouterr().err.startswith("laid config: error: ")
 
@@ -308,7 +308,7 @@ def test_one_file_can_stand_for_base_and_overlay(name, tmp_path):
     assert load([own]) == load([BASE, TOP / "configs" / name])
     # What extends another method still follows it.
     other = load([own, write(tmp_path, "methods: {laid: {lambda_laid: 0.7}}\n")])
-    assert other["methods"]["laid_wo_kl"]["lambda_laid"] == 0.7
+    assert other.methods["laid_wo_kl"].lambda_laid == 0.7
 
 
 def test_a_configuration_redirected_onto_itself_is_said(capsys, tmp_path):

@@ -21,12 +21,12 @@ def coco(coco_root):
 
 @pytest.fixture(scope="module")
 def processor(coco, micro):
-    return build_processor(coco.categories, micro["family"]["image_pixels"])
+    return build_processor(coco.categories, micro.family.image_pixels)
 
 
 @pytest.fixture(scope="module")
 def model(processor, micro):
-    model = build_model(build_config(processor, micro["family"], micro["family"]["members"]["small"]), 5)
+    model = build_model(build_config(processor, micro.family, micro.family.members["small"]), 5)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

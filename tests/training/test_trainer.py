@@ -20,16 +20,16 @@ def test_a_run_trains_and_leaves_its_folder(runs, micro, method):
     assert (run.logits - run.before).abs().max() > 1e-2
     assert {p.name for p in run.out.iterdir()} == {"model", "log.jsonl", "run.json", "learned.json"}
     assert {p.name for p in run.out.parent.iterdir()} == {"seed0", "seed0.cost.json"}
-    lambdas = {part: micro["methods"][method][f"lambda_{part}"] for part in ("sft", "kl", "laid", "rows")}
+    lambdas = {
+        part: getattr(micro.methods[method], f"lambda_{part}") for part in ("sft", "kl", "laid", "rows")
+    }
     for line in run.log:
         parts = {part for part in lambdas if f"loss_{part}" in line}
         assert parts == {part for part, weight in lambdas.items() if weight > 0}
         assert line["loss"] == pytest.approx(sum(lambdas[p] * line[f"loss_{p}"] for p in parts), abs=1e-5)
         assert all(line[f"lambda_{p}"] == lambdas[p] for p in parts) and line["grad_norm"] > 0
     assert [line["step"] for line in run.log] == [1, 2, 3, 4, 5, 6]
-    assert (
-        run.log[0]["lr"] == micro["methods"][method]["lr"] > run.log[-1]["lr"]
-    )  # one step of warm-up, then down
+    assert run.log[0]["lr"] == micro.methods[method].lr > run.log[-1]["lr"]  # one step of warm-up, then down
 
 
 @pytest.mark.parametrize("method", ["sft", "kd", "laid_wo_laid"])
@@ -100,8 +100,8 @@ def test_what_was_learned_is_written(runs):
 
 
 def test_gain_and_adapter_together_export_what_was_trained(micro, start, family, tmp_path):
-    gain = {**micro["methods"]["laid"]["gain"], "length_aware": False}
-    config = changed(micro, None, "laid", lora=micro["methods"]["sft"]["lora"], gain=gain)
+    lora = micro.methods["sft"].lora
+    config = changed(micro, None, "laid", lora=lora, gain={"length_aware": False})
     run = Finished(start(config, "laid", tmp_path / "seed0"))
     assert any("lora_" in name for name in run.weights) and run.log[-1]["gain_max"] != 1.0
     with torch.no_grad():

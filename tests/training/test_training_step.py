@@ -19,8 +19,6 @@ from trainer_runs import CLOSE, Ready, changed
     ],
 )
 def test_accumulation_is_one_large_batch(micro, start, tmp_path, method, settings):
-    full = micro["methods"][method]["alignment"]
-    settings = {k: {**full, **v} for k, v in settings.items()}
     found = []
     for size in (8, 4, 1):
         run = Ready(
@@ -96,7 +94,7 @@ def test_the_first_losses_by_hand(micro, start, tmp_path):
     piece = run.data.piece(indices, 0, 6)
     assert torch.equal(piece.inputs.positions, piece.tokens.plain)  # no gaps in KD
     expected, kl = [], []
-    tau = micro["methods"]["kd"]["temperature"]
+    tau = micro.methods["kd"].temperature
     with torch.no_grad():
         for row, k in enumerate(indices):
             sample = run.data.samples[k]
@@ -118,7 +116,7 @@ def test_the_first_losses_by_hand(micro, start, tmp_path):
 
 def test_gaps_grow_with_progress_and_keep_images_whole(micro, start, tmp_path):
     run = Ready(start(micro, "laid", tmp_path / "seed0"))
-    reach = micro["methods"]["laid"]["gaps"]["reach"]
+    reach = micro.methods["laid"].gaps.reach
     spans = []
     for step in (0, 2, 5):
         piece, again = (run.data.piece(list(range(8)), step, 6) for _ in range(2))

@@ -27,6 +27,7 @@ from laid.models.decoder import geometry, text_model
 from laid.models.forward import collate, hidden_states
 from laid.models.loading import source_of
 from laid.progress import Progress
+from laid.settings import Settings
 
 FORMAT = "laid-analysis/1"
 ROWS = ("anchor", "target", "answer")
@@ -179,7 +180,7 @@ def positions_per_image(asked: Sequence[Asked]) -> tuple[float, float]:
 
 
 def analyse(
-    config: Mapping[str, Any],
+    config: Settings,
     student: str,
     model: str | Path,
     runs: Mapping[str, str | Path | None],
@@ -192,13 +193,13 @@ def analyse(
     runs: method -> its run folder, None for a method without training. questions: folder of the test files.
     Images are seen once for all methods whose vision tower is the same.
     """
-    sizes = sorted(config["haystacks"]["test"]["sizes"])
-    settings = config["analysis"]
+    sizes = sorted(config.haystacks.test.sizes)
+    settings = config.analysis
     files = {size: haystack_file(questions, size) for size in sizes}
     entries: dict[int, list[Question]] = {
-        size: read_questions(file)[: settings["questions"]] for size, file in files.items()
+        size: read_questions(file)[: settings.questions] for size, file in files.items()
     }
-    middle = min(sizes, key=lambda size: (abs(size - settings["spectrum_size"]), size))
+    middle = min(sizes, key=lambda size: (abs(size - settings.spectrum_size), size))
     methods: dict[str, Any] = {}
     inputs: dict[str, Any] = {
         "model": source_of(model),
@@ -208,7 +209,7 @@ def analyse(
     with Progress(len(runs) * len(sizes), f"analyse {student}", unit="sizes") as bar:
         for method, run in runs.items():
             loaded = load_with_method(config, method, model, run, device)
-            evaluator = Evaluator(loaded, coco_root, config["evaluation"], f"{student} {method}")
+            evaluator = Evaluator(loaded, coco_root, config.evaluation, f"{student} {method}")
             if shared is not None and same_vision(shared.model, loaded.model):
                 evaluator.features = shared.features
             shared = shared or evaluator
@@ -219,7 +220,7 @@ def analyse(
                 by_size.append(analysis.needles(asked))
                 if size == middle:
                     text, per_image = positions_per_image(asked)
-                    cut = text + per_image * config["haystacks"]["train"]["max_size"]
+                    cut = text + per_image * config.haystacks.train.max_size
                     found, agreement = analysis.coefficients(asked)
                 bar.update(1)
             methods[method] = {
@@ -232,7 +233,7 @@ def analyse(
     return {
         "format": FORMAT,
         "student": student,
-        "role": "teacher" if student == config["models"]["teacher"] else "student",
+        "role": "teacher" if student == config.models.teacher else "student",
         "sizes": sizes,
         "questions": {str(size): len(entries[size]) for size in sizes},
         "rows": list(ROWS),

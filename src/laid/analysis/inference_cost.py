@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from laid.evaluation.evaluate import Evaluator
 from laid.methods.registry import load_with_method
 from laid.models.forward import collate, generate
 from laid.models.loading import parameters, source_of
+from laid.settings import Settings
 
 FORMAT = "laid-inference-cost/1"
 NEW_TOKENS, NO_TOKEN = 4, -1  # nothing stops an answer early
@@ -68,7 +69,7 @@ def ratio_interval(seconds: np.ndarray, resamples: int = 2000) -> tuple[float, f
 
 @torch.inference_mode()
 def measure(
-    config: Mapping[str, Any],
+    config: Settings,
     student: str,
     method: str,
     model: str | Path,
@@ -90,7 +91,7 @@ def measure(
         question = read_questions(haystack_file(questions, size))[0]
         works = []
         for one in loaded:
-            evaluator = Evaluator(one, coco_root, config["evaluation"])
+            evaluator = Evaluator(one, coco_root, config.evaluation)
             (asked,) = evaluator.ask([question])
             inputs = collate([asked.prompt], evaluator.features.get(asked.paths)).to(device)
             works.append(lambda one=one, inputs=inputs: generate(one.model, inputs, NEW_TOKENS, [NO_TOKEN]))

@@ -30,6 +30,7 @@ from laid.methods.registry import load_with_method
 from laid.models.loading import source_of
 from laid.models.prompts import EncodedPrompt
 from laid.progress import Progress
+from laid.settings import Settings
 
 FORMAT = "laid-why/1"
 CONDITIONS = ("ordinary", "stretched", "packed")
@@ -70,7 +71,7 @@ def packed(prompt: EncodedPrompt, slots: int) -> EncodedPrompt:
 
 
 def measure(
-    config: Mapping[str, Any],
+    config: Settings,
     student: str,
     model: str | Path,
     runs: Mapping[str, str | Path | None],
@@ -83,16 +84,16 @@ def measure(
     runs: method -> run folder, None for a method without training. Sizes are the test sizes from beyond.few on.
     Raises LaidError when there is no test file of beyond.few images, or none that is larger.
     """
-    settings = config["beyond"]
-    few = settings["few"]
-    sizes = sorted(size for size in config["haystacks"]["test"]["sizes"] if size >= few)
+    settings = config.beyond
+    few = settings.few
+    sizes = sorted(size for size in config.haystacks.test.sizes if size >= few)
     if few not in sizes or len(sizes) < 2:
         raise LaidError(
             f"beyond.few is {few}: it must be a test size with a larger one (haystacks.test.sizes"
-            f" {config['haystacks']['test']['sizes']})"
+            f" {config.haystacks.test.sizes})"
         )
     files = {size: haystack_file(questions, size) for size in sizes}
-    entries = {size: read_questions(file)[: settings["questions"]] for size, file in files.items()}
+    entries = {size: read_questions(file)[: settings.questions] for size, file in files.items()}
     methods: dict[str, Any] = {}
     inputs: dict[str, Any] = {
         "model": source_of(model),
@@ -102,7 +103,7 @@ def measure(
     with Progress(len(runs) * len(sizes) * len(CONDITIONS), f"why {student}", unit="conditions") as bar:
         for method, run in runs.items():
             loaded = load_with_method(config, method, model, run, device)
-            evaluator = Evaluator(loaded, coco_root, config["evaluation"], f"{student} {method}")
+            evaluator = Evaluator(loaded, coco_root, config.evaluation, f"{student} {method}")
             if features is not None and same_vision(features.model, loaded.model):
                 evaluator.features = features
             features = features or evaluator.features
@@ -127,7 +128,7 @@ def measure(
     return {
         "format": FORMAT,
         "student": student,
-        "role": "teacher" if student == config["models"]["teacher"] else "student",
+        "role": "teacher" if student == config.models.teacher else "student",
         "few": few,
         "sizes": sizes,
         "methods": methods,

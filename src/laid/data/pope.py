@@ -148,7 +148,7 @@ def build_pope(config: Settings, coco_root: str | Path, out: str | Path) -> dict
     polled = poll(
         coco.labels,
         coco.categories,
-        **{key: settings[key] for key in ("images", "objects", "seed")},
+        **settings.model_dump(include={"images", "objects", "seed"}),
     )
     found = {strategy: questions_of(polled, strategy, settings.wording) for strategy in STRATEGIES}
     with atomic_path(out) as folder:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ from laid.models.forward import collate, generate, last_logits
 from laid.models.loading import parameter_label, parameters, source_of
 from laid.models.prompts import OFFICIAL_PROMPT, EncodedPrompt
 from laid.progress import Progress
+from laid.settings import Settings
+from laid.settings.measuring import Evaluation
 
 
 @dataclass
@@ -103,7 +105,7 @@ class Evaluator:
         self,
         loaded: Loaded,
         coco_root: str | Path,
-        settings: Mapping[str, Any],
+        settings: Evaluation,
         label: str = "evaluate",
         features_folder: str | Path | None = None,
     ):
@@ -117,17 +119,17 @@ class Evaluator:
             self.model,
             self.processor,
             lambda path: safe_join(coco_root, path),
-            limit_bytes=int(settings["feature_cache_gb"] * 2**30),
+            limit_bytes=int(settings.feature_cache_gb * 2**30),
             store=features_folder,
         )
         self.device = next(self.model.parameters()).device
-        self.by_logits = settings["scoring"] == "logits"
+        self.by_logits = settings.scoring == "logits"
         if self.by_logits:
             self.yes, self.no = answer_tokens(self.processor.tokenizer)
 
     def ask(self, questions: Sequence[Question]) -> list[Asked]:
         """Order the images, compute their features ahead as far as memory allows, encode the prompts."""
-        ordered = [ordered_images(q, self.settings["order_seed"]) for q in questions]
+        ordered = [ordered_images(q, self.settings.order_seed) for q in questions]
         label = None if self.features.computed else f"{self.label}: images"
         self.features.prepare((p for paths, _ in ordered for p in paths), label)
         encode = self.processor.encoder.encode
@@ -170,13 +172,13 @@ class Evaluator:
         return [answers[k] for k in range(len(asked))]
 
     def _say(self, inputs, spoken: Callable[[str], str]) -> list[tuple[str, float | None]]:
-        chunk = self.settings["chunk_tokens"]
+        chunk = self.settings.chunk_tokens
         if self.by_logits:
             chances = probability_yes(last_logits(self.model, inputs, chunk), self.yes, self.no)
             return [("yes" if p > 0.5 else "no", round(p, 6)) for p in chances.tolist()]
         tokenizer = self.processor.tokenizer
         stops = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")} - {None}
-        said = generate(self.model, inputs, self.settings["max_new_tokens"], sorted(stops), chunk)
+        said = generate(self.model, inputs, self.settings.max_new_tokens, sorted(stops), chunk)
         return [(spoken(tokenizer.decode(ids, skip_special_tokens=True)), None) for ids in said]
 
     def _batches(self, asked: Sequence[Asked]) -> Iterator[list[int]]:
@@ -185,7 +187,7 @@ class Evaluator:
         batch: list[int] = []
         for k in order:
             length = len(asked[k].prompt.ids)
-            full = (len(batch) + 1) * length > self.settings["batch_tokens"]
+            full = (len(batch) + 1) * length > self.settings.batch_tokens
             mixed = batch and not self.by_logits and length != len(asked[batch[0]].prompt.ids)
             if batch and (full or mixed):
                 yield batch
@@ -196,7 +198,7 @@ class Evaluator:
 
 
 def evaluate_cells(
-    config: Mapping[str, Any],
+    config: Settings,
     student: str,
     method: str,
     model: str | Path,
@@ -227,8 +229,8 @@ def evaluate_cells(
     label = None
     for run, seed in [(run, seed_of(run)) for run in runs] or [(None, 0)]:
         loaded = load_with_method(config, method, model, run, device)
-        label = config["models"]["labels"].get(student) or parameter_label(parameters(loaded.model))
-        evaluator = Evaluator(loaded, coco_root, config["evaluation"], f"{student} {method}", features_folder)
+        label = config.models.labels.get(student) or parameter_label(parameters(loaded.model))
+        evaluator = Evaluator(loaded, coco_root, config.evaluation, f"{student} {method}", features_folder)
         total = sum(len(part.questions) for part in sets)
         with Progress(total, f"{student} {method}: seed {seed}", unit="questions") as bar:
             for at in sorted(range(len(sets)), key=lambda k: sets[k].size):
@@ -255,10 +257,10 @@ def evaluate_cells(
             **{f"run_seed{seed_of(run)}": Path(run) / "model" for run in runs},
         }
         cell = make_cell(
-            scale=config["scale"],
+            scale=config.scale,
             student=student,
             label=label,
-            role="teacher" if student == config["models"]["teacher"] else "student",
+            role="teacher" if student == config.models.teacher else "student",
             method=method,
             size=part.size,
             answers=answers[at],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +23,7 @@ from laid.plan.shapes import member_config, meta_model
 from laid.plan.steps import reading, teacher_pass, training_step
 from laid.plan.tokens import lengths_of
 from laid.plan.vision import BATCH, image_flops, pass_bytes, tower
-from laid.settings import TrainedMethod, plain
+from laid.settings import Settings, TrainedMethod, plain
 from laid.settings.training import Training
 from laid.training.teacher_cache import Kept
 
@@ -85,26 +85,26 @@ class Estimator:
     configs: a folder of config.json files that go before everything else (laid.plan.shapes.member_config).
     """
 
-    def __init__(self, config: Mapping[str, Any], configs: str | Path | None = None):
+    def __init__(self, config: Settings, configs: str | Path | None = None):
         if configs is not None and not Path(configs).is_dir():
             raise LaidError(
                 f"--configs {configs}: no such folder (expected DIR/<member>/config.json, or <checkpoint's name>/)"
             )
-        names = [config["models"]["teacher"], *config["models"]["students"]]
+        names = [config.models.teacher, *config.models.students]
         self.members = {name: Member(*member_config(config, name, configs)) for name in names}
         self.rehearsed: dict[str, Any] = {}
         self._set(config)
 
-    def under(self, config: Mapping[str, Any]) -> Estimator:
+    def under(self, config: Settings) -> Estimator:
         """The same members under another configuration."""
         other = object.__new__(Estimator)
         other.members, other.rehearsed = self.members, self.rehearsed
         other._set(config)
         return other
 
-    def _set(self, config: Mapping[str, Any]) -> None:
+    def _set(self, config: Settings) -> None:
         self.config, self.lengths = config, lengths_of(config)
-        self.attention = config["evaluation"]["attention"]
+        self.attention = config.evaluation.attention
 
     # ---------------------------------------------------------------- the jobs
 
@@ -113,11 +113,11 @@ class Estimator:
 
         The curriculum begins with smaller ones, so that FLOPs are an upper bound; the vision tower's phase is left out.
         """
-        family, member = self.config["family"], self.members[name]
-        about, given = family["members"][name], family["pretrain"]
-        batch = given["batch"]
-        longest, visual = self.lengths.longest(about["window"])
-        longest += 16 * given["targets"]  # that many questions share a haystack
+        family, member = self.config.family, self.members[name]
+        about, given = family.members[name], family.pretrain
+        batch = given.batch
+        longest, visual = self.lengths.longest(about.window)
+        longest += 16 * given.targets  # that many questions share a haystack
         settings = Training(per_device_batch=batch, batch_size=batch)
         cost = self._once(
             ["pretrain", name, batch],
@@ -125,98 +125,96 @@ class Estimator:
         )  # fmt: skip
         need = Need(member.parameters, "float32", longest, cost.trained)
         need.memory += cost.peak
-        need.tokens = about["steps"] * batch * longest
-        need.flops, need.disk = about["steps"] * cost.flops, member.parameters * 4
+        need.tokens = about.steps * batch * longest
+        need.flops, need.disk = about.steps * cost.flops, member.parameters * 4
         return need
 
     def teacher_cache(self, kind: str) -> Need:
         """The teacher's pass over the questions of a kind: "train" or "long"."""
-        c, settings, asked = self.config, self.config["teacher_cache"], self.config["haystacks"][kind]
-        name, dtype = c["models"]["teacher"], c["training"]["dtype"]
-        member, layers = self.members[name], tuple(settings["layers"])
-        longest, visual = self.lengths.longest(asked["max_size"])
+        c, settings, asked = self.config, self.config.teacher_cache, getattr(self.config.haystacks, kind)
+        name, dtype = c.models.teacher, c.training.dtype
+        member, layers = self.members[name], tuple(settings.layers)
+        longest, visual = self.lengths.longest(asked.max_size)
         longest += 1  # the answer is part of a sample
-        batch = max(1, min(asked["questions"], c["evaluation"]["batch_tokens"] // longest))
+        batch = max(1, min(asked.questions, c.evaluation.batch_tokens // longest))
         cost = self._once(
             name, teacher_pass, member.config, layers, dtype, batch, longest, visual, self.attention
         )
         need = Need(member.parameters, dtype, longest)
-        sizes = range(asked["min_size"], asked["max_size"] + 1)
+        sizes = range(asked.min_size, asked.max_size + 1)
         need.memory += cost.peak
-        self._prompts(
-            need, cost, batch, longest, [(n, asked["questions"] / len(sizes)) for n in sizes], extra=1
-        )
-        self._images(need, member, "train", asked["questions"] * _mean(sizes), BATCH)
+        self._prompts(need, cost, batch, longest, [(n, asked.questions / len(sizes)) for n in sizes], extra=1)
+        self._images(need, member, "train", asked.questions * _mean(sizes), BATCH)
         shape = geometry(member.config)
         kept = Kept(
-            tuple(set(layers)), shape.heads, shape.kv_heads, shape.head_dim, member.words, settings["dtype"]
+            tuple(set(layers)), shape.heads, shape.kv_heads, shape.head_dim, member.words, settings.dtype
         )
         # Queries of all tokens: more than is kept where teacher_cache.queries is question.
         width = kept.token_bytes(shape.heads + shape.kv_heads)
-        need.disk = need.tokens * width + asked["questions"] * 2 * member.words * 4
+        need.disk = need.tokens * width + asked.questions * 2 * member.words * 4
         return need
 
     def train(self, student: str, method: str) -> Need:
         """One training run of a student."""
-        c, m, member = self.config, self.config["methods"][method], self.members[student]
-        teacher, settings = self.members[c["models"]["teacher"]], c["training"]
-        asked, objective = c["haystacks"][m["questions"]], Objective.of(m)
+        c, m, member = self.config, self.config.methods[method], self.members[student]
+        teacher, settings = self.members[c.models.teacher], c.training
+        asked, objective = getattr(c.haystacks, m.questions), Objective.of(m)
         batch = min(settings.per_device_batch, settings.batch_size)
         settings = settings.changed({"per_device_batch": batch})
-        longest, visual = self.lengths.longest(asked["max_size"])
+        longest, visual = self.lengths.longest(asked.max_size)
         longest += 1
-        alike = [m["lora"], m["gain"], m["alignment"]]
+        alike = [m.lora, m.gain, m.alignment]
         alike = [*plain(alike), [p for p in PARTS if objective.needs(p)]]
-        devices = max(1, c["resources"]["train"]["gpu"])
-        sharded = devices > 1 and settings["parallel"] != "ddp"
+        devices = max(1, c.resources.train.gpu)
+        sharded = devices > 1 and settings.parallel != "ddp"
         cost = self._once(
-            [student, alike, {k: settings[k] for k in CHECKPOINTING}],
+            [student, alike, settings.model_dump(include=set(CHECKPOINTING))],
             training_step, member.config, teacher.config, m, settings, longest, visual, self.attention, sharded,
-            asked["max_size"],
+            asked.max_size,
         )  # fmt: skip
-        steps = round((m["epochs"] or settings["epochs"]) * (asked["questions"] // settings["batch_size"]))
-        samples = max(1, steps) * settings["batch_size"]
-        need = Need(member.parameters, settings["dtype"], longest, cost.trained)
+        steps = round((m.epochs or settings.epochs) * (asked.questions // settings.batch_size))
+        samples = max(1, steps) * settings.batch_size
+        need = Need(member.parameters, settings.dtype, longest, cost.trained)
         need.devices = devices
-        sizes = range(asked["min_size"], asked["max_size"] + 1)
+        sizes = range(asked.min_size, asked.max_size + 1)
         need.memory += cost.peak
         self._prompts(need, cost, batch, longest, [(n, samples / len(sizes)) for n in sizes], extra=1)
         seen = samples * _mean(sizes)
-        if settings["train_vision"]:  # in the step, forward and backward; the memory is the rehearsed step's
-            passes = 4 if settings["gradient_checkpointing"] else 3
+        if settings.train_vision:  # in the step, forward and backward; the memory is the rehearsed step's
+            passes = 4 if settings.gradient_checkpointing else 3
             need.flops += seen * passes * image_flops(member.model, self.lengths.visual)
         else:
-            self._images(need, member, "train", seen, min(BATCH, batch * asked["max_size"]))
+            self._images(need, member, "train", seen, min(BATCH, batch * asked.max_size))
         if sharded:
-            shard(need, member, m["lora"] is not None, settings["train_vision"])
-        written = need.trained if m["lora"] else member.parameters
+            shard(need, member, m.lora is not None, settings.train_vision)
+        written = need.trained if m.lora else member.parameters
         # Weights and the optimiser's two moments.
-        kept = 3 * need.trained if settings["checkpoint_minutes"] else 0
-        need.disk = written * _size(settings["dtype"]) + kept * 4
+        kept = 3 * need.trained if settings.checkpoint_minutes else 0
+        need.disk = written * _size(settings.dtype) + kept * 4
         return need
 
     def evaluate(self, student: str, method: str, sizes: Iterable[int]) -> Need:
         """One evaluation job: a student under a method at these sizes, one seed."""
-        e, asked, member = self.config["evaluation"], self.config["haystacks"]["test"], self.members[student]
-        need, worst, draws = Need(member.parameters, e["dtype"]), Counter(), 0
-        keep = e["scoring"] == "generate"
+        e, asked, member = self.config.evaluation, self.config.haystacks.test, self.members[student]
+        need, worst, draws = Need(member.parameters, e.dtype), Counter(), 0
+        keep = e.scoring == "generate"
         for images in sizes:
             longest, visual = self.lengths.longest(images)
-            batch = max(1, min(asked["questions"], e["batch_tokens"] // longest))
+            batch = max(1, min(asked.questions, e.batch_tokens // longest))
             cost = self._once(
-                student, reading, member.config, e["dtype"], batch, longest, visual, e["chunk_tokens"], keep,
+                student, reading, member.config, e.dtype, batch, longest, visual, e.chunk_tokens, keep,
                 self.attention,
             )  # fmt: skip
             need.longest = max(need.longest, longest)
-            self._prompts(need, cost, batch, longest, [(images, asked["questions"])])
+            self._prompts(need, cost, batch, longest, [(images, asked.questions)])
             worst = max(worst, cost.peak, key=_total)
-            draws += images * asked["questions"]
+            draws += images * asked.questions
         need.memory += worst
         if method == "self_extend":
             heads = geometry(member.config).heads
             need.memory["activations"] += min(SCORES, 24 * heads * batch * longest**2)
         self._images(need, member, "test", draws, BATCH)
-        need.disk = ANSWER_BYTES * asked["questions"] * len(list(sizes))
+        need.disk = ANSWER_BYTES * asked.questions * len(list(sizes))
         return need
 
     # ---------------------------------------------------------------- what they have in common
@@ -257,7 +255,7 @@ class Estimator:
         visual, size = self.lengths.visual, _size(need.dtype)
         distinct = self.lengths.distinct(pool, draws)
         each = visual * member.hidden * size
-        kept = min(distinct, self.config["evaluation"]["feature_cache_gb"] * GIB / each)
+        kept = min(distinct, self.config.evaluation.feature_cache_gb * GIB / each)
         passes = distinct if kept >= distinct else kept + draws * (1 - kept / distinct)
         need.flops += passes * image_flops(member.model, visual)
         # The tower runs before the language model does: what stands then is there, what the other pass makes is not.

@@ -253,8 +253,8 @@ class Pretraining:
         self.model.eval()
         if curriculum.largest < self.member.window:
             raise LaidError(
-                f"{self.name}: the curriculum stopped at {int(curriculum.largest)} of {self.member['window']} images"
-                f" after {steps} steps (running accuracy {curriculum.accuracy:.3f}, threshold {s['threshold']}):"
+                f"{self.name}: the curriculum stopped at {int(curriculum.largest)} of {self.member.window} images"
+                f" after {steps} steps (running accuracy {curriculum.accuracy:.3f}, threshold {s.threshold}):"
                 " give it more steps or another seed (family.members)"
             )
 
