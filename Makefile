@@ -24,7 +24,7 @@ help:
 	@echo "make format  let ruff and snakefmt rewrite the sources"
 	@echo "make clean   remove results; make distclean: .venv and caches too"
 
-# The mark stays where `make demo` was killed, and nobody holds it where that one is dead: then Snakemake's lock goes too.
+# A `make demo` that is killed leaves its mark, which nobody then holds: the next one removes Snakemake's lock too.
 MARK := .snakemake/demo
 
 demo: $(VENV)/.demo
