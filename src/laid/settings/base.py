@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any, Self, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -47,43 +47,6 @@ class Section(BaseModel):
     def changed(self, values: Mapping[str, Any]) -> Self:
         """A validated copy with `values` laid over it, key by key and at any depth."""
         return type(self).model_validate(merge(self.model_dump(), values))
-
-    # Code that still reads a section as a mapping goes through what follows; it goes when the last of it has gone.
-
-    def __getitem__(self, key: str) -> Any:
-        if key not in type(self).model_fields:
-            raise KeyError(key)
-        return getattr(self, key)
-
-    def __contains__(self, key: object) -> bool:
-        return key in type(self).model_fields
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(type(self).model_fields)
-
-    def __len__(self) -> int:
-        return len(type(self).model_fields)
-
-    def __eq__(self, other: object) -> bool:
-        return self.model_dump() == (other.model_dump() if isinstance(other, Section) else other)
-
-    def __or__(self, other: Mapping[str, Any]) -> dict[str, Any]:
-        return {**self.model_dump(), **other}
-
-    def get(self, key: str, default: Any = None) -> Any:
-        return getattr(self, key) if key in self else default
-
-    def keys(self) -> list[str]:
-        return list(type(self).model_fields)
-
-    def values(self) -> list[Any]:
-        return [getattr(self, key) for key in self]
-
-    def items(self) -> list[tuple[str, Any]]:
-        return [(key, getattr(self, key)) for key in self]
-
-
-Mapping.register(Section)
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
