@@ -15,11 +15,11 @@ class Lora(Section):
     """LoRA adapter (peft); null trains all weights of the language model."""
 
     rank: Count = 8
-    """Rank."""
+    """Rank of the adapter's matrices."""
     alpha: Positive = 16
-    """Scale numerator."""
+    """The adapter is scaled by alpha / rank."""
     dropout: Annotated[float, Field(ge=0, le=0.9)] = 0.0
-    """Dropout."""
+    """Dropout on the adapter's input, in training."""
     targets: Annotated[list[str], Field(min_length=1)] = [
         "q_proj",
         "k_proj",
@@ -29,30 +29,30 @@ class Lora(Section):
         "up_proj",
         "down_proj",
     ]
-    """Linear layers it is put on."""
+    """Linear layers that get an adapter."""
 
 
 class Alignment(Section):
-    """Equation 7."""
+    """Equation 7: which heads are compared, and how."""
 
     pairs: Annotated[list[Annotated[list[int], Field(min_length=2, max_length=2)]], Field(min_length=1)] = [
         [-1, -1]
     ]
-    """(student layer, teacher layer) pairs; negative: from the end. The paper: the last of each."""
+    """Pairs of a student layer and a teacher layer; negative numbers count from the end. The paper: the last of each."""
     key_weights: Literal["shared", "own"] = "shared"
-    """shared: the paper's formula; own: separate weights over KV heads."""
+    """shared: keys use the weights w of the queries, as in the paper; own: keys have weights of their own, over KV heads."""
     rotation: Literal["before", "after"] = "before"
-    """Compare before or after RoPE."""
+    """Compare queries and keys before or after RoPE turns them."""
     norm: Literal["mean", "frobenius"] = "mean"
-    """Norm of eq. 7."""
+    """mean: the mean square over tokens, heads and dimensions; frobenius: the sum, as eq. 7 prints it."""
     normalize: bool = True
-    """Divide by the teacher's own size, so that lambda means the same for any width."""
+    """Divide by the teacher's own mean square: the loss is then a relative error, and lambda means the same at any width."""
     init: Literal["uniform", "fit"] = "uniform"
-    """Start of w."""
+    """How w starts. uniform: all teacher heads alike; fit: the least-squares mixture on the first batch."""
     projection: bool = False
-    """Learn a map between different head_dims."""
+    """Learn a map from the teacher's head_dim to the student's, where they differ."""
     anneal: Literal["constant", "linear"] = "constant"
-    """lambda_laid and lambda_rows over training."""
+    """lambda_laid and lambda_rows over training. constant: as they are; linear: falling to 0."""
 
 
 class Distance(Section):
@@ -76,27 +76,27 @@ class Gaps(Section):
 
 
 class Gain(Section):
-    """Learnable RoPE gain; null is off."""
+    """Learnable RoPE gain, folded into the weights on export; null is off."""
 
     length_aware: bool = False
-    """Also learn (tokens / reference)^b."""
+    """Also learn a factor (visible keys / reference)^b per head."""
     reference: Annotated[float, Field(ge=1)] = 1.0
-    """Tokens at which the length factor is 1."""
+    """Visible keys at which that factor is 1."""
     exponent: Annotated[float, Field(ge=-2, le=2)] = 0.0
-    """Where b starts."""
+    """Value that b starts from."""
 
 
 class Method(Section):
     """What all methods have."""
 
     extends: str | None = None
-    """Another method: this one is of its kind and takes its values where it sets none of its own."""
+    """Another method: this one is of its kind, and takes its values where it sets none."""
     label: Text | None = None
-    """What tables and figures call it; null: the name that comes with laid, or its own."""
+    """What tables and figures call it; null: the label that laid has for it, or its name."""
 
 
 class Base(Method):
-    """The student as it is."""
+    """The student as it comes."""
 
 
 class Yarn(Method):
@@ -122,15 +122,15 @@ class SelfExtend(Method):
 
 
 class TrainedMethod(Method):
-    """A trained method."""
+    """A trained method: the lambdas of eq. 8, and what each of its parts needs."""
 
     questions: Literal["train", "long"] = "train"
-    """train: the training questions with their labels; long: the long haystacks (haystacks.long), whose labels are never read, so that lambda_sft must be 0."""
+    """train: the training questions with their labels; long: the long haystacks (haystacks.long), whose labels are never read, so lambda_sft must be 0."""
     lora: Lora | None = None
     lr: Positive | None = None
     """Peak learning rate; null takes training.lr."""
     epochs: Positive | None = None
-    """Passes; null takes training.epochs."""
+    """Passes over the questions; null takes training.epochs."""
     lambda_sft: NonNegative = 1.0
     """Weight of the cross-entropy with the labels (eq. 8)."""
     lambda_kl: NonNegative = 0.0
@@ -140,7 +140,7 @@ class TrainedMethod(Method):
     lambda_rows: NonNegative = 0.0
     """Weight of matching attention rows (laid.distill.joint_rows): those of the question over the images of the whole batch, against what the teacher's heads say together."""
     temperature: Positive = 2.0
-    """tau of L_KL."""
+    """Temperature tau of L_KL."""
     alignment: Alignment = Alignment()
     distance: Distance = Distance()
     gaps: Gaps = Gaps()

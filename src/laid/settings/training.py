@@ -27,31 +27,31 @@ class Training(Section):
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """Shape of the learning rate after warm-up."""
     weight_decay: NonNegative = 0.0
-    """AdamW's weight decay."""
+    """Weight decay of AdamW."""
     max_grad_norm: Positive = 1.0
-    """Gradient norm clip."""
+    """Norm that gradients are clipped to."""
     train_vision: bool = False
-    """Train the vision tower too, its features computed in every step; frozen, they are computed once per image."""
+    """Train the vision tower too: features are then computed in every step. Of a frozen tower they are computed once per image."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Number format of weights and activations."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass, for long inputs."""
     parallel: Literal["ddp", "fsdp2", "zero3"] = "ddp"
-    """How the GPUs of resources.train.gpu share a training run: which file of configs/accelerate/ the workflow launches it with. ddp, each holds the whole student; fsdp2, each holds a part of weights, gradients and optimiser state; zero3, the same by DeepSpeed, which is to be installed (laid[zero3]). Results agree to float tolerance."""
+    """How the GPUs of resources.train.gpu share a training run: the file of configs/accelerate/ that the workflow launches it with. ddp: each holds the whole student; fsdp2: each holds a part of weights, gradients and optimiser state; zero3: the same by DeepSpeed, installed with laid[zero3]. Results agree to float tolerance."""
     checkpoint_minutes: NonNegative = 5
-    """Minutes between checkpoints to resume from; also on SIGTERM and SIGINT. 0: none."""
+    """Minutes between checkpoints to resume from; one is also written on SIGTERM and SIGINT. 0: none."""
     log_every: Count = 10
     """Steps between lines of log.jsonl."""
     trackers: Distinct[Literal["tensorboard", "wandb", "mlflow", "trackio", "dvclive"]] = []
-    """Experiment trackers that get those lines too, through Accelerate; each is to be installed."""
+    """Experiment trackers that also get those lines, through Accelerate. Install them yourself."""
 
 
 class TeacherCache(Section):
     """What is kept of the teacher's one pass over the training questions."""
 
     layers: list[int] = [-1]
-    """Teacher layers whose queries and keys are kept (negative: from the end)."""
+    """Teacher layers whose queries and keys are kept; negative numbers count from the end."""
     dtype: Literal["float32", "bfloat16", "float8"] = "bfloat16"
     """Number format of queries and keys on disk; logits are exact. float8: e4m3 with a power of two per token and head, half of bfloat16's size; its relative error is written to the index."""
     queries: Literal["all", "question"] = "all"
-    """Tokens whose queries are kept. all: as equation 7 needs them; question: those after the last image, all that lambda_rows alone needs (keys are kept of all tokens)."""
+    """Tokens whose queries are kept. all: as equation 7 needs them; question: those after the last image, which is all that lambda_rows needs. Keys are kept of all tokens."""
