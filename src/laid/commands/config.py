@@ -15,7 +15,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="print the JSON schema of configuration files, for editors",
     )
-    parser.add_argument("--docs", action="store_true", help="print every key as Markdown (docs/reference/settings.md)")
+    parser.add_argument(
+        "--docs", action="store_true", help="print every key as Markdown (docs/reference/settings.md)"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of YAML")
     parser.add_argument(
         "--out",
