@@ -155,6 +155,11 @@ def test_cells_are_written_and_read_back_and_the_same_bytes_again(
     assert read_json(tmp_path / "a/small" / method / "cost.json")["wall_seconds"] > 0
 
 
+def test_any_folder_will_do(micro, family, coco_root, haystacks, tmp_path):
+    (made,) = cells(micro, family, coco_root, haystacks, tmp_path / "anything", sizes=(1,))
+    assert read_json(tmp_path / "anything/1.json") == made
+
+
 def test_only_base_is_base(micro, family, coco_root, haystacks, tmp_path):
     """The training-free methods change answers; SelfExtend only beyond its neighbour window (16 positions here)."""
     p_yes = {
