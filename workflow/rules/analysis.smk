@@ -33,9 +33,9 @@ rule analysis:
         coco=COCO,
         questions=lambda wildcards, input: above(input.questions[0]),
     shell:
-        "laid {params.verb} --config $CONFIG --student-name {wildcards.student} --model {params.model}"
-        " --methods {params.methods} --runs {input.runs} --coco {params.coco} --questions {params.questions}"
-        " --out {output} --threads {resources.cpus_per_task} 2>&1 | tee {log}"
+        "laid {params.verb:q} --config $CONFIG --student-name {wildcards.student} --model {params.model:q}"
+        " --methods {params.methods:q} --runs {input.runs:q} --coco {params.coco:q} --questions {params.questions:q}"
+        " --out {output:q} --threads {resources.cpus_per_task} 2>&1 | tee {log:q}"
 
 
 use rule analysis as why with:
@@ -79,6 +79,6 @@ rule inference_cost:
         questions=lambda wildcards, input: above(input.questions[0]),
         sizes=sorted({TEST[len(TEST) // 2], TEST[-1]}),
     shell:
-        "python $BENCH/inference_cost.py --config $CONFIG --student-name {wildcards.student} --model {params.model}"
-        " --run {input.run} --coco {params.coco} --questions {params.questions} --sizes {params.sizes}"
-        " --out {output} --threads {resources.cpus_per_task} 2>&1 | tee {log}"
+        "python $BENCH/inference_cost.py --config $CONFIG --student-name {wildcards.student} --model {params.model:q}"
+        " --run {input.run:q} --coco {params.coco:q} --questions {params.questions:q} --sizes {params.sizes:q}"
+        " --out {output:q} --threads {resources.cpus_per_task} 2>&1 | tee {log:q}"

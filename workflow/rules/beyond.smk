@@ -25,4 +25,4 @@ rule beyond:
         cells=lambda wildcards, input: above(input.near[0], 4),
         out=lambda wildcards, output: above(output[1]),
     shell:
-        "laid beyond --config $CONFIG --cells {params.cells} --out {params.out} > {log} 2>&1"
+        "laid beyond --config $CONFIG --cells {params.cells:q} --out {params.out:q} > {log:q} 2>&1"

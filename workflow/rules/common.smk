@@ -1,5 +1,6 @@
 # What all rules share: the validated settings, where results lie, what a job may use.
 # Where things lie and what depends on what is laid.layout: plain Python, with tests of its own.
+import shlex
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
@@ -23,8 +24,9 @@ except LaidError as error:
 # any rule: what makes a rule run again is the slice of values in its params.
 # Where the checkout lies is no param either: in a clone elsewhere nothing needs to run again.
 shell.prefix(
-    f"set -euo pipefail; CONFIG={resolved_file(config, '.snakemake/laid')}; BENCH={workflow.basedir}/bench;"
-    f" LAYOUT={workflow.basedir}/configs/accelerate/{config.training.parallel}.yaml;"
+    f"set -euo pipefail; CONFIG={resolved_file(config, '.snakemake/laid')}; HERE={shlex.quote(str(workflow.basedir))};"
+    ' BENCH="$HERE"/bench;'
+    f' LAYOUT="$HERE"/configs/accelerate/{config.training.parallel}.yaml;'
     # a stopped run has time to write its checkpoint
     " export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=3600; "
 )
@@ -82,8 +84,9 @@ def ask(rule):
 
 def checkpoint_files(member):
     """input: the checkpoint, unless it is a hub id, which is no file. A folder that the user names must be there."""
-    given = LAYOUT.given(member)
-    return [] if given and not Path(given).exists() else LAYOUT.checkpoint(member)
+    given = Path(LAYOUT.given(member) or "")
+    hub = len(given.parts) == 2 and not given.exists() and not given.parent.exists()
+    return [] if hub else LAYOUT.checkpoint(member)
 
 
 def student_files(wildcards):

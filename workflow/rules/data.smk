@@ -20,7 +20,7 @@ if config.data.source != "local":
             relevant=relevant("data"),
             out=lambda wildcards, output: above(output.train, 2),
         shell:
-            "laid data --config $CONFIG --out {params.out} 2>&1 | tee {log}"
+            "laid data --config $CONFIG --out {params.out:q} 2>&1 | tee {log:q}"
 
 
 rule haystacks:
@@ -44,9 +44,10 @@ rule haystacks:
     params:
         relevant=relevant("haystacks"),
         coco=lambda wildcards, input: above(input.train, 2),
-        out=lambda wildcards, output: f"--out {above(output.train)}",
+        kind="--out",
+        out=lambda wildcards, output: above(output.train),
     shell:
-        "laid haystacks --config $CONFIG --coco {params.coco} {params.out} 2>&1 | tee {log}"
+        "laid haystacks --config $CONFIG --coco {params.coco:q} {params.kind} {params.out:q} 2>&1 | tee {log:q}"
 
 
 use rule haystacks as haystacks_long with:
@@ -74,7 +75,8 @@ use rule haystacks as haystacks_beyond with:
     params:
         relevant=relevant("beyond_haystacks"),
         coco=lambda wildcards, input: above(input.val, 2),
-        out=lambda wildcards, output: f"--beyond {above(output[0])}",
+        kind="--beyond",
+        out=lambda wildcards, output: above(output[0]),
 
 
 rule pope_questions:
@@ -94,7 +96,7 @@ rule pope_questions:
         coco=lambda wildcards, input: above(input.val, 2),
         out=lambda wildcards, output: above(output[0]),
     shell:
-        "laid pope questions --config $CONFIG --coco {params.coco} --out {params.out} 2>&1 | tee {log}"
+        "laid pope questions --config $CONFIG --coco {params.coco:q} --out {params.out:q} 2>&1 | tee {log:q}"
 
 
 # Rendered images are all there. Downloaded ones are fetched, a user's own ones looked at, once the questions name them.
@@ -114,4 +116,4 @@ rule images:
     params:
         coco=f"{ROOT}/coco",
     shell:
-        "laid data --config $CONFIG --out {params.coco} --questions {input} 2>&1 | tee {log}"
+        "laid data --config $CONFIG --out {params.coco:q} --questions {input:q} 2>&1 | tee {log:q}"

@@ -33,6 +33,6 @@ rule train:
         "launch=laid; [ {resources.gpu} -lt 2 ] ||"
         ' launch="accelerate launch --config_file $LAYOUT --num_processes {resources.gpu} -m laid";'
         " $launch train --config $CONFIG --method {wildcards.method} --seed {wildcards.seed}"
-        " --student-name {wildcards.student} --student {params.student} {params.cache}"
-        " --coco {params.coco} --questions {input.questions} --out {output}"
-        " --threads {resources.cpus_per_task} 2>&1 | tee {log}"
+        " --student-name {wildcards.student} --student {params.student:q} {params.cache:q}"
+        " --coco {params.coco:q} --questions {input.questions:q} --out {output:q}"
+        " --threads {resources.cpus_per_task} 2>&1 | tee {log:q}"

@@ -34,5 +34,5 @@ for suite in SUITES.values():
             out=lambda wildcards, output: above(output[0]),
         shell:
             "laid evaluate --config $CONFIG --student-name {wildcards.student} --method {wildcards.method}"
-            " --model {params.model} --runs {input.runs} --coco {params.coco} --questions {input.questions}"
-            " --out {params.out} --cost {output.cost} --threads {resources.cpus_per_task} 2>&1 | tee {log}"
+            " --model {params.model:q} --runs {input.runs:q} --coco {params.coco:q} --questions {input.questions:q}"
+            " --out {params.out:q} --cost {output.cost:q} --threads {resources.cpus_per_task} 2>&1 | tee {log:q}"

@@ -21,8 +21,8 @@ rule pretrain:
         relevant=relevant("pretrain"),
         coco=lambda wildcards, input: above(input.train, 2),
     shell:
-        "laid pretrain --config $CONFIG --member {wildcards.member} --coco {params.coco} --out {output}"
-        " --threads {resources.cpus_per_task} 2>&1 | tee {log}"
+        "laid pretrain --config $CONFIG --member {wildcards.member} --coco {params.coco:q} --out {output:q}"
+        " --threads {resources.cpus_per_task} 2>&1 | tee {log:q}"
 
 
 rule teacher_cache:
@@ -52,5 +52,5 @@ rule teacher_cache:
         ),
         out=lambda wildcards, output: above(output.index),
     shell:
-        "laid teacher-cache --config $CONFIG --teacher {params.teacher} --coco {params.coco} {params.labels}"
-        " --questions {input.questions} --out {params.out} --threads {resources.cpus_per_task} 2>&1 | tee {log}"
+        "laid teacher-cache --config $CONFIG --teacher {params.teacher:q} --coco {params.coco:q} {params.labels:q}"
+        " --questions {input.questions:q} --out {params.out:q} --threads {resources.cpus_per_task} 2>&1 | tee {log:q}"

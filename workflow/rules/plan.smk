@@ -22,4 +22,4 @@ rule plan:
         out=lambda wildcards, output: above(output[0]),
     # The table is printed and stays in the log even where `laid plan` refuses and Snakemake takes the files away.
     shell:
-        "laid plan --config $CONFIG --out {params.out} 2>&1 | tee {log}"
+        "laid plan --config $CONFIG --out {params.out:q} 2>&1 | tee {log:q}"

@@ -22,4 +22,4 @@ rule pope:
         cells=lambda wildcards, input: above(input[0], 4),
         out=lambda wildcards, output: above(output[0]),
     shell:
-        "laid pope table --config $CONFIG --cells {params.cells} --out {params.out} > {log} 2>&1"
+        "laid pope table --config $CONFIG --cells {params.cells:q} --out {params.out:q} > {log:q} 2>&1"

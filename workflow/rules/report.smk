@@ -30,7 +30,7 @@ rule figures:
         relevant=relevant("tables"),
         cells=lambda wildcards, input: above(input[0], 4),
     shell:
-        "laid figures --config $CONFIG --cells {params.cells} --out {output} > {log} 2>&1"
+        "laid figures --config $CONFIG --cells {params.cells:q} --out {output:q} > {log:q} 2>&1"
 
 
 rule claims:
@@ -59,7 +59,7 @@ rule claims:
         cells=lambda wildcards, input: above(input[0], 4),
         out=lambda wildcards, output: above(output.json),
     shell:
-        "laid claims --config $CONFIG --cells {params.cells} --ledger {input.ledger} --out {params.out} > {log} 2>&1"
+        "laid claims --config $CONFIG --cells {params.cells:q} --ledger {input.ledger:q} --out {params.out:q} > {log:q} 2>&1"
 
 
 rule report_page:
@@ -84,5 +84,5 @@ rule report_page:
         relevant=relevant("tables"),
         cells=lambda wildcards, input: above(input[0], 4),
     shell:
-        "laid report --config $CONFIG --cells {params.cells} --figures {input.figures} --claims {input.claims}"
-        " --out {output} > {log} 2>&1"
+        "laid report --config $CONFIG --cells {params.cells:q} --figures {input.figures:q} --claims {input.claims:q}"
+        " --out {output:q} > {log:q} 2>&1"

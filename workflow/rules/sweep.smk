@@ -28,4 +28,4 @@ rule sweep:
         cells=lambda wildcards, input: above(input[0], 4),
         out=lambda wildcards, output: above(output[0]),
     shell:
-        "laid sweep --config $CONFIG --cells {params.cells} --out {params.out} > {log} 2>&1"
+        "laid sweep --config $CONFIG --cells {params.cells:q} --out {params.out:q} > {log:q} 2>&1"

@@ -45,4 +45,4 @@ rule tables:
         cells=lambda wildcards, input: above(input[0], 4),
         out=lambda wildcards, output: above(output[0]),
     shell:
-        "laid tables --config $CONFIG --cells {params.cells} --out {params.out} > {log} 2>&1"
+        "laid tables --config $CONFIG --cells {params.cells:q} --out {params.out:q} > {log:q} 2>&1"
