@@ -58,6 +58,7 @@ CASES = {
     "ddp": {
         "pieces": ("laid", {}),
         "lora": ("sft", {"per_device_batch": 1}),
+        "rows_alone": ("laid", {"settings": {"lambda_laid": 0.0, "lambda_rows": 0.2}}),
         "vision": ("kd", {"train_vision": True}),
         "bf16": ("laid", {"dtype": "bfloat16"}),
         "teacher_alone": (

@@ -80,12 +80,12 @@ def run(args: argparse.Namespace) -> int:
     from laid.training.recipe import Run, made, train
 
     deterministic(max(1, args.threads // launched()))
-    training = Run(
-        settings, args.method, args.seed, args.student_name, args.student, args.coco, args.questions, args.out,
-        args.teacher_cache, args.teacher, own_device(args.teacher_device), args.features,
-    )  # fmt: skip
-    engine = start(settings.training, pick_device(args.device), training.logs)
     try:
+        training = Run(
+            settings, args.method, args.seed, args.student_name, args.student, args.coco, args.questions, args.out,
+            args.teacher_cache, args.teacher, own_device(args.teacher_device), args.features,
+        )  # fmt: skip
+        engine = start(settings.training, pick_device(args.device), training.logs)
         with alone(args.out) if engine.main else nullcontext() as waited:
             # Whoever was waited for may have made this very run: a cluster's job whose Snakemake was killed, for one.
             record = engine.agree(lambda: made(training) if waited else None)
@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
                 )
             record = record or train(training, engine)
     except LaidError:
-        if not engine.main:
+        if os.environ.get("RANK", "0") != "0":
             time.sleep(2)  # what stops all processes is the main one's to say
         raise
     engine.accelerator.print(f"{training}: {record['steps']} steps, loss {record['final']['loss']:.4f}")

@@ -114,6 +114,8 @@ class Distillation(nn.Module):
         for own, theirs in how.pairs:
             pair = (layer_indices(own, student.layers)[0], layer_indices(theirs, teacher.depth)[0])
             self.pairs.append(pair)
+            if not self.needs("laid"):
+                continue  # matching rows learns no w
             self.alignments[_key(pair)] = HeadAlignment(
                 student.heads, student.kv_heads, teacher.heads, teacher.kv_heads, student.head_dim, teacher.head_dim,
                 how.key_weights, how.projection,

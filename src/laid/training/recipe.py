@@ -120,14 +120,17 @@ def train(run: Run, engine: Engine | None = None) -> dict[str, Any]:
                     f"{run}: the loss is {line['loss']} at step {step + 1} of {t.steps}; lower the learning rate"
                     f" ({t.peaks[0]:g})"
                 )
-            if (step + 1) % s.log_every == 0 or step == t.steps - 1:
+            logged = (step + 1) % s.log_every == 0 or step == t.steps - 1
+            if logged:
                 log.append(line)
+            stopped, due = map(bool, engine.sum([bool(stop), checkpoint.due()]))
+            # Before anything is printed: the signal may have ended whoever reads it (`| tee`).
+            if stopped or (due and step + 1 < t.steps):
+                _save(checkpoint, step + 1, t, model, log)
+            if logged:
                 engine.accelerator.log(line, step=step + 1)
                 bar.update(0, **{name: value for name, value in line.items() if name.startswith("loss")})
             bar.update(1)
-            stopped, due = map(bool, engine.sum([bool(stop), checkpoint.due()]))
-            if stopped or (due and step + 1 < t.steps):
-                _save(checkpoint, step + 1, t, model, log)
             if stopped:
                 engine.accelerator.print(
                     f"{run}: stopped after step {step + 1}; the same command goes on from there"
