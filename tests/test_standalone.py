@@ -116,6 +116,11 @@ def test_teacher_student_and_data_are_all_it_needs(
     assert main(given) == 0
     assert (tmp_path / "small-sft/model/README.md").is_file()
     assert "small-sft/model: the student" in capsys.readouterr().out
+    # As if killed while held-out questions were answered: what was trained is not trained again.
+    (tmp_path / "small-sft/distill.json").unlink()
+    before = (tmp_path / "small-sft/run.json").stat().st_mtime_ns
+    assert main(given) == 0 and (tmp_path / "small-sft/distill.json").is_file()
+    assert (tmp_path / "small-sft/run.json").stat().st_mtime_ns == before
 
 
 def test_a_folder_with_other_things_is_not_replaced(words, tmp_path, capsys):

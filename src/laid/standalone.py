@@ -19,9 +19,9 @@ from laid.methods.registry import load_with_method
 from laid.model_card import card
 from laid.models.loading import empty_model, parameters, require_weights, resolve, source_of
 from laid.models.processing import Processor
-from laid.settings import plain
+from laid.settings import plain, slice_for
 from laid.training.engine import start
-from laid.training.recipe import Run, train
+from laid.training.recipe import Run, made, train
 from laid.training.teacher_cache import build_cache
 
 
@@ -33,7 +33,9 @@ def distill(run: Run, held_out: str | Path | None = None, device: str = "cpu") -
     method without training, a broken file, an `out` that holds anything else, or models that do not fit.
     """
     method, out, teacher = run.how, run.out, run.teacher
-    earlier = (out / "distill.json").is_file() or (out.is_dir() and not any(out.iterdir()))
+    finished = (out / "distill.json").is_file()
+    # A run without distill.json was killed while its held-out questions were answered.
+    earlier = finished or (out / "run.json").is_file() or (out.is_dir() and not any(out.iterdir()))
     if out.exists() and not earlier:
         raise LaidError(
             f"{out}: exists and is not an earlier result of `laid distill`: choose another folder for --out"
@@ -54,9 +56,9 @@ def distill(run: Run, held_out: str | Path | None = None, device: str = "cpu") -
         answers["teacher"] = _answers(run, "base", teacher, None, asked, device)
         answers["before"] = _answers(run, "base", run.student, None, asked, device)
     cache = _cache(run, device) if run.from_teacher else None
-    trained = train(
-        replace(run, teacher=None, teacher_cache=cache), start(run.settings.training, device, run.logs)
-    )
+    cached = replace(run, teacher=None, teacher_cache=cache)
+    trained = None if finished else made(cached)
+    trained = trained or train(cached, start(run.settings.training, device, run.logs))
     if asked:
         # Under the folder's own method: an adapter is merged, a checkpoint is loaded as it is.
         answers["after"] = _answers(run, run.method, run.student, out, asked, device)
@@ -124,16 +126,17 @@ def _cache(run: Run, device: str) -> Path:
     layers = {layer for _, layer in run.how.alignment.pairs} if {"laid", "rows"} & set(parts) else ()
     queries = "all" if "laid" in parts else "question"
     settings = run.settings.changed({"teacher_cache": {"layers": sorted(layers), "queries": queries}})
+    labelled = run.how.questions == "train"
     key = sha256_json(
         [
             provenance.fingerprint(source_of(run.teacher)),
             sha256_file(run.questions),
-            plain(settings.teacher_cache),
+            slice_for("teacher_cache", settings),
+            labelled,
         ]
     )
     folder = run.out.parent / f".{run.out.name}.teacher-{key[:12]}"
     if not (folder / "index.json").is_file():
-        labelled = run.how.questions == "train"
         build_cache(settings, run.teacher, run.coco, run.questions, folder, device, labelled)
     return folder
 
