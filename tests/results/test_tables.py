@@ -176,7 +176,7 @@ def test_a_missing_cell_names_its_file_and_the_command(paper, tmp_path):
 
 @pytest.mark.parametrize("keys", [{"methods": ["laid", "base"]}, {"table3_students": ["9B"]}])
 def test_wrong_settings_are_one_clear_line(paper, keys):
-    with pytest.raises(LaidError, match=r"^tables\.[^\n]*$"):
+    with pytest.raises(LaidError, match=r"^configuration: tables\.[^\n]*$"):
         Results(paper, synthetic.config(**keys), "cells")
 
 

@@ -121,6 +121,11 @@ def test_the_paper_inherits_no_value_of_the_small_scale(tmp_path):
     assert load([BASE, TOP / "configs/paper.yaml"], {"seeds": "3"}) == paper.changed({"seeds": 3})
 
 
+def test_a_complete_overlay_alone_is_to_blame(tmp_path):
+    over = write(tmp_path, "complete: true\nscale: x\ndata: {source: local}\n")
+    assert f"{over}, line 3: data.root: " in complaint(BASE, over)
+
+
 def test_overlay_merges_deeply_and_replaces_lists(tmp_path):
     over = write(tmp_path, "haystacks: {test: {sizes: [1, 5]}}\nseeds: 3\n")
     merged, base = load([BASE, over]), load([BASE])
@@ -191,12 +196,10 @@ def test_slices_name_keys_that_exist():
     full = load([BASE]).model_dump()
     for step, entries in SLICES.items():
         for entry in entries:
-            found = full
-            for key in (
-                entry.lstrip("-").format(member="small", method="laid").replace("*", "laid").split(".")
-            ):
-                assert key in found, f"{step}: {entry}"
-                found = found[key]
+            found = [full]
+            for key in entry.lstrip("-").format(member="small", method="laid").split("."):
+                found = [v for part in found for name, v in part.items() if key in (name, "*")]
+                assert found, f"{step}: {entry}"
 
 
 def wildcards_for(step, full):
@@ -382,6 +385,14 @@ tables: {methods: [base, yarn_4, laid, mine], ablations: [base, mine_2]}
         ("sweep: {methods: [mine]}", "sweep.methods: 'mine' is not among base, yarn"),
         ("sweep: {against: [mine]}", "sweep.against: 'mine' is not among base, yarn"),
         ("sweep: {students: [teacher]}", "sweep.students: 'teacher' is not among medium, small"),
+        (
+            "tables: {methods: [laid, base]}",
+            "line 1: tables.methods: starts with 'laid'; base must come first",
+        ),
+        ("tables: {ablations: []}", "tables.ablations"),
+        ("tables: {table3_students: [smal]}", "tables.table3_students: 'smal' is not among medium, small"),
+        ("pope: {methods: [sft]}", "line 1: pope.methods: base is missing"),
+        ("haystacks: {validation: {sizes: []}}", "haystacks.validation.sizes"),
     ],
 )
 def test_mistakes_in_methods_and_their_names(tmp_path, text, said):

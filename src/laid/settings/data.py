@@ -79,7 +79,7 @@ class ValidationQuestions(Section):
     """Share of the train2017 images that is kept for validation."""
     questions: Annotated[int, Field(ge=2)] = 200
     """Questions per size."""
-    sizes: Distinct[Count] = [5, 20, 50, 100]
+    sizes: Annotated[Distinct[Count], Field(min_length=1)] = [5, 20, 50, 100]
     """Haystack sizes, in images."""
 
 

@@ -49,8 +49,14 @@ def validate(values: Mapping[str, Any], paths: Iterable[str | Path] = ()) -> Set
         return Settings.of(values)
     except Invalid as error:
         raise LaidError(
-            _message(error, plain(values), [(Path(path), *read_yaml(path)) for path in paths])
+            _message(error, plain(values), _counted([(Path(path), *read_yaml(path)) for path in paths]))
         ) from None
+
+
+def _counted(sources: list[tuple]) -> list[tuple]:
+    """The files from the last complete one on: nothing before it counts."""
+    complete = [at for at, (_, values, _) in enumerate(sources) if values.get("complete") is True]
+    return sources[complete[-1] :] if complete else sources
 
 
 def resolved_file(settings: Settings, folder: str | Path) -> Path:

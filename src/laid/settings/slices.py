@@ -12,6 +12,9 @@ from laid.errors import LaidError
 from laid.io import dumps
 from laid.settings.base import merge, plain
 
+# What YaRN and SelfExtend go by: a job that measures several methods has no method of its own in its wildcards.
+UNTRAINED = [f"methods.*.{key}" for key in ("factor", "original_positions", "axes", "group", "window")]
+
 # step -> the dotted keys its result depends on, read left to right: "a.b" adds, "-a.b" takes away again,
 # {name} is a wildcard, * any key. The results of earlier steps are not listed: they are inputs, known by their hashes.
 # Keys that change no result (results, resources, how work is sharded) stand nowhere, nor does what only chooses inputs.
@@ -53,8 +56,10 @@ SLICES: dict[str, list[str]] = {
     "analyse": [
         "analysis.questions",
         "analysis.spectrum_size",
+        *UNTRAINED,
         "evaluation.order_seed",
         "evaluation.dtype",
+        "evaluation.attention",
         "haystacks.train.max_size",
         "haystacks.test.sizes",
     ],
@@ -67,7 +72,14 @@ SLICES: dict[str, list[str]] = {
         "beyond.sizes",
         "beyond.questions",
     ],
-    "why": ["beyond.few", "beyond.questions", "evaluation", "-evaluation.shard", "haystacks.test.sizes"],
+    "why": [
+        "beyond.few",
+        "beyond.questions",
+        "evaluation",
+        "-evaluation.shard",
+        "haystacks.test.sizes",
+        *UNTRAINED,
+    ],
     "pope": ["pope", "-pope.methods"],
     "tables": ["tables", "models", "haystacks.test.sizes", "methods.*.label"],
     "sweep": [

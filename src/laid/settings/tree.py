@@ -129,7 +129,13 @@ def contradictions(settings: Settings) -> Iterator[tuple[Path, str]]:
             f"{pope.objects}: the wording 'haystack' names a second object of the image, so give at least 2",
         )
     trained = [name for name, method in methods.items() if isinstance(method, TrainedMethod)]
+    for key in ("methods", "ablations"):
+        first = getattr(settings.tables, key)[:1]
+        if first != ["base"]:
+            how = f"starts with {first[0]!r}" if first else "is empty"
+            yield ("tables", key), f"{how}; base must come first, gains are against it"
     for path, names, allowed in (
+        (("tables", "table3_students"), settings.tables.table3_students or [], models.students),
         (("sweep", "students"), settings.sweep.students or [], models.students),
         (("sweep", "against"), settings.sweep.against, list(methods)),
         (("sweep", "methods"), settings.sweep.methods, list(methods)),
@@ -142,6 +148,9 @@ def contradictions(settings: Settings) -> Iterator[tuple[Path, str]]:
         unknown = [name for name in names if name not in allowed]
         if unknown:
             yield path, f"{unknown[0]!r} is not among {', '.join(allowed) or 'none'}"
+    for section in ("analysis", "beyond", "pope"):
+        if "base" not in getattr(settings, section).methods:
+            yield (section, "methods"), "base is missing: the others are held against it"
     for name in trained:
         method = methods[name]
         if method.questions == "long" and method.lambda_sft > 0:
