@@ -35,6 +35,20 @@ def test_a_published_checkpoint_is_no_folder_of_ours(layout):
     assert (layout.given("small"), layout.checkpoint("small")) == (None, "results/small/models/small")
 
 
+def test_home_is_spelt_out(layout, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    ours = layout.settings.changed(
+        {"models": {"checkpoints": {"small": "~/small"}}, "data": {"source": "local", "root": "~/coco"}}
+    )
+    assert (Layout(ours).checkpoint("small"), Layout(ours).coco) == ("/home/me/small", "/home/me/coco")
+
+
+def test_long_haystacks_are_asked_for_by_the_sweep_too():
+    settings = load(["config.yaml"])
+    assert Layout(settings).asked() == ["train"]
+    assert Layout(settings.changed({"sweep": {"methods": ["laid_long"]}})).asked() == ["train", "long"]
+
+
 def test_what_a_method_learns_from(layout):
     assert [layout.learns_from(m) for m in ("sft", "laid", "mine")] == ["train", "train", "long"]
     assert [layout.hears_teacher(m) for m in ("sft", "kd", "laid", "mine")] == [False, True, True, True]

@@ -5,6 +5,7 @@ The rules, the audit and the results share this. It names files and opens none.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,7 +62,7 @@ class Layout:
         self.settings = settings
         self.root = str(root or Path(settings.results) / settings.scale)
         local = settings.data.source == "local"
-        self.coco: str = settings.data.root if local else f"{self.root}/coco"
+        self.coco: str = os.path.expanduser(settings.data.root) if local else f"{self.root}/coco"
         self.suites = suites(settings)
         self.models = settings.models
         self.members: list[str] = [self.models.teacher, *self.models.students]
@@ -86,7 +87,8 @@ class Layout:
 
     def given(self, member: str) -> str | None:
         """A checkpoint of the user's own, a folder or a hub id; None for a member that is made here."""
-        return self.models.checkpoints.get(member)
+        given = self.models.checkpoints.get(member)
+        return os.path.expanduser(given) if given else None
 
     def checkpoint(self, member: str) -> str:
         """Where a member's checkpoint is: a folder made here, a folder of the user's, or a hub id."""
@@ -120,8 +122,10 @@ class Layout:
         return f"{self.root}/teacher_cache/{questions}/index.json"
 
     def asked(self, heard: bool = False) -> list[str]:
-        """The training questions, train first, that the tables' methods learn from; `heard`: with a teacher's cache."""
-        methods = dict.fromkeys(method for _, method, _ in needed(self.settings) if self.is_trained(method))
+        """The training questions, train first, that the methods of tables and sweep learn from; `heard`: with a teacher's cache."""
+        sweep = self.settings.sweep
+        named = [*(method for _, method, _ in needed(self.settings)), *sweep.against, *sweep.methods]
+        methods = [method for method in dict.fromkeys(named) if self.is_trained(method)]
         names = {self.learns_from(m) for m in methods if not heard or self.hears_teacher(m)}
         return [name for name in ("train", "long") if name in names]
 

@@ -229,6 +229,13 @@ def test_an_input_of_an_unknown_name(tree, capsys):
     assert "names an input 'moon' that a train step does not have" in verify(capsys)[1]
 
 
+def test_a_method_that_the_configuration_has_no_longer(tree):
+    """Its runs and cells can still be judged and explained."""
+    settings = load([TOP / "config.yaml", Path("over.yaml")])
+    lineage, run = Lineage(settings), Lineage(settings).run("small", "gone", 0)
+    assert lineage.inputs_of(run, "questions")[0].resolve() == (tree / "haystacks/train.json").resolve()
+
+
 def test_published_checkpoints_stand_for_themselves(tree):
     settings = load([TOP / "config.yaml", Path("over.yaml")])
     lineage = Lineage(settings.changed({"models": {"checkpoints": {"small": "Qwen/Some-VL"}}}))

@@ -10,7 +10,7 @@ from laid.errors import LaidError
 from laid.evaluation.cells import read_cell
 from laid.evaluation.evaluate import Evaluator, evaluate_cells, question_sets, seed_of
 from laid.evaluation.scoring import spoken_answer
-from laid.io import read_json
+from laid.io import read_json, write_json
 from laid.methods.registry import load_with_method
 
 
@@ -213,6 +213,8 @@ def test_wrong_inputs_are_one_line_and_nothing_is_written(micro, family, coco_ro
         out=out,
     )
     refused("this run did not finish", *data, method="sft", runs=[tmp_path / "seed0"], out=out)
+    write_json(tmp_path / "kd/seed0/run.json", {"method": "kd"})
+    refused("a run of kd, not of sft", *data, method="sft", runs=[tmp_path / "kd/seed0"], out=out)
     refused("visual_haystack_7.json: no such file", *data, sizes=[1, 7], out=out)
     other = shutil.copytree(haystacks, tmp_path / "haystacks")
     shutil.copy(haystack_file(other / "test", 2), haystack_file(other / "test", 1))

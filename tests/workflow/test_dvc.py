@@ -110,7 +110,7 @@ STEPS = {
     "data": ["data", "haystacks", "haystacks_long"],
     "family": ["pretrain", "teacher_cache"],
     "cells": ["train", "evaluate"],
-    "tables": ["analyse", "evaluate", "tables"],
+    "tables": ["analyse", "evaluate", "pope", "tables"],
 }
 
 

@@ -87,7 +87,8 @@ class Lineage:
     def _training_questions(self, step: Step) -> str:
         """Which training questions a step learns from: those of its method, or of the cache that it is."""
         wildcards = dict(step.wildcards)
-        return wildcards.get("questions") or self.layout.learns_from(wildcards["method"])
+        method = self.config.methods.get(wildcards.get("method"))  # the configuration may have it no longer
+        return wildcards.get("questions") or getattr(method, "questions", "train")
 
     def inputs_of(self, step: Step, name: str) -> tuple[Any, Step | None]:
         """(what to hash, the step that made it) for the input that a record calls `name`.

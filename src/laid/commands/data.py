@@ -33,6 +33,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from laid.io import alone
+
+    with alone(args.out):  # the images of haystacks and of POPE may be asked for at the same time
+        return _make(args)
+
+
+def _make(args: argparse.Namespace) -> int:
     from laid import provenance
     from laid.data.coco import SPLITS, check_images, load_coco, load_labels
     from laid.data.pope import is_pope, read_pope

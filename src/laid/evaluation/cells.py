@@ -1,4 +1,4 @@
-"""Cells: one JSON file per student x method x size, with every answer; written, read back and checked.
+"""Cells: one JSON file per suite, student, method and size, with every answer; written, read back and checked.
 
 Everything printed is computed from these files, so reading one recomputes what its answers imply. The digest
 covers the whole cell: a changed digit anywhere is found.

@@ -17,7 +17,7 @@ from laid.data.questions import Question, haystack_file, ordered_images, read_qu
 from laid.errors import LaidError
 from laid.evaluation.cells import make_cell, write_cell
 from laid.evaluation.scoring import answer_tokens, is_right, pope_answer, probability_yes, spoken_answer
-from laid.io import safe_join, write_json
+from laid.io import read_json, safe_join, write_json
 from laid.methods.registry import Loaded, load_with_method
 from laid.models.features import ImageFeatures
 from laid.models.forward import collate, generate, last_logits
@@ -222,6 +222,8 @@ def evaluate_cells(
         raise LaidError(
             f"{student} {method}: two of the {len(seeds)} runs have the same seed: {sorted(seeds)}"
         )
+    for run in runs:
+        _check_run(run, method)
     _check_images(sets, coco_root)
     answers: list[list[dict[str, Any]]] = [[] for _ in sets]
     tokens: list[list[int]] = [[] for _ in sets]
@@ -286,6 +288,16 @@ def _check_images(sets: Sequence[QuestionSet], coco_root: str | Path) -> None:
             f"{coco_root}: no such image: {len(missing)} of the {len(named)} images that the questions name are missing,"
             f" first {missing[0]}; of COCO, just those are fetched with: laid data --config config.yaml configs/paper.yaml"
             f" --out {coco_root} --questions {files}"
+        )
+
+
+def _check_run(run: str | Path, method: str) -> None:
+    """Raise LaidError where a run folder says that it is of another method."""
+    record = Path(run) / "run.json"
+    theirs = read_json(record).get("method") if record.is_file() else method
+    if theirs != method:
+        raise LaidError(
+            f"{record}: a run of {theirs}, not of {method}: give the runs of {method} with --runs"
         )
 
 

@@ -164,6 +164,8 @@ class Results(Curves):
         resamples: int | None = None,
     ):
         keys = list(needed(settings) if keys is None else keys)
+        labels = settings.models.labels  # a cell holds the label of the day it was measured
+        cells = {key: {**cell, "label": labels.get(key[0], cell["label"])} for key, cell in cells.items()}
         self.folder, self.settings = Path(folder), settings
         if missing := [key for key in keys if key not in cells]:
             raise LaidError(missing_cells(self.folder, missing) + hint)

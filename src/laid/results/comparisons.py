@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 import pandas as pd
 
 from laid.results.answers import Model, Results
+from laid.results.names import SHIPPED
 from laid.results.render import Entry, Table, listed, points
 from laid.results.statistics import LEVEL, holm_by_kind
 
@@ -26,14 +27,15 @@ def stars_against_base(
 
 
 def tests_table(results: Results) -> Table:
-    """LAid against SFT, KD and its ablations, by size and by window, in points of accuracy."""
+    """LAid against SFT, KD, its ablations and methods of the user's own, by size and by window, in points of accuracy."""
     short, long = results.short_long(results.sizes)
     columns = {**{str(size): [size] for size in results.sizes}, "Short": short, "Long": long}
     columns = {name: sizes for name, sizes in columns.items() if sizes}
+    own = [method for method in results.settings.tables.methods if method not in SHIPPED]
     pairs = [
         (student, rival)
         for student in results.students
-        for rival in RIVALS
+        for rival in (*RIVALS, *own)
         if (student, rival) in results.models and (student, "laid") in results.models
     ]
     found = pd.DataFrame(

@@ -12,6 +12,7 @@ import pandas as pd
 from laid.evaluation.cells import interval_of
 from laid.results import plotting
 from laid.results.answers import Model, Results
+from laid.results.names import SHIPPED
 from laid.results.plotting import Drawing, Look, style
 from laid.results.render import percent
 from laid.results.windows import bound_text, window
@@ -189,7 +190,8 @@ def needle_position(results: Results) -> Drawing | None:
     if found.empty:
         return None
     looks = plotting.method_looks(results.names)
-    shown = [m for m in ("base", "sft", "kd", "laid") if m in results.settings.tables.methods]
+    drawn = ("base", "sft", "kd", "laid")
+    shown = [m for m in results.settings.tables.methods if m in drawn or m not in SHIPPED]
     models = [(results.teacher, ["base"]), *((student, shown) for student in results.students)]
     figure = plotting.new_figure(plotting.PAGE, 1.5 * len(models) + 0.8)
     panels = figure.subplots(len(models), len(sizes), sharex=True, sharey=True, squeeze=False)
