@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import argparse
 import os
+from contextlib import nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from laid.commands.shared import config_argument
+
+if TYPE_CHECKING:
+    from laid.settings import Settings
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,21 +39,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from laid.io import alone
+    from laid.settings import load
 
-    with alone(args.out):  # the images of haystacks and of POPE may be asked for at the same time
-        return _make(args)
+    settings = load(args.config)
+    # The images of haystacks and of POPE may be asked for at the same time.
+    with alone(args.out) if settings.data.source == "download" else nullcontext():
+        return _make(args, settings)
 
 
-def _make(args: argparse.Namespace) -> int:
+def _make(args: argparse.Namespace, everything: Settings) -> int:
     from laid import provenance
     from laid.data.coco import SPLITS, check_images, load_coco, load_labels
     from laid.data.pope import is_pope, read_pope
     from laid.data.questions import read_questions
     from laid.errors import LaidError
     from laid.io import write_json
-    from laid.settings import load
 
-    everything = load(args.config)
     settings = everything.data
     out: Path = args.out
     source = None
