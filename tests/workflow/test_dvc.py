@@ -345,7 +345,9 @@ def test_a_change_of_lambda_builds_what_depends_on_it_and_compares_well(whole, t
     shutil.copytree(whole.path, tmp_path / "copy", symlinks=True, ignore=shutil.ignore_patterns("locks"))
     work = Checkout(tmp_path / "copy")
     config = work.path / "config.yaml"
-    config.write_text("# a comment\n" + config.read_text() + "resources: {pretrain: {mem_mb: 4000}}\n")
+    values = yaml.safe_load(config.read_text())
+    values["resources"]["pretrain"]["mem_mb"] += 1000
+    config.write_text("# a comment\n" + yaml.safe_dump(values, sort_keys=False))
     nothing_to_do(work)
     work.edit("lambda_laid: 0.03", "lambda_laid: 30.0")
     assert json.loads(work.run("dvc", "status", "--json")).keys() == {"family", "cells", "tables"}

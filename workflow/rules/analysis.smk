@@ -79,6 +79,6 @@ rule inference_cost:
         questions=lambda wildcards, input: above(input.questions[0]),
         sizes=sorted({TEST[len(TEST) // 2], TEST[-1]}),
     shell:
-        "python $BENCH/inference_cost.py --config $CONFIG --student-name {wildcards.student} --model {params.model:q}"
+        'python "$BENCH"/inference_cost.py --config $CONFIG --student-name {wildcards.student} --model {params.model:q}'
         " --run {input.run:q} --coco {params.coco:q} --questions {params.questions:q} --sizes {params.sizes:q}"
         " --out {output:q} --threads {resources.cpus_per_task} 2>&1 | tee {log:q}"

@@ -26,13 +26,15 @@ rule train:
         student=student_checkpoint,
         coco=COCO,
         cache=lambda wildcards, input: (
-            f"--teacher-cache {above(input.cache)}" if "cache" in input.keys() else ""
+            f"--teacher-cache {shlex.quote(above(input.cache))}"
+            if "cache" in input.keys()
+            else ""
         ),
     # Several GPUs: one process each, which share the student as training.parallel says.
     shell:
-        "launch=laid; [ {resources.gpu} -lt 2 ] ||"
-        ' launch="accelerate launch --config_file $LAYOUT --num_processes {resources.gpu} -m laid";'
-        " $launch train --config $CONFIG --method {wildcards.method} --seed {wildcards.seed}"
-        " --student-name {wildcards.student} --student {params.student:q} {params.cache:q}"
+        "launch=(laid); [ {resources.gpu} -lt 2 ] ||"
+        ' launch=(accelerate launch --config_file "$LAYOUT" --num_processes {resources.gpu} -m laid);'
+        ' "${{launch[@]}}" train --config $CONFIG --method {wildcards.method} --seed {wildcards.seed}'
+        " --student-name {wildcards.student} --student {params.student:q} {params.cache}"
         " --coco {params.coco:q} --questions {input.questions:q} --out {output:q}"
         " --threads {resources.cpus_per_task} 2>&1 | tee {log:q}"

@@ -52,5 +52,5 @@ rule teacher_cache:
         ),
         out=lambda wildcards, output: above(output.index),
     shell:
-        "laid teacher-cache --config $CONFIG --teacher {params.teacher:q} --coco {params.coco:q} {params.labels:q}"
+        "laid teacher-cache --config $CONFIG --teacher {params.teacher:q} --coco {params.coco:q} {params.labels}"
         " --questions {input.questions:q} --out {params.out:q} --threads {resources.cpus_per_task} 2>&1 | tee {log:q}"
