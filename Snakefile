@@ -25,6 +25,7 @@ include: "workflow/rules/pope.smk"
 include: "workflow/rules/report.smk"
 include: "workflow/rules/beyond.smk"
 include: "workflow/rules/sweep.smk"
+include: "workflow/rules/tune.smk"
 
 
 rule all:

@@ -49,6 +49,22 @@ def test_long_haystacks_are_asked_for_by_the_sweep_too():
     assert Layout(settings.changed({"sweep": {"methods": ["laid_long"]}})).asked() == ["train", "long"]
 
 
+def test_what_tuning_asks_for():
+    tried = {"laid_long": [{"lr": 0.5}], "yarn": [{"factor": 3.0}]}
+    tune = {"students": ["small"], "pretrained": 2, "methods": tried}
+    settings = load(["config.yaml"]).changed({"tune": tune, "haystacks": {"validation": {"sizes": [50, 5]}}})
+    layout = Layout(settings)
+    assert layout.members == ["teacher", "medium", "small"] and layout.known == [*layout.members, "small_1"]
+    assert layout.asked() == ["train", "long"]
+    assert layout.needed_by_tune() == [
+        layout.cell("validation", student, method, size)
+        for student in ("small", "small_1")
+        for method in ("base", "laid_long_lr0p5", "yarn_factor3")
+        for size in (5, 50)
+    ]
+    assert not [cell for cell in layout.needed() if "small_1" in cell or "lr0p5" in cell]
+
+
 def test_what_a_method_learns_from(layout):
     assert [layout.learns_from(m) for m in ("sft", "laid", "mine")] == ["train", "train", "long"]
     assert [layout.hears_teacher(m) for m in ("sft", "kd", "laid", "mine")] == [False, True, True, True]

@@ -28,6 +28,7 @@ VERBS = {
     "distill": "distil a student from a teacher on your own question file, without the workflow",
     "tables": "build Tables 1, 2 and 3 from cells and print them",
     "sweep": "compare the parts of a method on the validation questions",
+    "tune": "choose each method's settings on the validation questions",
     "figures": "draw the figures from cells and training logs",
     "report": "write one results page that opens offline: tables, figures, claims, provenance",
     "claims": "test the paper's claims on its own tables and on the cells",

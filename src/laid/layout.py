@@ -9,8 +9,9 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from laid.results.needed import needed
+from laid.results.needed import needed, needed_by_tune
 from laid.settings import Settings, TrainedMethod
+from laid.settings.tune import tuned_students, variants
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,8 @@ class Layout:
         self.suites = suites(settings)
         self.models = settings.models
         self.members: list[str] = [self.models.teacher, *self.models.students]
+        # Whoever can have a checkpoint, runs and cells: those that methods are tuned on, too.
+        self.known: list[str] = list(dict.fromkeys([*self.members, *tuned_students(settings)]))
 
     def cell(self, suite: str, student: str, method: str, size: int) -> str:
         return f"{self.root}/cells/{suite}/{student}/{method}/{size}.json"
@@ -75,6 +78,10 @@ class Layout:
         return [
             self.cell("test", *key) for key in needed(self.settings) if student is None or key[0] == student
         ]
+
+    def needed_by_tune(self) -> list[str]:
+        """The validation cells that the table of tuning reads."""
+        return [self.cell("validation", *key) for key in needed_by_tune(self.settings)]
 
     def chosen(self, section: str, student: str) -> list[str]:
         """The methods that a section of the settings names, those that the student's tables have."""
@@ -122,9 +129,9 @@ class Layout:
         return f"{self.root}/teacher_cache/{questions}/index.json"
 
     def asked(self, heard: bool = False) -> list[str]:
-        """The training questions, train first, that the methods of tables and sweep learn from; `heard`: with a teacher's cache."""
-        sweep = self.settings.sweep
-        named = [*(method for _, method, _ in needed(self.settings)), *sweep.against, *sweep.methods]
+        """The training questions, train first, that the methods of tables, sweep and tune learn from; `heard`: with a teacher's cache."""
+        sweep, tune = self.settings.sweep, variants(self.settings.tune.methods)
+        named = [*(method for _, method, _ in needed(self.settings)), *sweep.against, *sweep.methods, *tune]
         methods = [method for method in dict.fromkeys(named) if self.is_trained(method)]
         names = {self.learns_from(m) for m in methods if not heard or self.hears_teacher(m)}
         return [name for name in ("train", "long") if name in names]

@@ -33,8 +33,10 @@ from laid.settings import (
 
 TOP = Path(__file__).resolve().parents[2]
 BASE = TOP / "config.yaml"
-SWEEP = TOP / "configs/sweep.yaml"  # an overlay of any scale, the others make one
-OVERLAYS = sorted(set((TOP / "configs").glob("*.yaml")) - {SWEEP})
+SWEEP, TUNE = (
+    TOP / f"configs/{name}.yaml" for name in ("sweep", "tune")
+)  # overlays of any scale, the others make one
+OVERLAYS = sorted(set((TOP / "configs").glob("*.yaml")) - {SWEEP, TUNE})
 
 
 def sections(model=Settings):
@@ -71,7 +73,7 @@ def test_the_schema_is_one_and_agrees_on_what_ships():
     schema = json_schema()
     jsonschema.Draft202012Validator.check_schema(schema)
     checker = jsonschema.Draft202012Validator(schema)
-    for file in (BASE, *OVERLAYS, SWEEP):
+    for file in (BASE, *OVERLAYS, SWEEP, TUNE):
         checker.validate(yaml.safe_load(file.read_text()))
         checker.validate(load([BASE, file]).model_dump())
     assert not checker.is_valid({"seeds": 0}) and not checker.is_valid({"sead": 1})
@@ -303,7 +305,7 @@ def test_config_verb_prints_what_load_gives(capsys, tmp_path):
     assert capsys.readouterr().err.startswith("laid config: error: ")
 
 
-@pytest.mark.parametrize("name", [path.name for path in [*OVERLAYS, SWEEP]])
+@pytest.mark.parametrize("name", [path.name for path in [*OVERLAYS, SWEEP, TUNE]])
 def test_one_file_can_stand_for_base_and_overlay(name, tmp_path):
     """What dvc.yaml asks for at another scale: config.yaml becomes the whole of it, over the file it was read from."""
     own = write(tmp_path, BASE.read_text(), "config.yaml")
@@ -334,6 +336,74 @@ def test_methods_of_the_sweep_are_methods_like_others():
     assert full.methods["without_gain"].gain is None and full.methods["labels"].lambda_kl == 0
     assert validate(full.model_dump()) == full
     assert slice_for("train", full, method="gain")["methods"].keys() == {"gain"}
+
+
+def test_settings_that_are_tried_become_methods_and_members(tmp_path):
+    """Each laid over its method under a name of its values, each further student the same with the next seed; no job
+    of what was there before depends on them, and validating the resolved settings again changes nothing."""
+    text = """
+family: {members: {small: {seed: 4}}}
+tune:
+  students: [small]
+  pretrained: 3
+  methods:
+    sft: [{lr: 1e-5, lora: null}, {lora: {rank: 4}, epochs: 0.5}]
+    laid: [{alignment: {pairs: [[0, -1]], init: fit}, gain: null}]
+    yarn: [{factor: 1.25, axes: time}]
+sweep: {seeds: 1}
+"""
+    base, full = load([BASE]), load([BASE, write(tmp_path, text)])
+    names = [
+        "sft_lr1em05_lora_null",
+        "sft_lora_rank4_epochs0p5",
+        "laid_alignment_pairs_0_m1_init_fit_gain_null",
+        "yarn_factor1p25_axes_time",
+    ]
+    assert list(full.methods) == [*base.methods, *names]
+    assert full.methods[names[0]] == full.methods["sft"].changed({"extends": "sft", "lr": 1e-5, "lora": None})
+    low = full.methods["sft"].changed({"extends": "sft", "lora": {"rank": 4}, "epochs": 0.5})
+    assert full.methods[names[1]] == low
+    assert full.methods[names[3]] == Yarn(extends="yarn", factor=1.25, axes="time")
+    members = full.family.members
+    assert members.keys() - base.family.members.keys() == {"small_1", "small_2"}
+    assert members["small_2"] == members["small"].changed({"seed": 6})
+    assert validate(full.model_dump()) == full
+    for step in ("train", "evaluate", "analyse", "why", "tables", "haystacks", "teacher_cache"):
+        ways = {"method": "sft", "student": "medium"}
+        assert slice_json(step, base, **ways) == slice_json(step, full, **ways), step
+    assert slice_json("pretrain", base, member="medium") == slice_json("pretrain", full, member="medium")
+    assert slice_for("train", full, method=names[0])["methods"].keys() == {names[0]}
+
+
+def test_the_grid_that_ships_tries_every_method_of_the_tables():
+    full = load([BASE, TUNE])
+    assert set(full.tune.methods) == set(full.tables.methods) - {"base"}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("methods: {sftt: [{lr: 1}]}", "line 1: tune.methods: 'sftt' is not among yarn, self_extend, sft"),
+        ("methods: {sft: [{lr: 1}, {lr: -1}]}", "line 1: tune.methods.sft.1.lr = -1: must be greater than 0"),
+        ("methods: {sft: [{epoch: 3}]}", "tune.methods.sft.0.epoch: unknown key; did you mean 'epochs'?"),
+        (
+            "methods: {sft: [{lora: {rnk: 2}}]}",
+            "tune.methods.sft.0.lora.rnk: unknown key; did you mean 'rank'?",
+        ),
+        ("methods: {sft: {lr: [1]}}", 'tune.methods.sft = {"lr": [1]}: expected a list, found a mapping'),
+        ("methods: {sft: [{}]}", "tune.methods.sft.0 = {}: needs at least 1 entry, has 0"),
+        ("methods: {sft: [{lr: 1}, {lr: 1}]}", "an entry is there twice"),
+        ("methods: {yarn: [{lr: 1}]}", "tune.methods.yarn.0.lr: unknown key; keys in"),
+        ("students: [teacher]", "tune.students: 'teacher' is not among medium, small"),
+    ],
+)
+def test_mistakes_in_what_is_tried(tmp_path, text, said):
+    assert said in complaint(BASE, write(tmp_path, f"tune: {{{text}}}\n"))
+
+
+def test_published_students_are_not_pretrained_again():
+    said = "tune.pretrained: 2, but laid does not pretrain 'qwen7b' (models.checkpoints); set it to 1"
+    assert said in complaint(BASE, TOP / "configs/paper.yaml", TUNE)
 
 
 def test_a_method_of_ones_own(tmp_path):

@@ -118,6 +118,24 @@ def test_a_method_of_an_overlay_is_a_method_like_any_other(workdir):
     assert " --without-labels " in asked and plan.count("--without-labels") == 1
 
 
+def test_tuning_trains_every_setting_on_every_pretrained_student(workdir):
+    """Two of each student, one seed; base, YaRN and SelfExtend are only asked, and nothing is asked of the test."""
+    overlays = ["--configfile", "micro.yaml", TOP / "configs/tune.yaml"]
+    jobs = workdir.planned("tune", *overlays, overlay=None)
+    tried = yaml.safe_load((TOP / "configs/tune.yaml").read_text())["tune"]["methods"]
+    trained = 4 * sum(len(tried[method]) for method in tried.keys() - {"yarn", "self_extend"})
+    asked = 4 * (1 + sum(map(len, tried.values())))
+    assert {rule: jobs.get(rule) for rule in ("train", "evaluate_validation", "pretrain", "tune")} == {
+        "train": trained,
+        "evaluate_validation": asked,
+        "pretrain": 5,
+        "tune": 1,
+    }
+    assert "evaluate_test" not in jobs
+    # The tables do not know of it.
+    assert workdir.planned(*overlays, overlay=None) == workdir.planned()
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

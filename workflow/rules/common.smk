@@ -40,8 +40,8 @@ ASKED = LAYOUT.asked()
 
 
 wildcard_constraints:
-    member="|".join(MEMBERS),
-    student="|".join(MEMBERS),
+    member="|".join(LAYOUT.known),
+    student="|".join(LAYOUT.known),
     method="|".join(config.methods),
     questions="train|long",
     asked="haystacks|beyond|pope",

@@ -49,7 +49,7 @@ def unknown(lineage: Lineage, step: Step) -> str | None:
     suite = layout.suites.get(wildcards["suite"])
     for what, name, known in (
         ("suite", wildcards["suite"], list(layout.suites)),
-        ("model", wildcards["student"], layout.members),
+        ("model", wildcards["student"], layout.known),
         ("method", wildcards["method"], list(lineage.config.methods)),
         ("size", wildcards["size"], suite.sizes if suite else [wildcards["size"]]),
     ):

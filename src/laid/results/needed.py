@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from laid.settings.tune import tuned_students, variants
+
 if TYPE_CHECKING:
     from laid.settings import Settings
 
@@ -24,6 +26,14 @@ def needed(settings: Settings) -> Iterator[Key]:
                 if (student, method, size) not in seen:
                     seen.add((student, method, size))
                     yield student, method, size
+
+
+def needed_by_tune(settings: Settings) -> Iterator[Key]:
+    """(student, method, size) of every validation cell that the table of tuning reads, base first."""
+    for student in tuned_students(settings):
+        for method in ["base", *variants(settings.tune.methods)]:
+            for size in sorted(settings.haystacks.validation.sizes):
+                yield student, method, size
 
 
 def table3_students(settings: Settings) -> list[str]:

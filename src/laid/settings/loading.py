@@ -114,7 +114,7 @@ def _message(error: Invalid, values: Any, sources: list[tuple]) -> str:
     rule, context, value = problem["type"], problem.get("ctx", {}), problem["input"]
     annotation = _annotation(error.model, path[error.depth :])
     if rule == "extra_forbidden":
-        model = _annotation(error.model, path[error.depth : -1])
+        model = _bare(_annotation(error.model, path[error.depth : -1]))
         known = sorted(model.model_fields)
         inside = f"in {'.'.join(path[:-1])!r}" if path[:-1] else "at the top"
         return f"{where}{_printable(key)}: unknown key; {_near(path[-1], known)}keys {inside}: {', '.join(known)}"

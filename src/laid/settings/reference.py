@@ -72,7 +72,8 @@ def _value(node: dict[str, Any]) -> str:
     if node["type"] == "array":
         return f"list of: {_value(node['items'])}"
     if node["type"] == "object":
-        return f"name: {_value(node['additionalProperties'])}"
+        inner = node["additionalProperties"]
+        return f"name: {'value' if inner is True else _value(inner)}"
     bounds = [
         f"{sign} {node[bound]:g}"
         for bound, sign in (

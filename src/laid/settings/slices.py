@@ -11,6 +11,7 @@ from typing import Any
 from laid.errors import LaidError
 from laid.io import dumps
 from laid.settings.base import merge, plain
+from laid.settings.tune import variants
 
 # What YaRN and SelfExtend go by: a job that measures several methods has no method of its own in its wildcards.
 UNTRAINED = [f"methods.*.{key}" for key in ("factor", "original_positions", "axes", "group", "window")]
@@ -89,6 +90,14 @@ SLICES: dict[str, list[str]] = {
         "tables.threshold",
         "haystacks.validation.sizes",
     ],
+    "tune": [
+        "tune",
+        "methods",
+        "training.lr",
+        "training.epochs",
+        "tables.short_max",
+        "haystacks.validation.sizes",
+    ],
 }
 
 
@@ -101,6 +110,10 @@ def slice_for(step: str, settings: Mapping[str, Any], **wildcards: Any) -> dict[
     if step not in SLICES:
         raise LaidError(f"no step {step!r}; steps: {', '.join(SLICES)}")
     values, result = plain(settings), {}
+    # What is tried concerns its own jobs alone, not those that take all methods.
+    for name in variants(values.get("tune", {}).get("methods", {})):
+        if name != wildcards.get("method"):
+            values["methods"].pop(name, None)
     for entry in SLICES[step]:
         keys = entry.lstrip("-").format(**wildcards).split(".")
         if entry.startswith("-"):

@@ -15,6 +15,7 @@ from laid.settings.measuring import Analysis, Beyond, Evaluation, Pope, Sweep, T
 from laid.settings.methods import BUILT_IN, AnyMethod, Method, MethodName, TrainedMethod
 from laid.settings.running import Plan, Resources
 from laid.settings.training import TeacherCache, Training
+from laid.settings.tune import Tune, copies, tuned_students, variants
 
 Path = tuple[str, ...]
 
@@ -60,6 +61,7 @@ class Settings(Section):
     written. A method of another name is trained, unless it extends one of these three."""
     pope: Pope = Pope()
     sweep: Sweep = Sweep()
+    tune: Tune = Tune()
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Self:
@@ -72,7 +74,7 @@ class Settings(Section):
         for name in written:
             _checked(kind(name, written), written[name], ("methods", name))
         methods = {name: extended(name, written) for name in written}
-        settings = _checked(cls, values | {"methods": methods})
+        settings = tried(_checked(cls, values | {"methods": methods}))
         for path, complaint in contradictions(settings):
             raise Invalid(path, complaint)
         return settings
@@ -110,6 +112,24 @@ def extended(name: str, methods: Mapping[str, Any]) -> Method:
     return kind(name, methods).model_validate(resolved(name))
 
 
+def tried(settings: Settings) -> Settings:
+    """What section tune tries among methods and members. Those that are there already stay: settings that were
+    resolved before. Raises Invalid for a setting that its method cannot have."""
+    methods, family, tune = dict(settings.methods), settings.family, settings.tune
+    for name, (method, place) in variants(tune.methods).items():
+        if method in settings.methods:
+            own, values = settings.methods[method], tune.methods[method][place]
+            merged = merge(own.model_dump(), {**values, "extends": method, "label": None})
+            found = _checked(type(own), merged, ("tune", "methods", method, str(place)))
+            methods.setdefault(name, found)
+    members = dict(family.members)
+    for student in tune.students or settings.models.students:
+        for k, name in enumerate(copies(student, settings) if student in family.members else []):
+            members.setdefault(name, members[student].changed({"seed": members[student].seed + k}))
+    family = family.model_copy(update={"members": members})
+    return settings.model_copy(update={"methods": methods, "family": family})
+
+
 def contradictions(settings: Settings) -> Iterator[tuple[Path, str]]:
     """(path, complaint) for every pair of values that contradict each other."""
     data, models, methods = settings.data, settings.models, settings.methods
@@ -138,6 +158,8 @@ def contradictions(settings: Settings) -> Iterator[tuple[Path, str]]:
         (("tables", "table3_students"), settings.tables.table3_students or [], models.students),
         (("sweep", "students"), settings.sweep.students or [], models.students),
         (("sweep", "against"), settings.sweep.against, list(methods)),
+        (("tune", "students"), settings.tune.students or [], models.students),
+        (("tune", "methods"), list(settings.tune.methods), [name for name in methods if name != "base"]),
         (("sweep", "methods"), settings.sweep.methods, list(methods)),
         (("tables", "methods"), settings.tables.methods, list(methods)),
         (("tables", "ablations"), settings.tables.ablations, list(methods)),
@@ -148,6 +170,12 @@ def contradictions(settings: Settings) -> Iterator[tuple[Path, str]]:
         unknown = [name for name in names if name not in allowed]
         if unknown:
             yield path, f"{unknown[0]!r} is not among {', '.join(allowed) or 'none'}"
+    for name in tuned_students(settings) if settings.tune.pretrained > 1 else []:
+        if name in models.checkpoints or name not in settings.family.members:
+            yield (
+                ("tune", "pretrained"),
+                f"{settings.tune.pretrained}, but laid does not pretrain {name!r} (models.checkpoints); set it to 1",
+            )
     for section in ("analysis", "beyond", "pope"):
         if "base" not in getattr(settings, section).methods:
             yield (section, "methods"), "base is missing: the others are held against it"

@@ -1,0 +1,125 @@
+"""The choice of settings against numbers worked by hand."""
+
+import csv
+import io
+import re
+
+import pytest
+import yaml
+
+import synthetic
+from laid.errors import LaidError
+from laid.results.render import csv_text, markdown
+from laid.results.tune import chosen_yaml, differences, read, scores, tune_table
+
+TRIED = {
+    "sft": [
+        {"lr": 0.003, "epochs": 2, "lora": None},
+        {"lr": 0.001, "epochs": 5, "lora": {"rank": 8}},
+        {"lr": 0.001, "epochs": 2, "lora": None},
+    ],
+    "kd": [{"lr": 0.001}, {"lr": 0.002}],
+    "yarn": [{"factor": 4.0}, {"factor": 2.0}],
+}
+# Short is 5 images, long 50 and 100. Of sft the mean of all sizes would choose the first; halves make all three equal.
+CURVES = {
+    ("7B", "base"): (0.8, 0.4, 0.4),
+    ("3B", "base"): (0.8, 0.4, 0.4),
+    ("7B", "sft_lr0p003_epochs2_lora_null"): (0.7, 0.7, 0.7),
+    ("3B", "sft_lr0p003_epochs2_lora_null"): (0.6, 0.6, 0.6),
+    ("7B", "sft_lr0p001_epochs5_lora_rank8"): (0.9, 0.6, 0.4),
+    ("3B", "sft_lr0p001_epochs5_lora_rank8"): (0.8, 0.4, 0.4),
+    ("7B", "sft_lr0p001_epochs2_lora_null"): (0.9, 0.6, 0.4),
+    ("3B", "sft_lr0p001_epochs2_lora_null"): (0.8, 0.5, 0.3),
+    ("7B", "kd_lr0p001"): (0.7, 0.5, 0.5),
+    ("3B", "kd_lr0p001"): (0.5, 0.5, 0.5),
+    ("7B", "kd_lr0p002"): (0.7, 0.7, 0.54),
+    ("3B", "kd_lr0p002"): (0.5, 0.5, 0.5),
+    ("7B", "yarn_factor4"): (0.5, 0.5, 0.5),
+    ("3B", "yarn_factor4"): (0.5, 0.5, 0.5),
+    ("7B", "yarn_factor2"): (0.4, 0.6, 0.6),
+    ("3B", "yarn_factor2"): (0.5, 0.5, 0.5),
+}
+SIZES = [5, 50, 100]
+
+
+def settings(sizes=SIZES, tried=TRIED, **more):
+    return synthetic.config(
+        more={"haystacks": {"validation": {"sizes": sizes}}, "tune": {"methods": tried}} | more
+    )
+
+
+def results(config, sizes=SIZES, curves=CURVES):
+    grid = {model: dict(zip(sizes, curve, strict=False)) for model, curve in curves.items()}
+    return read(synthetic.grid_of(grid, 100), config, "cells")
+
+
+def test_scores_errors_and_the_choice_by_hand():
+    frame = scores(results(settings()))
+    assert list(frame.index) == list(dict.fromkeys(method for _, method in CURVES))
+    first = frame.loc["sft_lr0p001_epochs5_lora_rank8"]
+    assert (first["7B_short"], first["7B_long"], first["7B_score"]) == pytest.approx((90, 50, 70))
+    # 70 and 60: mean 65, standard deviation 50 ** 0.5, over two students
+    assert (first["mean"], first["error"]) == pytest.approx((65, 5))
+    # three equal ones: the lower learning rate, then the fewer epochs; of YaRN the lower factor
+    chosen = ["sft_lr0p001_epochs2_lora_null", "kd_lr0p002", "yarn_factor2"]
+    assert list(frame.index[frame["chosen"]]) == chosen
+    assert frame.loc["yarn_factor4", "mean"] == pytest.approx(frame.loc["yarn_factor2", "mean"])
+    # kd at 0.001 is 6 points behind on the one student, none on the other
+    assert frame.loc["kd_lr0p001", ["to_chosen", "to_chosen_error"]].tolist() == pytest.approx([-3, 3])
+
+
+def test_the_table_says_what_was_tried_and_what_is_chosen():
+    found = results(settings())
+    table = tune_table(found, scores(found))
+    rows = {row["variant"]: row for row in csv.DictReader(io.StringIO(csv_text(table)))}
+    adapter = rows["sft_lr0p001_epochs5_lora_rank8"]
+    assert (float(adapter["lr"]), float(adapter["epochs"])) == (0.001, 5)
+    assert (adapter["adapter"], adapter["chosen"]) == ("LoRA rank 8, alpha 16", "False")
+    assert float(rows["kd_lr0p002"]["epochs"]) == found.settings.training.epochs
+    assert (rows["yarn_factor2"]["lr"], rows["yarn_factor2"]["other"]) == ("", "factor 2.0")
+    text = markdown(table)
+    bold = [re.split(r" *\| *", line)[1:3] for line in text.splitlines() if "**" in line and "|" in line]
+    assert bold == [
+        ["SFT (LoRA)", "**lr 0.001, 2 epochs, all weights**"],
+        ["KD (ours)", f"**lr 0.002, {found.settings.training.epochs:g} epochs, all weights**"],
+        ["YaRN", "**factor 2.0**"],
+    ]
+    assert "| 90.0 / 50.0 | 80.0 / 40.0 | 65.0 \u00b1 5.0 | +0.0 \u00b1 0.0 |" in text
+
+
+def test_what_is_chosen_can_be_copied_and_is_held_against_the_configuration():
+    sft = {"lr": 0.001, "epochs": 2, "lora": {"rank": 8}}
+    config = settings(methods={"sft": sft}, training={"lr": 0.0005})
+    frame = scores(results(config))
+    chosen = yaml.safe_load(chosen_yaml(frame, config))
+    assert chosen["methods"] == {"sft": TRIED["sft"][2], "kd": TRIED["kd"][1], "yarn": TRIED["yarn"][1]}
+    assert differences(frame, config) == [
+        "sft.lora is LoRA rank 8, alpha 16, chosen is null",
+        "kd.lr is 0.0005, chosen is 0.002",
+        "yarn.factor is 1.0, chosen is 2.0",
+    ]
+    assert differences(frame, config.changed(chosen)) == []
+
+
+def test_one_window_counts_alone_and_one_student_has_no_error():
+    config = settings(sizes=[5], tune={"methods": {"kd": TRIED["kd"]}, "students": ["7B"]})
+    found = results(config, [5])
+    frame = scores(found)
+    # equal on 5 images: the lower learning rate
+    assert list(frame.index[frame["chosen"]]) == ["kd_lr0p001"]
+    assert frame.loc["kd_lr0p001", "mean"] == pytest.approx(70)
+    text = markdown(tune_table(found, frame))
+    assert "| 70.0 | **70.0** |  |" in text and "nan" not in text
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (settings(tried={"kd": [{"lr": 0.5}]}), "cells/7B/kd_lr0p5/5.json: no such cell (and 5 more cells)"),
+        (settings(tried={}), "tune.methods names no method; give --config config.yaml configs/tune.yaml"),
+    ],
+)
+def test_what_is_missing_is_said(config, said):
+    with pytest.raises(LaidError, match=re.escape(said)):
+        results(config)
