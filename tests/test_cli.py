@@ -50,6 +50,8 @@ RIGHT = {
     " --questions {test} --sizes 1 2 --out {out} --device cpu",
     "tokens": "tokens --config {micro} --model {small} --coco {coco} --out {out}",
     "analyse": "analyse --config {micro} --student-name small --model {small} --coco {coco} --questions {test} --out {out}",
+    "alignability": "alignability --config {micro} --teacher {teacher} --student {small} --coco {coco} --questions {questions}"
+    " --out {out}",
     "tables": "tables --config {micro} --cells {tmp}/cells --out {out}",
     "figures": "figures --config {micro} --cells {tmp}/cells --out {out}",
     "report": "report --config {micro} --cells {tmp}/cells --out {out}",
@@ -92,6 +94,9 @@ WRONG = [
     ("evaluate", ("{test}", "{questions} {questions}"), "has "),
     ("tokens", ("{small}", "{tmp}/none"), "no such checkpoint folder"),
     ("tokens", ("{coco}", "{tmp}"), "instances_val2017.json: no such file"),
+    ("alignability", ("{teacher}", "{tmp}/none"), "none: no such checkpoint folder"),
+    ("alignability", ("{questions}", "{tmp}/broken.json"), "broken.json: not valid JSON"),
+    ("alignability", ("{coco}", "{tmp}"), "no such image"),
     ("tables", None, "no such folder of cells"),
 ]
 

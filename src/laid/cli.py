@@ -23,6 +23,7 @@ VERBS = {
     "pope": "POPE's object questions about single images: build them, print their table",
     "tokens": "count prompt tokens and M-RoPE positions per haystack size (Table 2), without weights",
     "analyse": "measure a student's attention heads: which find the needle, and their spectra",
+    "alignability": "measure how much of a student's queries and keys equation 7 can reach, for any two checkpoints",
     "why": "separate what distance in positions costs from what dilution by more keys costs",
     "beyond": "report what goes beyond the paper: why windows shrink, where they end",
     "distill": "distil a student from a teacher on your own question file, without the workflow",

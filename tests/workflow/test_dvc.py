@@ -110,7 +110,7 @@ STEPS = {
     "data": ["data", "haystacks", "haystacks_long"],
     "family": ["pretrain", "teacher_cache"],
     "cells": ["train", "evaluate"],
-    "tables": ["analyse", "evaluate", "pope", "tables"],
+    "tables": ["alignability", "analyse", "evaluate", "pope", "tables"],
 }
 
 

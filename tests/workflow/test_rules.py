@@ -93,6 +93,7 @@ def test_the_claims_rest_on_the_same_cells_whatever_was_made_before(workdir):
     (workdir.root / "pope").mkdir(parents=True)
     (workdir.root / "pope/pope.csv").write_text("")
     assert workdir.planned("page") == before and before["evaluate_pope_random"] == 9
+    assert before["alignability"] == 2  # each student against the teacher
 
 
 def test_a_method_of_an_overlay_is_a_method_like_any_other(workdir):

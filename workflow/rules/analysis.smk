@@ -1,6 +1,8 @@
-# Looking into the models: attention heads for Figure 4 and the spectra, why windows end, what an exported student costs.
+# Looking into the models: attention heads for Figure 4 and the spectra, what equation 7 can reach, why windows end, what an
+# exported student costs.
 
 ANALYSES = [f"{ROOT}/analysis/{member}.json" for member in MEMBERS]
+ALIGNABILITY = [f"{ROOT}/alignability/{student}.json" for student in STUDENTS]
 COSTS = [
     f"{ROOT}/inference_cost/{student}.json"
     for student in STUDENTS
@@ -55,6 +57,35 @@ use rule analysis as why with:
         methods=lambda wildcards: LAYOUT.chosen("beyond", wildcards.student),
         coco=COCO,
         questions=lambda wildcards, input: above(input.questions[0]),
+
+
+rule alignability:
+    input:
+        teacher=checkpoint_files(TEACHER),
+        student=student_files,
+        images=images("haystacks"),
+        questions=LAYOUT.training_questions("train"),
+    output:
+        f"{ROOT}/alignability/{{student}}.json",
+        multiext(f"{ROOT}/alignability/{{student}}", ".md", ".csv", ".svg", ".png"),
+    log:
+        f"{ROOT}/logs/alignability/{{student}}.log",
+    priority: 10
+    conda:
+        "../../envs/laid.yaml"
+    threads: cores("evaluate")
+    resources:
+        **ask("evaluate"),
+    params:
+        relevant=relevant("alignability"),
+        teacher=lambda wildcards: LAYOUT.checkpoint(TEACHER),
+        student=student_checkpoint,
+        coco=COCO,
+        out=lambda wildcards, output: above(output[0]),
+    shell:
+        "laid alignability --config $CONFIG --teacher {params.teacher:q} --student {params.student:q}"
+        " --student-name {wildcards.student} --coco {params.coco:q} --questions {input.questions:q} --out {params.out:q}"
+        " --threads {resources.cpus_per_task} 2>&1 | tee {log:q}"
 
 
 rule inference_cost:

@@ -11,6 +11,7 @@ rule figures:
     input:
         CELLS,
         analysis=ANALYSES,
+        alignability=ALIGNABILITY,
     output:
         report(
             directory(f"{ROOT}/figures"),
@@ -37,6 +38,7 @@ rule claims:
     input:
         CELLS,
         analysis=ANALYSES,
+        alignability=ALIGNABILITY,
         costs=COSTS,
         ledger=ledger(),
         pope=POPE_CELLS,

@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from laid.errors import LaidError
-    from laid.results import figures, heads, plotting, training_figures
+    from laid.results import alignability, figures, heads, plotting, training_figures
 
     results, beside, root = read_results(args)
     names, students, out = results.names, results.students, args.out or root / "figures"
@@ -28,6 +28,9 @@ def run(args: argparse.Namespace) -> None:
     drawings += training_figures.build(training_figures.load_logs(runs), names)
     drawings.append(training_figures.learned(training_figures.load_learned(runs, students)))
     drawings += heads.build(heads.load(beside / "analysis"), results.teacher, students, names)
+    reached = alignability.load(beside / "alignability")
+    if shown := {student: reached[student] for student in students if student in reached}:
+        drawings.append(alignability.figure(shown))
     settings = results.settings
     trained = [size for size in results.sizes if size <= settings.haystacks.train.max_size]
     if trained and "laid" in settings.methods:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from laid.io import read_json
-from laid.results import heads
+from laid.results import alignability, heads
 from laid.results.answers import Curves, Model
 from laid.results.exports import shape_report
 from laid.results.pope import read_pope_answers
@@ -348,6 +348,31 @@ def low_frequencies(source: Curves, method: str, others: Sequence[str], root: Pa
     return conclude(source, found, remarks)
 
 
+def alignable(source: Curves, level: float, root: Path | None = None) -> Outcome:
+    """Whether equation 7 has a target (laid.analysis.alignability): its share of the best layer, at least `level` %."""
+    if source.printed or root is None:
+        return NO_FIGURE
+    records = alignability.load(root / "alignability")
+    found, remarks = [], []
+    for student in (s for s in source.students if s in records):
+        told = []
+        for side in alignability.SIDES:
+            shares = {kind: alignability.best(records[student], side, kind) for kind in alignability.KINDS}
+            if shares["real"]:
+                layer, part = shares["real"]
+                what = f"{student} {side} explained by equation 7, layer {layer}"
+                values = (100 * v for v in (part["share"], *part["interval"]))
+                found.append(Statement(what, *values, bound=level, unit="%"))
+            others = (
+                f"{alignability.KINDS[kind]} {100 * shares[kind][1]['share']:.1f} % (layer {shares[kind][0]})"
+                for kind in ("complex", "linear")
+                if shares[kind]
+            )
+            told.append(f"{side} by {', '.join(others)}")
+        remarks.append(f"{student}, at most: {'; '.join(told)}")
+    return conclude(source, found, remarks)
+
+
 def inference_cost(source: Curves, method: str, margin: float, root: Path | None = None) -> Outcome:
     """FLOPs and time of the exported student over base's, from bench/inference_cost.py; margin in %."""
     if source.printed or root is None:
@@ -383,6 +408,6 @@ TESTS: dict[str, Callable[..., Outcome]] = {
     test.__name__: test
     for test in (
         shrinkage, decay, no_help, short_biased, gains, over_kd, ablation_order, window_ratio, kept, benchmark_kept,
-        low_frequencies, inference_cost,
+        low_frequencies, alignable, inference_cost,
     )
 }  # fmt: skip

@@ -85,8 +85,8 @@ def show(tables: Sequence[Table], footnote: str | None = None) -> None:
 
 def percent(value: float, interval: Sequence[float] | None = None) -> str:
     """As 67.0 or 67.0 [61.5, 72.1]; value and interval are fractions."""
-    text = f"{100 * value:.1f}"
-    return text if interval is None else f"{text} [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
+    text = f"{100 * value:z.1f}"
+    return text if interval is None else f"{text} [{100 * interval[0]:z.1f}, {100 * interval[1]:z.1f}]"
 
 
 def points(values: Sequence[float], stars: str = "") -> Entry:

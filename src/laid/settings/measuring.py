@@ -33,12 +33,14 @@ class Evaluation(Section):
 
 
 class Analysis(Section):
-    """What `laid analyse` looks into: attention on the needle, and spectra of position differences."""
+    """What `laid analyse` looks into: attention on the needle, and spectra of position differences; and what `laid alignability` reads."""
 
     questions: Count = 20
     """Questions per haystack size: the first ones of each test file."""
     spectrum_size: Count = 100
     """Images in the haystacks whose spectrum is taken; the nearest test size is used."""
+    alignment_questions: Count = 240
+    """Questions of `laid alignability`, the first ones of its file: every second one fits mixtures of the teacher's heads, the others measure them."""
     methods: Names = ["base"]
     """Methods that are looked into, of those that a student's tables have."""
 

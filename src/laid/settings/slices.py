@@ -64,6 +64,13 @@ SLICES: dict[str, list[str]] = {
         "haystacks.train.max_size",
         "haystacks.test.sizes",
     ],
+    "alignability": [
+        "analysis.alignment_questions",
+        "methods.*.alignment.pairs",
+        "evaluation.order_seed",
+        "evaluation.dtype",
+        "evaluation.attention",
+    ],
     "beyond_haystacks": [
         "haystacks.seed",
         "haystacks.hard_negatives",
