@@ -1,8 +1,8 @@
 """Latency and FLOPs of an exported student beside base's, as JSON.
 
     python bench/inference_cost.py --config config.yaml --student-name small --model results/small/models/small \\
-        --run results/small/runs/small/laid/seed0 --coco results/small/coco --questions results/small/haystacks/test \\
-        --out results/small/inference_cost/small.json
+        --method laid --run results/small/runs/small/laid/seed0 --coco results/small/coco --questions results/small/haystacks/test \\
+        --out results/small/inference_cost/small/laid.json
 """
 
 import argparse
@@ -16,7 +16,7 @@ from laid.settings import load
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 config_argument(parser)
 parser.add_argument("--student-name", required=True)
-parser.add_argument("--method", default="laid")
+parser.add_argument("--method", required=True)
 parser.add_argument("--model", required=True, help="the base student's checkpoint")
 parser.add_argument("--run", type=Path, required=True, help="run folder of the trained method")
 parser.add_argument("--coco", type=Path, required=True)

@@ -253,7 +253,7 @@ def test_as_a_process(tmp_path):
 
 
 def test_without_a_configuration_the_papers_methods_hold(tmp_path, monkeypatch, capsys):
-    """default.yaml inside the package is what configs/paper.yaml says of the methods that the paper trains."""
+    """default.yaml inside the package is what configs/paper.yaml says of the methods that it trains."""
     from laid.settings import load, validate
 
     monkeypatch.chdir(tmp_path)
@@ -261,5 +261,5 @@ def test_without_a_configuration_the_papers_methods_hold(tmp_path, monkeypatch, 
     captured = capsys.readouterr()
     assert captured.err.startswith("no config.yaml here: ")
     ours, papers = validate(json.loads(captured.out)).methods, load([TOP / "configs/paper.yaml"]).methods
-    assert {"base", "yarn", "self_extend", "sft", "kd", "laid"} == set(ours)
-    assert all(ours[name] == papers[name] for name in ("sft", "kd", "laid"))
+    assert {"base", "yarn", "self_extend", "sft", "kd", "laid", "laid_plus"} == set(ours)
+    assert all(ours[name] == papers[name] for name in ("sft", "kd", "laid", "laid_plus"))

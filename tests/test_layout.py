@@ -13,7 +13,7 @@ from laid.settings import load
 def layout(tmp_path):
     overlay = {
         "models": {"checkpoints": {"teacher": "owner/name"}},
-        "methods": {"mine": {"extends": "laid_long"}},
+        "methods": {"mine": {"extends": "laid_plus_long"}},
         "tables": {"methods": ["base", "yarn", "sft", "mine"], "ablations": ["base", "laid"]},
     }
     (tmp_path / "over.yaml").write_text(yaml.safe_dump(overlay))
@@ -46,11 +46,11 @@ def test_home_is_spelt_out(layout, monkeypatch):
 def test_long_haystacks_are_asked_for_by_the_sweep_too():
     settings = load(["config.yaml"])
     assert Layout(settings).asked() == ["train"]
-    assert Layout(settings.changed({"sweep": {"methods": ["laid_long"]}})).asked() == ["train", "long"]
+    assert Layout(settings.changed({"sweep": {"methods": ["laid_plus_long"]}})).asked() == ["train", "long"]
 
 
 def test_what_tuning_asks_for():
-    tried = {"laid_long": [{"lr": 0.5}], "yarn": [{"factor": 3.0}]}
+    tried = {"laid_plus_long": [{"lr": 0.5}], "yarn": [{"factor": 3.0}]}
     tune = {"students": ["small"], "pretrained": 2, "methods": tried}
     settings = load(["config.yaml"]).changed({"tune": tune, "haystacks": {"validation": {"sizes": [50, 5]}}})
     layout = Layout(settings)
@@ -59,7 +59,7 @@ def test_what_tuning_asks_for():
     assert layout.needed_by_tune() == [
         layout.cell("validation", student, method, size)
         for student in ("small", "small_1")
-        for method in ("base", "laid_long_lr0p5", "yarn_factor3")
+        for method in ("base", "laid_plus_long_lr0p5", "yarn_factor3")
         for size in (5, 50)
     ]
     assert not [cell for cell in layout.needed() if "small_1" in cell or "lr0p5" in cell]

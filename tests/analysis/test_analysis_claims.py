@@ -52,7 +52,7 @@ def test_low_frequencies_without_an_analysis(tmp_path):
 def test_inference_cost(tmp_path, flops, ratio, verdict):
     part = {"tokens": 40, "flops": flops, "seconds": [0.01, 0.01], "ratio": ratio[0], "interval": ratio[1:]}
     write_json(
-        tmp_path / "inference_cost/S.json",
+        tmp_path / "inference_cost/S/laid.json",
         {"sizes": {"5": part}, "clock": "process time", "same_vision": True},
     )
     outcome = claim_tests.inference_cost(Models(), "laid", 5, tmp_path)

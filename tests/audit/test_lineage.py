@@ -282,7 +282,7 @@ def test_what_learns_from_long_haystacks_is_followed_there():
     lineage = Lineage(load([TOP / "config.yaml"]), "r")
     for method, questions, cache in (
         ("laid", "train", "teacher_cache/train"),
-        ("laid_long", "long", "teacher_cache/long"),
+        ("laid_plus_long", "long", "teacher_cache/long"),
     ):
         run = lineage.run("small", method, 0)
         assert lineage.inputs_of(run, "questions")[0] == Path(f"r/haystacks/{questions}.json")

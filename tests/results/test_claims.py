@@ -40,6 +40,7 @@ def curve(*values, sizes=(1, 10, 50, 150)):
     return dict(zip(sizes, values, strict=True))
 
 
+ORDER = ["laid", "laid_wo_kl", "laid_wo_laid", "base"]
 BASE = {("T", "base"): curve(1, 1, 0.95, 0.9), ("S", "base"): curve(1, 0.8, 0.6, 0.5)}
 
 
@@ -68,7 +69,7 @@ def test_printed_figures_by_hand(paper):
 
 
 def test_printed_kd_is_beaten_by_less_the_longer_the_haystack(paper):
-    outcome = claim_tests.over_kd(paper)
+    outcome = claim_tests.over_kd(paper, "laid")
     mean, growth = outcome.statements
     differences = [92.83 - 87.68, 83.26 - 78.50, 80.46 - 72.57, 74.09 - 69.54, 67.04 - 64.61, 63.37 - 61.50]
     assert mean.value == pytest.approx(np.mean(differences)) and mean.holds
@@ -81,8 +82,13 @@ def test_verdicts_on_the_printed_tables(paper):
     verdicts = {claim["id"]: claim["results"]["published"]["verdict"] for claim in found["claims"]}
     assert verdicts == {
         "shrinkage": SUPPORTED, "decay": NOT, "training_free": SUPPORTED, "sft_short": SUPPORTED,
-        "both_windows": SUPPORTED, "over_kd": NOT, "ablations": SUPPORTED, "window": SUPPORTED,
-        "spectrum": NOT_MEASURED, "alignable": NOT_MEASURED, "single_image": SUPPORTED, "benchmarks": NOT_MEASURED, "cost": NOT_MEASURED,
+        "both_windows_laid": SUPPORTED, "over_kd_laid": NOT, "ablations": SUPPORTED, "window_laid": SUPPORTED,
+        "spectrum_laid": NOT_MEASURED, "single_image_laid": SUPPORTED, "benchmarks_laid": NOT_MEASURED,
+        "cost_laid": NOT_MEASURED, "alignable": NOT_MEASURED, "parts_laid_plus": NOT_MEASURED,
+        **{
+            f"{claim}_laid_plus": NOT_MEASURED
+            for claim in ("both_windows", "over_kd", "window", "spectrum", "single_image", "benchmarks", "cost")
+        },
     }  # fmt: skip
     json.dumps(found, allow_nan=False)
     text = claims.markdown(found)
@@ -116,22 +122,44 @@ def test_short_bias_window_ratio_and_order():
     source = Fixed(curves)
     assert claim_tests.short_biased(source, "sft").verdict == SUPPORTED
     assert claim_tests.short_biased(source, "laid").verdict == NOT
-    assert claim_tests.ablation_order(source).verdict == SUPPORTED
-    assert (
-        claim_tests.ablation_order(Fixed({**curves, ("S", "laid_wo_kl"): curve(1, 0.8, 0.6, 0.5)})).verdict
-        == NOT
-    )
-    assert claim_tests.over_kd(source).verdict == SUPPORTED
+    worse = Fixed({**curves, ("S", "laid_wo_kl"): curve(1, 0.8, 0.6, 0.5)})
+    assert claim_tests.ablation_order(source, ORDER).verdict == SUPPORTED
+    assert claim_tests.ablation_order(worse, ORDER).verdict == NOT
+    assert claim_tests.over_kd(source, "laid").verdict == SUPPORTED
     # base holds 0.8 up to 10 images, LAid up to 50 x 3 ** (0.1 / 0.2)
-    (ratio,) = claim_tests.window_ratio(source, 3.2).statements
+    (ratio,) = claim_tests.window_ratio(source, "laid", 3.2).statements
     assert ratio.value == pytest.approx(50 * 3**0.5 / 10) and ratio.verdict == SUPPORTED
-    assert claim_tests.window_ratio(source, 9).verdict == NOT
+    assert claim_tests.window_ratio(source, "laid", 9).verdict == NOT
     assert claim_tests.kept(source, "laid", 1).verdict == SUPPORTED
 
 
 def test_models_that_were_not_trained_are_not_measured():
-    for test in (claim_tests.over_kd, claim_tests.ablation_order):
-        assert test(Fixed(BASE)).verdict == NOT_MEASURED
+    assert claim_tests.over_kd(Fixed(BASE), "laid").verdict == NOT_MEASURED
+    assert claim_tests.ablation_order(Fixed(BASE), ORDER).verdict == NOT_MEASURED
+    assert claim_tests.each_part(Fixed(BASE), "laid").verdict == NOT_MEASURED
+
+
+def test_each_part_is_held_against_the_whole_on_the_long_window():
+    """A part of LAid+ is none of LAid's."""
+    curves = {
+        **BASE,
+        ("S", "laid"): curve(1, 1, 0.9, 0.7),
+        ("S", "laid_wo_kl"): curve(1, 1, 0.8, 0.6),
+        ("S", "laid_plus"): curve(1, 1, 0.9, 0.7),
+        ("S", "laid_plus_wo_gaps"): curve(1, 1, 0.6, 0.5),
+        ("S", "laid_plus_wo_rows"): curve(0.5, 0.5, 0.9, 0.74),
+    }
+    found = claim_tests.each_part(Fixed(curves), "laid_plus")
+    assert [s.value for s in found.statements] == pytest.approx([25, -2]) and found.verdict == NOT
+    assert [s.value for s in claim_tests.each_part(Fixed(curves), "laid").statements] == pytest.approx([10])
+
+
+def test_a_claim_about_several_methods_is_one_of_each(tmp_path):
+    entry = "{id: a, title: '{method} it is', claim: c, where: w, how: h, test: kept, methods: [laid_plus, mine], with: {margin: 1}}"
+    (tmp_path / "claims.yaml").write_text(f"claims: [{entry}]")
+    one, other = claims.read_ledger(tmp_path / "claims.yaml")
+    assert (one["id"], one["title"]) == ("a_laid_plus", "LAid+ it is")
+    assert (other["title"], other["with"]) == ("mine it is", {"method": "mine", "margin": 1})
 
 
 def test_cells_are_a_source(tmp_path):
@@ -145,8 +173,8 @@ def test_cells_are_a_source(tmp_path):
     verdicts = {claim["id"]: claim["results"]["test"] for claim in found["claims"]}
     assert verdicts["shrinkage"]["verdict"] == SUPPORTED
     assert verdicts["decay"]["verdict"] == SUPPORTED  # the teacher loses nothing: no ratio is too large
-    assert verdicts["both_windows"]["verdict"] == UNDECIDED  # the short window is full already
-    assert verdicts["training_free"]["verdict"] == verdicts["cost"]["verdict"] == NOT_MEASURED
+    assert verdicts["both_windows_laid"]["verdict"] == UNDECIDED  # the short window is full already
+    assert verdicts["training_free"]["verdict"] == verdicts["cost_laid"]["verdict"] == NOT_MEASURED
     assert claims.summary(found).rows[0][0].text == "Window shrinkage"
 
 

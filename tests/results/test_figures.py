@@ -179,7 +179,8 @@ def test_learned_gains_and_weights_are_drawn_as_they_are(tmp_path):
     path.write_text(
         json.dumps({"gain.log_gain": log_gain.tolist(), "alignment.2-2.w": w.tolist(), "gain.exponent": []})
     )
-    drawing = training_figures.learned(training_figures.load_learned(tmp_path, ["medium", "small"]))
+    found = training_figures.load_learned(tmp_path, ["medium", "small"], "laid")
+    drawing = training_figures.learned(found, "laid", "LAid")
     values = {(row.kind, row.row, row.column): float(row.value) for row in drawing.data.itertuples()}
     assert len(values) == 6 * 8 + 8
     assert values["gain", 3, 5] == pytest.approx(np.exp(log_gain[1, 1, 5]), rel=1e-5)
@@ -188,8 +189,9 @@ def test_learned_gains_and_weights_are_drawn_as_they_are(tmp_path):
     assert min(t.get_fontsize() for t in texts) >= 8
     path.write_text("[1]")
     with pytest.raises(LaidError, match="arrays of numbers"):
-        training_figures.load_learned(tmp_path, ["small"])
-    assert training_figures.learned({}) is training_figures.learned({"small": {}}) is None
+        training_figures.load_learned(tmp_path, ["small"], "laid")
+    for nothing in ({}, {"small": {}}):
+        assert training_figures.learned(nothing, "laid", "LAid") is None
 
 
 def test_no_logs_no_figures(tmp_path):

@@ -12,8 +12,13 @@ DISTANCE = {"strength": 4.0}
 GAPS = {"share": 1.0, "reach": 500, "end": 0.5}
 
 
+def method(**values):
+    return TrainedMethod.model_validate(values)
+
+
 def test_figure_is_written_with_the_numbers_of_both_schedules(tmp_path):
-    drawing = distance_schedule(TrainedMethod.model_validate({"distance": DISTANCE, "gaps": GAPS}), span=100)
+    """Each from the first method that has it."""
+    drawing = distance_schedule([TrainedMethod(), method(distance=DISTANCE), method(gaps=GAPS)], span=100)
     paths = plotting.save(drawing, tmp_path)
     assert all(path.stat().st_size > 500 for path in paths)
     rows = list(csv.DictReader((tmp_path / "distance_schedule.csv").open()))
@@ -27,7 +32,5 @@ def test_figure_is_written_with_the_numbers_of_both_schedules(tmp_path):
 
 
 def test_no_figure_of_a_method_without_distance():
-    plain = TrainedMethod.model_validate(
-        {"distance": {**DISTANCE, "strength": 0.0}, "gaps": {**GAPS, "reach": 0}}
-    )
-    assert distance_schedule(plain, 100) is None
+    plain = method(distance={**DISTANCE, "strength": 0.0}, gaps={**GAPS, "reach": 0})
+    assert distance_schedule([plain], 100) is None

@@ -312,8 +312,8 @@ def test_one_file_can_stand_for_base_and_overlay(name, tmp_path):
     assert main(["config", "--config", str(own), str(TOP / "configs" / name), "--out", str(own)]) == 0
     assert load([own]) == load([BASE, TOP / "configs" / name])
     # What extends another method still follows it.
-    other = load([own, write(tmp_path, "methods: {laid: {lambda_laid: 0.7}}\n")])
-    assert other.methods["laid_wo_kl"].lambda_laid == 0.7
+    other = load([own, write(tmp_path, "methods: {laid_plus: {lambda_rows: 0.7}}\n")])
+    assert other.methods["laid_plus_wo_kl"].lambda_rows == 0.7
 
 
 def test_a_configuration_redirected_onto_itself_is_said(capsys, tmp_path):
@@ -329,11 +329,14 @@ def test_methods_of_the_sweep_are_methods_like_others():
     full = load([BASE, SWEEP])
     written = yaml.safe_load(SWEEP.read_text())
     assert [name for name in full.methods if name in written["methods"]] == list(written["methods"])
-    assert list(written["methods"]) == written["sweep"]["methods"] == full.sweep.methods
+    assert [name for name in full.sweep.methods if name in written["methods"]] == list(written["methods"])
     alone, tokens = full.methods["alignment"], full.methods["distance_tokens"]
     assert tokens == alone.changed({"extends": "alignment", "distance": {"strength": 4.0}})
-    assert full.methods["without_kl"] == full.methods["laid"].changed({"extends": "laid", "lambda_kl": 0.0})
-    assert full.methods["without_gain"].gain is None and full.methods["labels"].lambda_kl == 0
+    whole = full.methods["laid_plus"]
+    assert full.methods["with_distance"] == whole.changed(
+        {"extends": "laid_plus", "distance": {"strength": 4.0}}
+    )
+    assert full.methods["laid_plus_wo_gain"].gain is None and full.methods["labels"].lambda_kl == 0
     assert validate(full.model_dump()) == full
     assert slice_for("train", full, method="gain")["methods"].keys() == {"gain"}
 

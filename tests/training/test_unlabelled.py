@@ -1,4 +1,4 @@
-"""laid_long: long haystacks without labels. What the file answers changes nothing that is trained."""
+"""laid_plus_long: long haystacks without labels. What the file answers changes nothing that is trained."""
 
 import json
 
@@ -15,7 +15,7 @@ from laid.training.teacher_cache import build_cache
 @pytest.fixture(scope="module")
 def settings(micro):
     own = {"extends": "laid", "questions": "long", "lambda_sft": 0.0}
-    return micro.changed({"methods": {"laid_long": own}, "training": {"epochs": 1}})
+    return micro.changed({"methods": {"laid_plus_long": own}, "training": {"epochs": 1}})
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def cached(settings, family, coco_root, tmp_path_factory):
 def trained(family, coco_root, tmp_path_factory):
     def trained(settings, questions, cache):
         out = tmp_path_factory.mktemp("runs") / "seed0"
-        train(Run(settings, "laid_long", 0, "small", family["small"], coco_root, questions, out, cache))
+        train(Run(settings, "laid_plus_long", 0, "small", family["small"], coco_root, questions, out, cache))
         return out
 
     return trained
@@ -84,10 +84,10 @@ def test_labels_would_change_the_cache(settings, questions, cached, trained):
     one, other = (load_file(cache / "shard-00000.safetensors") for cache in (with_labels, without))
     assert one["logits"][:, 0].equal(other["logits"][:, 0])  # what the teacher answers
     assert not one["logits"][:, 1].equal(other["logits"][:, 1])  # what follows another answer
-    with pytest.raises(LaidError, match="was made with labels, method laid_long learns without"):
+    with pytest.raises(LaidError, match="was made with labels, method laid_plus_long learns without"):
         trained(settings, questions, with_labels)
 
 
 def test_labels_are_refused(settings):
-    with pytest.raises(LaidError, match="methods.laid_long.lambda_sft: 0.5 weighs labels"):
-        settings.changed({"methods": {"laid_long": {"lambda_sft": 0.5}}})
+    with pytest.raises(LaidError, match="methods.laid_plus_long.lambda_sft: 0.5 weighs labels"):
+        settings.changed({"methods": {"laid_plus_long": {"lambda_sft": 0.5}}})

@@ -349,7 +349,7 @@ def test_a_change_of_lambda_builds_what_depends_on_it_and_compares_well(whole, t
     values["resources"]["pretrain"]["mem_mb"] += 1000
     config.write_text("# a comment\n" + yaml.safe_dump(values, sort_keys=False))
     nothing_to_do(work)
-    work.edit("lambda_laid: 0.03", "lambda_laid: 30.0")
+    work.edit("lambda_laid: 0.3", "lambda_laid: 30.0")
     assert json.loads(work.run("dvc", "status", "--json")).keys() == {"family", "cells", "tables"}
     before = work.files()
     said = work.run("dvc", "repro", timeout=900)

@@ -79,7 +79,7 @@ def test_one_job_per_cell_for_large_models(workdir):
 def test_pope_asks_teacher_and_students_before_and_after(workdir):
     """Base of all three, and what follows it of each student; images are looked at where they are not rendered."""
     jobs = workdir.planned("pope")
-    asked = {f"evaluate_pope_{strategy}": 1 + 2 * 4 for strategy in STRATEGIES}
+    asked = {f"evaluate_pope_{strategy}": 1 + 2 * 5 for strategy in STRATEGIES}
     assert jobs.items() >= {"pope_questions": 1, "pope": 1, **asked}.items()
     assert "evaluate_test" not in jobs and "images" not in jobs
     (workdir.path / "fetched.yaml").write_text("data: {source: download}\n")
@@ -92,14 +92,14 @@ def test_the_claims_rest_on_the_same_cells_whatever_was_made_before(workdir):
     before = workdir.planned("page")
     (workdir.root / "pope").mkdir(parents=True)
     (workdir.root / "pope/pope.csv").write_text("")
-    assert workdir.planned("page") == before and before["evaluate_pope_random"] == 9
+    assert workdir.planned("page") == before and before["evaluate_pope_random"] == 11
     assert before["alignability"] == 2  # each student against the teacher
 
 
 def test_a_method_of_an_overlay_is_a_method_like_any_other(workdir):
     """Named in tables.methods it is trained, evaluated and a row; extending one without labels, it learns from long."""
     (workdir.path / "mine.yaml").write_text(
-        "methods:\n  mine_2: {extends: laid, lambda_kl: 0.1}\n  apart: {extends: laid_long}\n"
+        "methods:\n  mine_2: {extends: laid, lambda_kl: 0.1}\n  apart: {extends: laid_plus_long}\n"
         "tables: {methods: [base, mine_2, apart], ablations: [base]}\n"
     )
     overlays = ["--configfile", "micro.yaml", "mine.yaml"]

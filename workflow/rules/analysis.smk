@@ -4,9 +4,10 @@
 ANALYSES = [f"{ROOT}/analysis/{member}.json" for member in MEMBERS]
 ALIGNABILITY = [f"{ROOT}/alignability/{student}.json" for student in STUDENTS]
 COSTS = [
-    f"{ROOT}/inference_cost/{student}.json"
+    f"{ROOT}/inference_cost/{student}/{method}.json"
     for student in STUDENTS
-    if "laid" in LAYOUT.chosen("analysis", student)
+    for method in LAYOUT.chosen("analysis", student)
+    if method in LAID
 ]
 
 
@@ -91,13 +92,13 @@ rule alignability:
 rule inference_cost:
     input:
         model=student_files,
-        run=LAYOUT.run("{student}", "laid", 0),
+        run=LAYOUT.run("{student}", "{method}", 0),
         images=images("haystacks"),
         questions=test_questions(),
     output:
-        f"{ROOT}/inference_cost/{{student}}.json",
+        f"{ROOT}/inference_cost/{{student}}/{{method}}.json",
     log:
-        f"{ROOT}/logs/inference_cost/{{student}}.log",
+        f"{ROOT}/logs/inference_cost/{{student}}-{{method}}.log",
     priority: 5
     conda:
         "../../envs/laid.yaml"
@@ -111,5 +112,5 @@ rule inference_cost:
         sizes=sorted({TEST[len(TEST) // 2], TEST[-1]}),
     shell:
         'python "$BENCH"/inference_cost.py --config $CONFIG --student-name {wildcards.student} --model {params.model:q}'
-        " --run {input.run:q} --coco {params.coco:q} --questions {params.questions:q} --sizes {params.sizes:q}"
+        " --method {wildcards.method} --run {input.run:q} --coco {params.coco:q} --questions {params.questions:q} --sizes {params.sizes:q}"
         " --out {output:q} --threads {resources.cpus_per_task} 2>&1 | tee {log:q}"

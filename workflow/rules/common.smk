@@ -8,6 +8,7 @@ from snakemake.exceptions import WorkflowError
 from laid.errors import LaidError
 from laid.io import sha256_json
 from laid.layout import Layout
+from laid.results.names import LAID
 from laid.settings import load, resolved_file, slice_json
 
 try:

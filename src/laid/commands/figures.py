@@ -18,6 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from laid.errors import LaidError
     from laid.results import alignability, figures, heads, plotting, training_figures
+    from laid.results.names import LAID
 
     results, beside, root = read_results(args)
     names, students, out = results.names, results.students, args.out or root / "figures"
@@ -26,16 +27,20 @@ def run(args: argparse.Namespace) -> None:
     runs = args.runs or beside / "runs"
     drawings = figures.build(results)
     drawings += training_figures.build(training_figures.load_logs(runs), names)
-    drawings.append(training_figures.learned(training_figures.load_learned(runs, students)))
     drawings += heads.build(heads.load(beside / "analysis"), results.teacher, students, names)
     reached = alignability.load(beside / "alignability")
     if shown := {student: reached[student] for student in students if student in reached}:
         drawings.append(alignability.figure(shown))
     settings = results.settings
+    drawings += [
+        training_figures.learned(training_figures.load_learned(runs, students, method), method, names[method])
+        for method in LAID
+    ]
     trained = [size for size in results.sizes if size <= settings.haystacks.train.max_size]
-    if trained and "laid" in settings.methods:
+    if trained:
         span = results.cell(results.teacher, "base", trained[-1]).positions_mean
-        drawings.append(training_figures.distance_schedule(settings.methods["laid"], span))
+        shown = [settings.methods[method] for method in LAID if method in settings.methods]
+        drawings.append(training_figures.distance_schedule(shown, span))
     drawings = [drawing for drawing in drawings if drawing]
     for drawing in drawings:
         plotting.save(drawing, out)

@@ -17,7 +17,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--questions", type=Path, required=True, help="training questions, VHs JSON")
     parser.add_argument(
-        "--without-labels", action="store_true", help="do not read the questions' answers (for laid_long)"
+        "--without-labels",
+        action="store_true",
+        help="do not read the questions' answers (for laid_plus_long)",
     )
     parser.add_argument("--out", type=Path, help="folder for the cache")
     parser.add_argument("--size", action="store_true", help="only tell how large the cache would be")

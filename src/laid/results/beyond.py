@@ -14,7 +14,7 @@ from laid.evaluation.cells import Cells
 from laid.evaluation.intervals import wilson
 from laid.results import plotting
 from laid.results.answers import cells_frame, read_records
-from laid.results.names import Names
+from laid.results.names import LAID, Names
 from laid.results.plotting import Drawing, style
 from laid.results.render import percent, pipes
 
@@ -78,7 +78,7 @@ def figure_why(records: Mapping[str, Record], students: Sequence[str], teacher: 
                 points, look = shares(record, method, condition), looks[method]
                 plotting.curve(axes, points.n, points.accuracy, look, names[method])
                 plotting.hover(axes, points.n, points.accuracy, _tips(points, names[method]), size=8)
-                if method in ("base", "laid"):
+                if method in ("base", *LAID):
                     plotting.bars(axes, points.n, points.accuracy, points.low, points.high, look.color)
                 data.append(points)
             plotting.image_axis(axes, record["sizes"])
@@ -96,7 +96,7 @@ def figure_why(records: Mapping[str, Record], students: Sequence[str], teacher: 
         "Distance and dilution apart",
         f"Left: haystacks of n images. Middle: {few} images with gaps between them, so that they span the positions of n:"
         f" distance without more keys. Right: n images at the positions of {few}: more keys without distance."
-        f" Bars: 95 % intervals (Wilson) of base and LAid; {n} questions a point.",
+        f" Bars: 95 % intervals (Wilson) of base, LAid and LAid+; {n} questions a point.",
         figure,
         drawn.assign(**{name: plotting.decimals(drawn[name], places) for name, places in formats.items()}),
     )

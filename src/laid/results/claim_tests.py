@@ -16,6 +16,7 @@ from laid.io import read_json
 from laid.results import alignability, heads
 from laid.results.answers import Curves, Model
 from laid.results.exports import shape_report
+from laid.results.names import ablations
 from laid.results.pope import read_pope_answers
 from laid.results.render import listed
 from laid.results.windows import (
@@ -239,13 +240,13 @@ def gains(source: Curves, method: str) -> Outcome:
     return conclude(source, found)
 
 
-def over_kd(source: Curves) -> Outcome:
+def over_kd(source: Curves, method: str) -> Outcome:
     found, remarks = [], []
-    for student, keys in source.pairs("laid", source.kd):
+    for student, keys in source.pairs(method, source.kd):
         short, long = source.parts(*keys)
         sizes = [size for size in short + long if size <= 100]  # those of Figure 3
         growth = partial(_growth, sizes=sizes)
-        what = f"{student} LAid minus KD, mean over {listed(sizes)} images"
+        what = f"{student} {method} minus KD, mean over {listed(sizes)} images"
         found.append(statement(source, what, keys, sizes, _points))
         what = f"{student} growth of that difference per doubling of images"
         found.append(statement(source, what, keys, sizes, growth))
@@ -255,8 +256,7 @@ def over_kd(source: Curves) -> Outcome:
     return conclude(source, found, remarks)
 
 
-def ablation_order(source: Curves) -> Outcome:
-    order = ["laid", "laid_wo_kl", "laid_wo_laid", "base"]
+def ablation_order(source: Curves, order: Sequence[str]) -> Outcome:
     found = []
     for student in source.students:
         if not source.has(student, *order):
@@ -270,9 +270,22 @@ def ablation_order(source: Curves) -> Outcome:
     return conclude(source, found)
 
 
-def window_ratio(source: Curves, times: float) -> Outcome:
+def each_part(source: Curves, method: str) -> Outcome:
+    """Is `method` better on the long window than the same without any one part (<method>_wo_<part>)?"""
+    found = []
+    for student in source.students:
+        own = [name for model, name in source.curves if model == student]
+        for less in ablations(method, own):
+            keys = [(student, method), (student, less)]
+            _, long = source.parts(*keys)
+            what = f"{student} {method} minus {less}, mean over {listed(long)} images"
+            found.append(statement(source, what, keys, long, _points))
+    return conclude(source, found)
+
+
+def window_ratio(source: Curves, method: str, times: float) -> Outcome:
     found, remarks = [], []
-    for student, keys in source.pairs("laid"):
+    for student, keys in source.pairs(method):
         sizes = source.common(*keys)
         told = []
         for threshold in sorted({*THRESHOLDS, source.threshold}):
@@ -283,12 +296,12 @@ def window_ratio(source: Curves, times: float) -> Outcome:
             value, interval = Bounds(*map(float, points[0])), bounds_interval(draws)
             told.append(f"{value.text('x')} at {threshold:g}")
             if threshold == source.threshold:
-                what = f"{student} effective window at {threshold:g}, LAid over base ({value.text('x')})"
+                what = f"{student} effective window at {threshold:g}, {method} over base ({value.text('x')})"
                 # A ratio known only from below counts with its lower bound; "at least" takes the bound itself in.
                 bound = float(np.nextafter(times, 0))
                 found.append(Statement(what, value.low, interval.low, interval.high, bound, "times"))
         remarks.append(f"{student}: {', '.join(told)}")
-    if source.printed:
+    if source.printed and found:
         remarks.append(reading_of_32(times))
     return conclude(source, found, remarks, some=True)
 
@@ -380,7 +393,7 @@ def inference_cost(source: Curves, method: str, margin: float, root: Path | None
     found, remarks = [], []
     for student in source.students:
         remarks.append(f"{student}: {shape_report(root, student, method)[1]}")
-        path = root / "inference_cost" / f"{student}.json"
+        path = root / "inference_cost" / student / f"{method}.json"
         if not path.is_file():
             remarks.append(f"{path} is not there: run bench/inference_cost.py")
             continue
@@ -407,7 +420,7 @@ def inference_cost(source: Curves, method: str, margin: float, root: Path | None
 TESTS: dict[str, Callable[..., Outcome]] = {
     test.__name__: test
     for test in (
-        shrinkage, decay, no_help, short_biased, gains, over_kd, ablation_order, window_ratio, kept, benchmark_kept,
+        shrinkage, decay, no_help, short_biased, gains, over_kd, ablation_order, each_part, window_ratio, kept, benchmark_kept,
         low_frequencies, alignable, inference_cost,
     )
 }  # fmt: skip

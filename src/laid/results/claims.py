@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import yaml
 from laid.errors import LaidError
 from laid.results.answers import Curves
 from laid.results.claim_tests import TESTS
+from laid.results.names import SHIPPED
 from laid.results.render import Entry, Table
 from laid.results.render import markdown as table_markdown
 
@@ -33,8 +34,10 @@ def read_ledger(path: str | Path) -> list[dict[str, Any]]:
     seen = set()
     for i, entry in enumerate(entries):
         wanted = {"id", "title", "claim", "where", "test", "how"}
-        if not isinstance(entry, dict) or not wanted <= entry.keys() <= wanted | {"with"}:
-            raise LaidError(f"{path}: claim {i + 1} needs {', '.join(sorted(wanted))} and may have `with`")
+        if not isinstance(entry, dict) or not wanted <= entry.keys() <= wanted | {"methods", "with"}:
+            raise LaidError(
+                f"{path}: claim {i + 1} needs {', '.join(sorted(wanted))} and may have `methods` and `with`"
+            )
         if entry["test"] not in TESTS:
             raise LaidError(
                 f"{path}: claim {entry['id']!r} asks for test {entry['test']!r}; tests: {', '.join(TESTS)}"
@@ -42,7 +45,7 @@ def read_ledger(path: str | Path) -> list[dict[str, Any]]:
         known = [
             name
             for name in inspect.signature(TESTS[entry["test"]]).parameters
-            if name not in ("source", "root")
+            if name not in ("source", "root", *(["method"] if "methods" in entry else []))
         ]
         if sorted(entry.get("with") or {}) != sorted(known):
             asked = ", ".join(known) or "nothing"
@@ -50,7 +53,23 @@ def read_ledger(path: str | Path) -> list[dict[str, Any]]:
         if entry["id"] in seen:
             raise LaidError(f"{path}: claim {entry['id']!r} is there twice")
         seen.add(entry["id"])
-    return entries
+    return [one for entry in entries for one in _by_method(entry)]
+
+
+def _by_method(entry: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """A claim for each of its `methods`, whose name stands for {method} in the texts; others as they are."""
+    if "methods" not in entry:
+        yield entry
+    for method in entry.get("methods", []):
+        texts = {
+            key: entry[key].replace("{method}", SHIPPED.get(method, method))
+            for key in ("title", "claim", "how")
+        }
+        yield (
+            entry
+            | texts
+            | {"id": f"{entry['id']}_{method}", "with": {"method": method, **entry.get("with", {})}}
+        )
 
 
 def assess(ledger: Sequence[dict[str, Any]], sources: Sequence[Curves], root: Path | None) -> dict[str, Any]:

@@ -7,12 +7,16 @@ from collections.abc import Iterable, Sequence
 import pandas as pd
 
 from laid.results.answers import Model, Results
-from laid.results.names import SHIPPED
+from laid.results.names import LAID, SHIPPED, ablations
 from laid.results.render import Entry, Table, listed, points
 from laid.results.statistics import LEVEL, holm_by_kind
 
-# What LAid is held against, beside base: the claims of the paper are about these.
-RIVALS = ("sft", "kd", "laid_wo_kl", "laid_wo_laid")
+
+def rivals(method: str, results: Results) -> list[str]:
+    """What LAid or LAid+ is held against, beside base: what the claims are about, and methods of the user's own."""
+    tables = results.settings.tables
+    own = [name for name in tables.methods if name not in SHIPPED]
+    return [*("sft", "kd", *LAID[: LAID.index(method)]), *ablations(method, tables.ablations), *own]
 
 
 def stars_against_base(
@@ -27,22 +31,22 @@ def stars_against_base(
 
 
 def tests_table(results: Results) -> Table:
-    """LAid against SFT, KD, its ablations and methods of the user's own, by size and by window, in points of accuracy."""
+    """LAid and LAid+ against SFT, KD, their ablations and methods of the user's own, by size and by window, in points."""
     short, long = results.short_long(results.sizes)
     columns = {**{str(size): [size] for size in results.sizes}, "Short": short, "Long": long}
     columns = {name: sizes for name, sizes in columns.items() if sizes}
-    own = [method for method in results.settings.tables.methods if method not in SHIPPED]
     pairs = [
-        (student, rival)
+        (student, method, rival)
         for student in results.students
-        for rival in (*RIVALS, *own)
-        if (student, rival) in results.models and (student, "laid") in results.models
+        for method in LAID
+        for rival in rivals(method, results)
+        if results.has(student, method, rival)
     ]
     found = pd.DataFrame(
         [
-            {"student": student, "method": "laid", "against": rival, "images": "+".join(map(str, sizes))}
-            | vars(results.compare((student, rival), (student, "laid"), sizes))
-            for student, rival in pairs
+            {"student": student, "method": method, "against": rival, "images": "+".join(map(str, sizes))}
+            | vars(results.compare((student, rival), (student, method), sizes))
+            for student, method, rival in pairs
             for sizes in columns.values()
         ],
         columns=["student", "method", "against", "images", "difference", "low", "high", "test", "p"],
@@ -50,26 +54,26 @@ def tests_table(results: Results) -> Table:
     adjusted, families = holm_by_kind(found["p"].tolist(), [*columns.values()] * len(pairs))
     found["p_holm"] = adjusted
     rows = [
-        [Entry(student), Entry(f"LAid - {results.names[rival]}")]
+        [Entry(student), Entry(f"{results.names[method]} - {results.names[rival]}")]
         + [points((t.difference, t.low, t.high), "*" if t.p_holm < LEVEL else "") for t in tests.itertuples()]
-        for (student, rival), tests in found.groupby(["student", "against"], sort=False)
+        for (student, method, rival), tests in found.groupby(["student", "method", "against"], sort=False)
     ]
     formats = dict.fromkeys(("difference", "low", "high"), "{:.6f}") | dict.fromkeys(
         ("p", "p_holm"), "{:.3g}"
     )
     return Table(
         "tests",
-        "LAid against SFT, KD and its ablations, difference in accuracy (points)",
+        "LAid and LAid+ against SFT, KD and their ablations, difference in accuracy (points)",
         ["Model", "Difference", *columns],
         rows,
         [
             results.questions_note(),
             star_note(results, families, "zero")
             if pairs
-            else "LAid or what it is held against is not among the methods.",
+            else "Neither LAid nor LAid+ and what they are held against is among the methods.",
             f"Short: mean over {listed(short)} images; long: {listed(long)}.",
         ],
-        {i for i, (student, _) in enumerate(pairs) if i and student != pairs[i - 1][0]},
+        {i for i, (student, *_) in enumerate(pairs) if i and student != pairs[i - 1][0]},
         legend="In brackets the 95 % interval of one difference by itself: bootstrap over questions and seeds.",
         data=found.assign(**{name: found[name].map(text.format) for name, text in formats.items()}),
     )

@@ -12,7 +12,7 @@ import pandas as pd
 from laid.evaluation.cells import interval_of
 from laid.results import plotting
 from laid.results.answers import Model, Results
-from laid.results.names import SHIPPED
+from laid.results.names import LAID, SHIPPED
 from laid.results.plotting import Drawing, Look, style
 from laid.results.render import percent
 from laid.results.windows import bound_text, window
@@ -65,7 +65,7 @@ def methods(results: Results) -> Drawing:
     for axes, student in zip(panels, results.students, strict=True):
         lines = [((results.teacher, "base"), "teacher", Look(plotting.GREY, "", "-"))]
         lines += [((student, m), results.names[m], looks[m]) for m in results.settings.tables.methods]
-        data.append(_curves(axes, results, lines, bands=("base", "laid"), in_legend=False))
+        data.append(_curves(axes, results, lines, bands=("base", *LAID), in_legend=False))
         axes.set_title(results.member(student), loc="left", fontweight="bold")
         if axes is not panels[0]:
             axes.set_ylabel("")
@@ -73,7 +73,7 @@ def methods(results: Results) -> Drawing:
     return Drawing(
         "methods",
         "Every method over images",
-        "Accuracy over images for every method; bands: 95 % intervals of base and LAid. Ticks on the dashed line mark"
+        "Accuracy over images for every method; bands: 95 % intervals of base, LAid and LAid+. Ticks on the dashed line mark"
         f" effective windows. {results.questions_note()}",
         figure,
         pd.concat(data),
@@ -117,7 +117,7 @@ def _curves(
 
 
 def figure3(results: Results) -> Drawing:
-    """Bars of base, KD and LAid over images, one panel per student (Figure 3 of the paper)."""
+    """Bars of base, KD, LAid and LAid+ over images, one panel per student (Figure 3 of the paper)."""
     sizes, shown, looks = (
         results.columns("table3_omit"),
         _bar_methods(results),
@@ -148,15 +148,15 @@ def figure3(results: Results) -> Drawing:
     plotting.legend_below(figure, panels, columns=3)
     return Drawing(
         "figure3",
-        "Figure 3. Base, KD and LAid",
-        f"Base, plain distillation (L_KL + L_SFT) and LAid; whiskers: 95 % intervals; dashed: chance. {results.questions_note()}",
+        "Figure 3. Base, KD, LAid and LAid+",
+        f"Base, plain distillation (L_KL + L_SFT), LAid and LAid+; whiskers: 95 % intervals; dashed: chance. {results.questions_note()}",
         figure,
         measured(results, [(student, method) for student in results.students for method in shown], sizes),
     )
 
 
 def _bar_methods(results: Results) -> list[str]:
-    return [m for m in ("base", "kd", "laid") if m in results.settings.tables.methods]
+    return [m for m in ("base", "kd", *LAID) if m in results.settings.tables.methods]
 
 
 def by_position(results: Results, bins: int = BINS) -> pd.DataFrame:
@@ -190,7 +190,7 @@ def needle_position(results: Results) -> Drawing | None:
     if found.empty:
         return None
     looks = plotting.method_looks(results.names)
-    drawn = ("base", "sft", "kd", "laid")
+    drawn = ("base", "sft", "kd", *LAID)
     shown = [m for m in results.settings.tables.methods if m in drawn or m not in SHIPPED]
     models = [(results.teacher, ["base"]), *((student, shown) for student in results.students)]
     figure = plotting.new_figure(plotting.PAGE, 1.5 * len(models) + 0.8)

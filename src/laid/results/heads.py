@@ -13,7 +13,7 @@ import pandas as pd
 from laid.analysis.spectrum import series, slope
 from laid.results import plotting
 from laid.results.answers import read_records
-from laid.results.names import Names
+from laid.results.names import LAID, Names
 from laid.results.plotting import Drawing, Look, style
 
 FORMAT = "laid-analysis/1"
@@ -91,7 +91,7 @@ def figure4(records: Mapping[str, Record], teacher: str, students: Sequence[str]
     drawn = []
     for name, axes in zip((teacher, *students), panels, strict=True):
         record = records[name]
-        methods = ["base"] if name == teacher else [m for m in ("base", "laid") if m in record["methods"]]
+        methods = ["base"] if name == teacher else [m for m in ("base", *LAID) if m in record["methods"]]
         places: dict[tuple[int, int], int] = {}
         for method in methods:
             curves = head_curves(record, method)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -15,11 +16,18 @@ SHIPPED = {
     "sft": "SFT (LoRA)",
     "kd": "KD (ours)",
     "laid": "LAid",
-    "laid_long": "LAid long (ours)",
+    "laid_plus": "LAid+",
     "laid_wo_kl": "LAid w/o KL",
     "laid_wo_laid": "LAid w/o alignment",
 }
-NOT_IN_PAPER = ("kd", "laid_long")
+NOT_IN_PAPER = ("kd", "laid_plus")
+# The methods that the claims are tested for. What one is without a part of it is called <method>_wo_<part>.
+LAID = ("laid", "laid_plus")
+
+
+def ablations(method: str, methods: Iterable[str]) -> list[str]:
+    """Those of `methods` that are `method` without a part."""
+    return [name for name in methods if name.startswith(f"{method}_wo_")]
 
 
 class Names(dict[str, str]):
@@ -36,5 +44,13 @@ class Names(dict[str, str]):
 
 def method_names(settings: Settings) -> Names:
     """The shipped methods first, then the configuration's own in its order; `methods.<name>.label` counts most."""
-    labels = {name: method.label or SHIPPED.get(name, name) for name, method in settings.methods.items()}
+    labels = {
+        name: method.label or SHIPPED.get(name) or _without(name) for name, method in settings.methods.items()
+    }
     return Names({name: labels.get(name, SHIPPED.get(name)) for name in (*SHIPPED, *labels)})
+
+
+def _without(name: str) -> str:
+    """An ablation's name after its method's, "LAid+ w/o gaps"; any other method's as it is."""
+    method, _, part = name.partition("_wo_")
+    return f"{SHIPPED[method]} w/o {'KL' if part == 'kl' else part}" if part and method in SHIPPED else name

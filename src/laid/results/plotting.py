@@ -48,7 +48,7 @@ METHOD_LOOKS = {
     "sft": Look(GREEN, "s", (0, (1, 1)), "|||"),
     "kd": Look(PURPLE, "D", (0, (6, 1, 1, 1)), "\\\\\\"),
     "laid": Look(RED, "p", "-", "///"),
-    "laid_long": Look(BLUE, "P", (0, (5, 1)), "+++"),
+    "laid_plus": Look(BLUE, "P", (0, (5, 1)), "+++"),
     "laid_wo_kl": Look(BLUE, "X", (0, (2, 1)), "ooo"),
     "laid_wo_laid": Look(ORANGE, "h", (0, (4, 2)), "---"),
 }

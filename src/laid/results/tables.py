@@ -40,14 +40,12 @@ def table1(results: Results) -> Table:
     )
     ours = [results.names[m].removesuffix(" (ours)") for m in methods if m in NOT_IN_PAPER]
     if ours:
-        table.notes.append(
-            f"(ours): {' and '.join(ours)} has no row in the paper's Table 1; it is added here."
-        )
+        table.notes.append(f"Ours, without a row in the paper's Table 1: {' and '.join(ours)}.")
     return table
 
 
 def table3(results: Results) -> Table:
-    """The ablations: base, without L_KL, without L_LAid, and the whole."""
+    """The ablations: LAid and LAid+, whole and without one part each."""
     settings = results.settings
     blocks = [(student, settings.tables.ablations) for student in table3_students(settings)]
     return _accuracy_table(

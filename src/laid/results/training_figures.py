@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -19,9 +19,7 @@ from laid.io import read_json
 from laid.results import plotting
 from laid.results.names import Names
 from laid.results.plotting import Drawing, Look, style
-
-if TYPE_CHECKING:
-    from laid.settings import TrainedMethod
+from laid.settings.methods import Gaps, TrainedMethod
 
 POINTS = 80  # a curve is drawn as the means of at most this many equal stretches of steps
 # Keys of a log line that follow a plan or describe the model, rather than measure an error.
@@ -220,7 +218,7 @@ MAP = "cividis"  # even in lightness: it reads the same in grey and to colour-bl
 
 
 def load_learned(
-    folder: str | Path, students: Sequence[str], method: str = "laid"
+    folder: str | Path, students: Sequence[str], method: str
 ) -> dict[str, dict[str, np.ndarray]]:
     """Arrays of learned.json of each student's first seed, by student; students without a run are left out."""
     found = {}
@@ -236,8 +234,8 @@ def load_learned(
     return found
 
 
-def learned(found: dict[str, dict[str, np.ndarray]], name: str = "LAid") -> Drawing | None:
-    """The figure "learned": gains per head and frequency, and how teacher heads are mixed; None where no run has any."""
+def learned(found: dict[str, dict[str, np.ndarray]], method: str, name: str) -> Drawing | None:
+    """The figure "learned_<method>": gains per head and frequency, and how teacher heads are mixed; None where no run has any."""
     panels = [
         (student, kind, values)
         for student, arrays in found.items()
@@ -247,7 +245,7 @@ def learned(found: dict[str, dict[str, np.ndarray]], name: str = "LAid") -> Draw
     if not panels:
         return None
     with style():
-        return _draw_learned(panels, name)
+        return _draw_learned(panels, method, name)
 
 
 def _gains(arrays: dict[str, np.ndarray]) -> np.ndarray | None:
@@ -264,7 +262,7 @@ def _mixture(arrays: dict[str, np.ndarray]) -> np.ndarray | None:
     return arrays[keys[0]] if keys else None
 
 
-def _draw_learned(panels: Sequence[tuple[str, str, np.ndarray]], name: str) -> Drawing:
+def _draw_learned(panels: Sequence[tuple[str, str, np.ndarray]], method: str, name: str) -> Drawing:
     students = list(dict.fromkeys(student for student, _, _ in panels))
     figure = plotting.new_figure(plotting.PAGE, 2.1 * len(students) + 0.2)
     grid = figure.subplots(len(students), 2, squeeze=False, width_ratios=[2, 1])
@@ -294,8 +292,8 @@ def _draw_learned(panels: Sequence[tuple[str, str, np.ndarray]], name: str) -> D
         axes.set_xlabel(below)
         rows += [(student, kind, *place, f"{value:.6g}") for place, value in np.ndenumerate(flat)]
     return Drawing(
-        "learned",
-        "Learned gains and head weights",
+        f"learned_{method}",
+        f"Learned gains and head weights, {name}",
         f"{name}, first seed. Left: the learned gain of each query head on each RoPE frequency, 1 where nothing was"
         " learned. Right: how much of each teacher head stands in the target of each student head.",
         figure,
@@ -309,13 +307,14 @@ MOMENTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 _FADING = ("-", (0, (6, 1)), (0, (4, 1.5)), (0, (2, 1)), (0, (1, 1)))
 
 
-def distance_schedule(method: TrainedMethod, span: float) -> Drawing | None:
-    """A method's distance emphasis, for tokens spread evenly over distances 0 to d_max: weight over distance at five
-    moments, and reach of gaps over progress. None for a method that uses neither.
+def distance_schedule(methods: Sequence[TrainedMethod], span: float) -> Drawing | None:
+    """The distance emphasis of the methods, for tokens spread evenly over distances 0 to d_max: weight over distance at five
+    moments, and reach of gaps over progress, each of the first method that has it. None where none uses either.
 
     span: positions of a training sample without gaps.
     """
-    schedule, gaps = DistanceSchedule(method.distance.strength), method.gaps
+    schedule = DistanceSchedule(next((m.distance.strength for m in methods if m.distance.strength), 0.0))
+    gaps = next((m.gaps for m in methods if m.gaps.reach), Gaps())
     far = max(span, gaps.reach)
     if schedule.strength == 0 and far == span:
         return None
