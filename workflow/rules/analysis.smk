@@ -71,7 +71,8 @@ rule alignability:
         multiext(f"{ROOT}/alignability/{{student}}", ".md", ".csv", ".svg", ".png"),
     log:
         f"{ROOT}/logs/alignability/{{student}}.log",
-    priority: 10
+    # Before the trainings: it tells whether their loss has a target.
+    priority: 75
     conda:
         "../../envs/laid.yaml"
     threads: cores("evaluate")

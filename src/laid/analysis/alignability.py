@@ -163,11 +163,13 @@ def _rounded(value: float) -> float:
 def layer_pairs(settings: Settings, layers: int, teacher_layers: int) -> dict[tuple[int, int], bool]:
     """Pairs of a student's and a teacher's layer, and whether they are of the same relative depth.
 
-    Every student layer with that of the teacher, first to first and last to last, and the pairs that the methods align.
+    Every student layer with that of the teacher, last to last and first to first, and the pairs that the methods align.
     Raises LaidError for a pair that a method names and the models do not have.
     """
     step = (teacher_layers - 1) / max(1, layers - 1)
-    found = {(layer, round(layer * step)): True for layer in range(layers)}
+    found = {
+        (layer, teacher_layers - 1 - round((layers - 1 - layer) * step)): True for layer in range(layers)
+    }
     for method in settings.methods.values():
         for own, theirs in method.alignment.pairs if isinstance(method, TrainedMethod) else ():
             pair = (layer_indices(own, layers)[0], layer_indices(theirs, teacher_layers)[0])

@@ -30,10 +30,16 @@ def load(folder: str | Path) -> dict[str, Record]:
     return read_records(folder, FORMAT)
 
 
-def best(record: Record, side: str, kind: str) -> tuple[int, Mapping[str, Any]] | None:
-    """(layer, what is explained there): the student layer of which `kind` explains most; None where it is not defined."""
-    found = [(pair["layer"], pair[side][kind]) for pair in record["pairs"] if pair[side][kind]]
+def best(record: Record, side: str) -> tuple[int, Mapping[str, Any]] | None:
+    """(layer, what is explained there): the student layer that equation 7 explains most of; None where it is not defined."""
+    found = [(pair["layer"], pair[side]["real"]) for pair in record["pairs"] if pair[side]["real"]]
     return max(found, key=lambda entry: entry[1]["share"]) if found else None
+
+
+def last(record: Record) -> Mapping[str, Any]:
+    """The pair of both models' last layers."""
+    ends = (record["layers"] - 1, record["teacher_layers"] - 1)
+    return next(pair for pair in record["pairs"] if (pair["layer"], pair["teacher_layer"]) == ends)
 
 
 def table(record: Record) -> Table:

@@ -368,21 +368,19 @@ def alignable(source: Curves, level: float, root: Path | None = None) -> Outcome
     records = alignability.load(root / "alignability")
     found, remarks = [], []
     for student in (s for s in source.students if s in records):
-        told = []
+        last = alignability.last(records[student])
         for side in alignability.SIDES:
-            shares = {kind: alignability.best(records[student], side, kind) for kind in alignability.KINDS}
-            if shares["real"]:
-                layer, part = shares["real"]
+            if best := alignability.best(records[student], side):
+                layer, part = best
                 what = f"{student} {side} explained by equation 7, layer {layer}"
                 values = (100 * v for v in (part["share"], *part["interval"]))
                 found.append(Statement(what, *values, bound=level, unit="%"))
-            others = (
-                f"{alignability.KINDS[kind]} {100 * shares[kind][1]['share']:.1f} % (layer {shares[kind][0]})"
-                for kind in ("complex", "linear")
-                if shares[kind]
+            told = (
+                f"{name} {100 * last[side][kind]['share']:z.1f} %"
+                for kind, name in alignability.KINDS.items()
+                if last[side][kind]
             )
-            told.append(f"{side} by {', '.join(others)}")
-        remarks.append(f"{student}, at most: {'; '.join(told)}")
+            remarks.append(f"{student} {side}, last layer to last layer, as in the paper: {', '.join(told)}")
     return conclude(source, found, remarks)
 
 
