@@ -154,12 +154,17 @@ def contradictions(settings: Settings) -> Iterator[tuple[Path, str]]:
         if first != ["base"]:
             how = f"starts with {first[0]!r}" if first else "is empty"
             yield ("tables", key), f"{how}; base must come first, gains are against it"
+    found = variants(settings.tune.methods)
     for path, names, allowed in (
         (("tables", "table3_students"), settings.tables.table3_students or [], models.students),
         (("sweep", "students"), settings.sweep.students or [], models.students),
         (("sweep", "against"), settings.sweep.against, list(methods)),
         (("tune", "students"), settings.tune.students or [], models.students),
-        (("tune", "methods"), list(settings.tune.methods), [name for name in methods if name != "base"]),
+        (
+            ("tune", "methods"),
+            list(settings.tune.methods),
+            [name for name in methods if name not in ("base", *found)],
+        ),
         (("sweep", "methods"), settings.sweep.methods, list(methods)),
         (("tables", "methods"), settings.tables.methods, list(methods)),
         (("tables", "ablations"), settings.tables.ablations, list(methods)),
