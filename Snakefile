@@ -32,6 +32,7 @@ rule all:
     default_target: True
     input:
         rules.tables.output,
+        ALIGNABILITY,
 
 
 # Figures, claims and the results page, with the analyses and POPE's questions behind them (`make report`).

@@ -75,6 +75,16 @@ def test_what_a_method_learns_from(layout):
     assert layout.runs("small", "yarn", 2) == []
 
 
+def test_students_that_equation_7_is_to_pull_to_the_teacher():
+    def aligned(methods, ablations):
+        asked = {"methods": ["base", *methods], "ablations": ["base", *ablations]}
+        return Layout(load(["config.yaml"]).changed({"tables": asked})).aligned()
+
+    assert aligned(["kd", "laid"], []) == ["medium", "small"]
+    assert aligned(["kd"], ["laid"]) == ["medium"]  # Table 3 is of the first student
+    assert aligned(["sft", "kd"], ["laid_wo_laid"]) == []
+
+
 def test_what_the_tables_ask_for(layout):
     cells = layout.needed()
     assert len(cells) == len(set(cells)) == 8 * (1 + 2 * 4 + 1)  # laid for the first student alone

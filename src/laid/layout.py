@@ -124,6 +124,18 @@ class Layout:
         weights = self.settings.methods[method]
         return any((weights.lambda_kl, weights.lambda_laid, weights.lambda_rows))
 
+    def aligned(self) -> list[str]:
+        """The students that a method of their tables pulls to the teacher's heads (equation 7)."""
+        asked = dict.fromkeys((student, method) for student, method, _ in needed(self.settings))
+        return [
+            student
+            for student in self.models.students
+            if any(
+                name == student and self.is_trained(method) and self.settings.methods[method].lambda_laid
+                for name, method in asked
+            )
+        ]
+
     def teacher_cache(self, questions: str) -> str:
         """The index of what the teacher said of these training questions: names every shard and its hash."""
         return f"{self.root}/teacher_cache/{questions}/index.json"

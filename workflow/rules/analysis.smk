@@ -2,7 +2,7 @@
 # exported student costs.
 
 ANALYSES = [f"{ROOT}/analysis/{member}.json" for member in MEMBERS]
-ALIGNABILITY = [f"{ROOT}/alignability/{student}.json" for student in STUDENTS]
+ALIGNABILITY = [f"{ROOT}/alignability/{student}.json" for student in LAYOUT.aligned()]
 COSTS = [
     f"{ROOT}/inference_cost/{student}/{method}.json"
     for student in STUDENTS
