@@ -150,7 +150,7 @@ def test_stages_cover_what_the_rules_make(overlay, tmp_path):
         work.run("laid", "config", "--config", "config.yaml", f"configs/{overlay}", "--out", "config.yaml")
     told = json.loads(work.run("dvc", "status", "--json"))
     outs = [out for stage in told.values() for part in stage for out in part.get("changed outs", ())]
-    assert told.keys() == STEPS.keys() and len(outs) == len(set(outs)) == 16
+    assert told.keys() == STEPS.keys() and len(outs) == len(set(outs)) == 17
     plan = work.run("snakemake", "--dry-run", "--forceall", "--cores", "2", "all", "page")
     made = {path for line in re.findall(r"^ +output: (.*)$", plan, re.MULTILINE) for path in line.split(", ")}
     scale = yaml.safe_load((work.path / "config.yaml").read_text())["scale"]
