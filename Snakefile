@@ -48,6 +48,8 @@ rule dataset:
         rules.haystacks.output,
         [LAYOUT.training_questions(name) for name in ASKED],
         images("haystacks"),
+        rules.haystacks_beyond.output if config.beyond.table else [],
+        images("beyond") if config.beyond.table else [],
 
 
 rule family:

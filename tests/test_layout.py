@@ -87,10 +87,15 @@ def test_students_that_equation_7_is_to_pull_to_the_teacher():
 
 def test_what_the_tables_ask_for(layout):
     cells = layout.needed()
-    assert len(cells) == len(set(cells)) == 8 * (1 + 2 * 4 + 1)  # laid for the first student alone
+    # laid for the first student alone; Table 1's rows beyond the test sizes too
+    assert len(cells) == len(set(cells)) == 8 * (1 + 2 * 4 + 1) + 3 * (1 + 2 * 4)
     assert layout.needed("teacher") == [
-        layout.cell("test", "teacher", "base", size) for size in layout.suites["test"].sizes
+        layout.cell(suite, "teacher", "base", size)
+        for suite in ("test", "beyond")
+        for size in layout.suites[suite].sizes
     ]
+    off = Layout(layout.settings.changed({"beyond": {"table": False}}))
+    assert off.needed() == cells[: 8 * (1 + 2 * 4 + 1)]
     assert layout.asked() == ["train", "long"]
     assert layout.chosen("pope", "small") == ["base", "sft"] and layout.chosen("pope", "medium") == [
         "base",

@@ -92,7 +92,9 @@ def short(results: str) -> str:
 def main(results: Path | None) -> int:
     try:
         if results:
-            tables = [table(results / "tables" / f"{name}.md") for name in ("table1", "table2", "table3")]
+            beyond = ["table1_beyond"] if (results / "tables/table1_beyond.md").is_file() else []
+            names = ["table1", *beyond, "table2", "table3"]
+            tables = [table(results / "tables" / f"{name}.md") for name in names]
             fill(RESULTS, "results", "\n\n".join([made(results), *tables]))
             # The verdicts; the statements and figures behind each stand in claims.md and in the report.
             verdicts = table(results / "claims" / "claims.md").split("\n### ", 1)[0].split("\n", 1)[1]

@@ -9,7 +9,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from laid.results.needed import needed, needed_by_tune
+from laid.results.needed import needed, needed_beyond, needed_by_tune
 from laid.settings import Settings, TrainedMethod
 from laid.settings.tune import tuned_students, variants
 
@@ -74,9 +74,12 @@ class Layout:
         return f"{self.root}/cells/{suite}/{student}/{method}/{size}.json"
 
     def needed(self, student: str | None = None) -> list[str]:
-        """The test cells that the tables read, of one student or of all."""
+        """The cells that the tables read, those of the test first, of one student or of all."""
         return [
-            self.cell("test", *key) for key in needed(self.settings) if student is None or key[0] == student
+            self.cell(suite, *key)
+            for suite, keys in (("test", needed(self.settings)), ("beyond", needed_beyond(self.settings)))
+            for key in keys
+            if student is None or key[0] == student
         ]
 
     def needed_by_tune(self) -> list[str]:

@@ -44,6 +44,7 @@ def make_results(tmp_path):
         "scale": "mini",
         "models": {"students": ["small"]},
         "haystacks": {"test": {"sizes": [2]}},
+        "beyond": {"table": False},
         "methods": {"sft": {}},
         "tables": {"methods": ["base", "sft"], "ablations": ["base"]},
     }

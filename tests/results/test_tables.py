@@ -1,5 +1,6 @@
 import csv
 import io
+import math
 import sys
 
 import pandas as pd
@@ -277,6 +278,51 @@ def test_the_verb_prints_and_writes(tmp_path, capsys):
     (tmp_path / "cells/test" / "s" / "laid" / "50.json").unlink()
     assert main(["tables", *arguments, "--out", str(tmp_path / "tables")]) == 2
     assert "s/laid/50.json: no such cell; make it with: snakemake" in capsys.readouterr().err
+
+
+def test_larger_haystacks_have_a_table_and_windows_go_on_over_them(tmp_path, capsys):
+    """LAid is above 0.8 at the largest test size: its window ends where the sizes beyond cross it, base's as before."""
+    from laid.cli import main
+
+    (tmp_path / "config.yaml").write_text(
+        "models: {teacher: big, students: [s]}\n"
+        "haystacks: {test: {sizes: [1, 50]}}\nbeyond: {table: true, sizes: [400, 200]}\n"
+        "methods: {laid: {}, laid_wo_kl: {extends: laid}}\n"
+        "tables: {methods: [base, laid], ablations: [base, laid_wo_kl, laid]}\n"
+    )
+    near = {
+        ("big", "base"): {1: 1.0, 50: 1.0}, ("s", "base"): {1: 0.9, 50: 0.7}, ("s", "laid"): {1: 1.0, 50: 0.9},
+        ("s", "laid_wo_kl"): {1: 1.0, 50: 0.9},
+    }  # fmt: skip
+    far = {
+        ("big", "base"): {200: 0.9, 400: 0.8},
+        ("s", "base"): {200: 0.5, 400: 0.5},
+        ("s", "laid"): {200: 0.7, 400: 0.5},
+    }
+    for suite, curves, n in (("test", near, 10), ("beyond", far, 20)):
+        for (student, method, size), cell in synthetic.grid_of(curves, n).items():
+            write_cell(tmp_path / "cells" / suite / student / method / f"{size}.json", cell)
+    arguments = ["--config", str(tmp_path / "config.yaml"), "--cells", str(tmp_path / "cells")]
+    assert main(["tables", *arguments, "--out", str(tmp_path / "tables")]) == 0
+    assert (tmp_path / "tables/table1_beyond.csv").read_text() == (
+        "params,method,200,400,long_gain_pct\nbig,base,90.00,80.00,\ns,base,50.00,50.00,\ns,laid,70.00,50.00,20.00\n"
+    )
+    text = (tmp_path / "tables/table1_beyond.md").read_text()
+    assert "20 questions per cell" in text and "Window" not in text
+    rows = csv.DictReader((tmp_path / "tables/windows.csv").open())
+    found = {(r["student"], r["method"]): r for r in rows if r["threshold"] == "0.8"}
+    ends = {model: (float(r["images_low"]), float(r["images_high"])) for model, r in found.items()}
+    assert ends["s", "base"] == pytest.approx((50**0.5, 50**0.5), abs=1e-3)
+    assert ends["s", "laid"] == pytest.approx((100, 100), abs=1e-3)  # halfway from 50 to 200, in logs
+    assert ends["big", "base"] == (400, math.inf) and ends["s", "laid_wo_kl"] == (50, math.inf)
+    assert float(found["s", "laid"]["ratio_low"]) == pytest.approx(100 / 50**0.5, abs=1e-3)
+    # Tokens as the teacher reads them: 40 and 350 an image.
+    assert float(found["s", "laid"]["tokens_low"]) == pytest.approx(40 + 350 * 100, abs=1)
+    assert "in the rows of Table 1 on through 200, 400;" in (tmp_path / "tables/table1.md").read_text()
+    capsys.readouterr()
+    (tmp_path / "cells/beyond/s/laid/400.json").unlink()
+    assert main(["tables", *arguments, "--out", str(tmp_path / "tables")]) == 2
+    assert "cells/beyond/s/laid/400.json: no such cell" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("width", [80, 60, 200])

@@ -466,6 +466,7 @@ tables: {methods: [base, yarn_4, laid, mine], ablations: [base, mine_2]}
         ("tables: {table3_students: [smal]}", "tables.table3_students: 'smal' is not among medium, small"),
         ("pope: {methods: [sft]}", "line 1: pope.methods: base is missing"),
         ("haystacks: {validation: {sizes: []}}", "haystacks.validation.sizes"),
+        ("beyond: {sizes: [150, 200]}", "beyond.sizes: 150 is not above the largest test size, 150"),
     ],
 )
 def test_mistakes_in_methods_and_their_names(tmp_path, text, said):

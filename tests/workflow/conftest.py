@@ -18,6 +18,7 @@ haystacks:
   train: {questions: 40}
   validation: {questions: 10, sizes: [5]}
   test: {questions: 10, sizes: [1, 5]}
+beyond: {table: false}
 """
 
 

@@ -36,14 +36,25 @@ def expected_jobs(config):
             methods |= set(tables["ablations"])
         evaluated += len(methods)
         trained += len(methods - {"base", "yarn", "self_extend"})
-    return {"pretrain": 1 + len(students), "evaluate_test": evaluated, "train": trained * config["seeds"]}
+    beyond = 1 + len(students) * len(tables["methods"])
+    return {
+        "pretrain": 1 + len(students), "evaluate_test": evaluated, "evaluate_beyond": beyond,
+        "train": trained * config["seeds"],
+    }  # fmt: skip
 
 
 def test_plan_of_the_default(workdir):
     jobs = workdir.planned(overlay=None)
     expected = expected_jobs(yaml.safe_load((TOP / "config.yaml").read_text()))
     assert {rule: jobs[rule] for rule in expected} == expected
-    assert jobs["data"] == jobs["haystacks"] == jobs["teacher_cache"] == jobs["tables"] == 1
+    assert (
+        jobs["data"]
+        == jobs["haystacks"]
+        == jobs["haystacks_beyond"]
+        == jobs["teacher_cache"]
+        == jobs["tables"]
+        == 1
+    )
 
 
 def test_three_seeds_train_three_times(workdir):

@@ -1,4 +1,4 @@
-# Beyond the paper, outside of `rule all`: `snakemake --cores all beyond`.
+# Why windows shrink, outside of `rule all`: `snakemake --cores all beyond`.
 
 
 localrules:

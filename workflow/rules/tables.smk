@@ -1,4 +1,4 @@
-# Tables 1, 2 and 3 with paired tests and effective windows, built from cells only.
+# Tables 1, 2 and 3 (and Table 1 beyond the paper's sizes) with paired tests and effective windows, built from cells only.
 
 
 localrules:
@@ -7,6 +7,7 @@ localrules:
 
 TABLES = [
     "table1",
+    *(["table1_beyond"] if config.beyond.table else []),
     "table2",
     "table3",
     "tests",

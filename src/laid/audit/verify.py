@@ -8,7 +8,7 @@ from pathlib import Path
 from laid.audit.lineage import Lineage, Step
 from laid.errors import LaidError
 from laid.evaluation.cells import read_cell
-from laid.results.needed import needed
+from laid.results.needed import needed, needed_beyond
 
 STATES = ("sound", "stale", "tampered", "missing")
 
@@ -64,10 +64,11 @@ def all_cells(lineage: Lineage) -> Iterator[Step]:
     Of the suite `test` also those that it does not know: nothing foreign may lie beside the tables' cells.
     """
     seen = set()
-    for key in needed(lineage.config):
-        step = lineage.cell("test", *key)
-        seen.add(step.record)
-        yield step
+    for suite, keys in (("test", needed(lineage.config)), ("beyond", needed_beyond(lineage.config))):
+        for key in keys:
+            step = lineage.cell(suite, *key)
+            seen.add(step.record)
+            yield step
     for path in sorted((lineage.root / "cells").glob("*/*/*/*.json")):
         if path.stem.isdigit() and path not in seen:
             step = lineage.cell(*path.parts[-4:-1], int(path.stem))

@@ -30,6 +30,7 @@ def run(args: argparse.Namespace) -> None:
     far, near = (
         load_cells(cells / suite) if (cells / suite).is_dir() else {} for suite in ("beyond", "test")
     )
+    far = {key: cell for key, cell in far.items() if key[1] in settings.beyond.methods}
     if not records and not far:
         raise LaidError(
             f"{out}: neither records of `laid why` nor cells; `snakemake --cores all beyond` makes them"

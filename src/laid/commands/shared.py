@@ -54,17 +54,24 @@ def root_of(settings: Settings) -> Path:
 
 
 def read_results(args: argparse.Namespace) -> tuple[Results, Path, Path]:
-    """The test cells that `--config` and `--cells` name, the folder they lie in beside runs, figures and claims, and
-    <results>/<scale>, where outputs go unless told."""
+    """The test cells that `--config` and `--cells` name, with those of larger sizes where beyond.table asks for them, the
+    folder they lie in beside runs, figures and claims, and <results>/<scale>, where outputs go unless told."""
     from laid.evaluation.cells import load_cells
     from laid.results.answers import Results
+    from laid.results.needed import needed_beyond
     from laid.settings import load
 
     settings = load(args.config)
     root = root_of(settings)
     cells = args.cells or root / "cells"
-    test = cells / "test"
-    return Results(load_cells(test), settings, test), cells.parent, root
+    near = load_cells(cells / "test")
+    results = Results(near, settings, cells / "test")
+    if beyond := list(needed_beyond(settings)):
+        rows = dict.fromkeys((student, method) for student, method, _ in beyond)
+        keys = [*((*row, size) for row in rows for size in results.sizes), *beyond]
+        far = load_cells(cells / "beyond") if (cells / "beyond").is_dir() else {}
+        results.farther = Results({**near, **far}, settings, cells / "beyond", keys)
+    return results, cells.parent, root
 
 
 def model_arguments(parser: argparse.ArgumentParser) -> None:

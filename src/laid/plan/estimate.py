@@ -194,27 +194,30 @@ class Estimator:
         return need
 
     def evaluate(self, student: str, method: str, sizes: Iterable[int]) -> Need:
-        """One evaluation job: a student under a method at these sizes, one seed."""
-        e, asked, member = self.config.evaluation, self.config.haystacks.test, self.members[student]
-        need, worst, draws = Need(member.parameters, e.dtype), Counter(), 0
+        """One evaluation job: a student under a method at these sizes, of the test or beyond, one seed."""
+        c, e, member = self.config, self.config.evaluation, self.members[student]
+        need, worst, draws, answers = Need(member.parameters, e.dtype), Counter(), 0, 0
         keep = e.scoring == "generate"
         for images in sizes:
+            test = images in c.haystacks.test.sizes
+            questions = c.haystacks.test.questions if test else c.beyond.questions
             longest, visual = self.lengths.longest(images)
-            batch = max(1, min(asked.questions, e.batch_tokens // longest))
+            batch = max(1, min(questions, e.batch_tokens // longest))
             cost = self._once(
                 student, reading, member.config, e.dtype, batch, longest, visual, e.chunk_tokens, keep,
                 self.attention,
             )  # fmt: skip
             need.longest = max(need.longest, longest)
-            self._prompts(need, cost, batch, longest, [(images, asked.questions)])
+            self._prompts(need, cost, batch, longest, [(images, questions)])
             worst = max(worst, cost.peak, key=_total)
-            draws += images * asked.questions
+            draws += images * questions
+            answers += questions
         need.memory += worst
         if method == "self_extend":
             heads = geometry(member.config).heads
             need.memory["activations"] += min(SCORES, 24 * heads * batch * longest**2)
         self._images(need, member, "test", draws, BATCH)
-        need.disk = ANSWER_BYTES * asked.questions * len(list(sizes))
+        need.disk = ANSWER_BYTES * answers
         return need
 
     # ---------------------------------------------------------------- what they have in common

@@ -10,8 +10,8 @@ from laid.models.decoder import geometry
 from laid.models.loading import SPREAD
 from laid.plan.estimate import Estimator, Need
 from laid.plan.gpus import GIB, Gpu
-from laid.results.needed import needed
-from laid.settings import TrainedMethod
+from laid.results.needed import needed, needed_beyond
+from laid.settings import Settings, TrainedMethod
 
 PROCESS = int(0.45 * GIB)  # Python and its libraries, where a job's memory is the machine's
 
@@ -68,9 +68,16 @@ def jobs_of(estimator: Estimator, gpu: Gpu) -> Iterator[Job]:
         yield _job(estimator, gpu, "train", student, method, (), config.seeds)
     for student, method in dict.fromkeys((s, m) for s, m, _ in cells):
         sizes = tuple(size for s, m, size in cells if (s, m) == (student, method))
-        parts = [sizes] if config.evaluation.shard == "model" else [(size,) for size in sizes]
-        for part in parts:
+        for part in _parts(config, sizes):
             yield _job(estimator, gpu, "evaluate", student, method, part, 1)
+    for student, method in dict.fromkeys((s, m) for s, m, _ in needed_beyond(config)):
+        for part in _parts(config, tuple(sorted(config.beyond.sizes))):
+            yield _job(estimator, gpu, "evaluate", student, method, part, 1)
+
+
+def _parts(config: Settings, sizes: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """The sizes of each evaluation job."""
+    return [sizes] if config.evaluation.shard == "model" else [(size,) for size in sizes]
 
 
 def need_of(

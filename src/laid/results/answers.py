@@ -110,6 +110,7 @@ class Curves:
     curves: Mapping[Model, Mapping[int, float]]
     draws_of: Mapping[Model, np.ndarray]
     kd = "kd"
+    farther: Curves | None = None  # the same models, or some of them, measured at larger sizes too
     omitted: Sequence[int] = ()
     printed = (
         False  # figures from a paper: exact as they stand, with the error that they would have as shares
@@ -249,10 +250,11 @@ class Results(Curves):
         label = self.cell(student, "base", self.sizes[0]).params
         return student if student == label else f"{student} ({label})"
 
-    def questions_note(self) -> str:
-        """How many questions, seeds and answers stand behind a cell."""
-        asked, seeds = self.cells["questions"], self.cells["seeds"].map(len).max()
+    def questions_note(self, sizes: Sequence[int] | None = None) -> str:
+        """How many questions and seeds stand behind a cell, of `sizes` or of all."""
+        cells = self.wanted[self.wanted["size"].isin(sizes or self.sizes)]
+        asked, seeds = cells["questions"], cells["seeds"].map(len).max()
         each = str(asked.min()) if asked.min() == asked.max() else f"{asked.min()} to {asked.max()}"
         trained = "1 training seed" if seeds == 1 else f"{seeds} training seeds per trained method"
-        scale = self.cells["scale"].iloc[0]
+        scale = cells["scale"].iloc[0]
         return f"Scale {scale}; {each} questions per cell, half of them yes; {trained}."

@@ -21,12 +21,11 @@ from laid.results.pope import read_pope_answers
 from laid.results.render import listed
 from laid.results.windows import (
     THRESHOLDS,
-    Bounds,
     bounds_interval,
-    effective_windows,
     number,
-    ratios,
+    ratio_draws,
     reading_of_32,
+    window,
 )  # fmt: skip
 
 SUPPORTED, NOT, UNDECIDED, NOT_MEASURED = "supported", "not supported", "undecided", "not measured"
@@ -286,14 +285,10 @@ def each_part(source: Curves, method: str) -> Outcome:
 def window_ratio(source: Curves, method: str, times: float) -> Outcome:
     found, remarks = [], []
     for student, keys in source.pairs(method):
-        sizes = source.common(*keys)
         told = []
         for threshold in sorted({*THRESHOLDS, source.threshold}):
-            points, draws = (
-                ratios(*(effective_windows(sizes, of(key, sizes), threshold) for key in keys))
-                for of in (source.point, source.draws)
-            )
-            value, interval = Bounds(*map(float, points[0])), bounds_interval(draws)
+            value = window(source, keys[0], threshold) / window(source, keys[1], threshold)
+            interval = bounds_interval(ratio_draws(source, *keys, threshold))
             told.append(f"{value.text('x')} at {threshold:g}")
             if threshold == source.threshold:
                 what = f"{student} effective window at {threshold:g}, {method} over base ({value.text('x')})"

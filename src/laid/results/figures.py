@@ -100,7 +100,7 @@ def _curves(
             axes.fill_between(
                 sizes, 100 * cells.low, 100 * cells.high, color=look.color, alpha=0.15, linewidth=0
             )
-        if own.exact:
+        if own.exact and own.low <= sizes[-1]:
             tick = {"marker": "|", "markersize": 9, "markeredgewidth": 1.6, "color": look.color}
             axes.plot([own.low], [100 * threshold], **tick)
         texts = (plotting.point_tip(name, c.size, c.accuracy, (c.low, c.high)) for c in cells.itertuples())

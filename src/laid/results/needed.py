@@ -36,6 +36,16 @@ def needed_by_tune(settings: Settings) -> Iterator[Key]:
                 yield student, method, size
 
 
+def needed_beyond(settings: Settings) -> Iterator[Key]:
+    """The same of the suite `beyond`: the rows of Table 1 at the sizes of beyond.sizes, where beyond.table asks for them."""
+    blocks = [(settings.models.teacher, ["base"])]
+    blocks += [(student, settings.tables.methods) for student in settings.models.students]
+    for student, methods in blocks if settings.beyond.table else ():
+        for method in methods:
+            for size in sorted(settings.beyond.sizes):
+                yield student, method, size
+
+
 def table3_students(settings: Settings) -> list[str]:
     """Students of Table 3."""
     chosen, students = settings.tables.table3_students, list(settings.models.students)

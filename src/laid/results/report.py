@@ -177,16 +177,23 @@ _LARGEST = 100_000  # bytes: a record is a small file; a larger one is something
 def chain_data(results: Results, root: Path) -> dict[str, Any]:
     """{"cells": "<student>/<method>/<size>" -> facts, chain, command; "records": hash -> text, each held once}."""
     records: dict[str, str] = {}
-    answers = dict(list(results.answers.groupby(["student", "method", "size"], sort=False)))
+    answers = {
+        key: part
+        for source in (results, results.farther)
+        if source
+        for key, part in source.answers.groupby(["student", "method", "size"], sort=False)
+    }
     cells = {}
-    for cell in results.wanted.itertuples(index=False):
-        key = f"{cell.student}/{cell.method}/{cell.size}"
-        cells[key] = {
-            "title": _title(cell, results.names),
-            "facts": _facts(cell, answers[cell.student, cell.method, cell.size]),
-            "chain": _chain(cell, root, records),
-            "command": f"snakemake --cores all {results.folder / key}.json",
-        }
+    for source in (results, results.farther):
+        for cell in source.wanted.itertuples(index=False) if source else ():
+            key = f"{cell.student}/{cell.method}/{cell.size}"
+            if key not in cells:
+                cells[key] = {
+                    "title": _title(cell, results.names),
+                    "facts": _facts(cell, answers[cell.student, cell.method, cell.size]),
+                    "chain": _chain(cell, root, records),
+                    "command": f"snakemake --cores all {source.folder / key}.json",
+                }
     return {"cells": cells, "records": records}
 
 

@@ -16,14 +16,15 @@ from laid.results.names import NOT_IN_PAPER
 from laid.results.needed import table3_students
 from laid.results.render import BEST, SECOND, Entry, Table, listed
 from laid.results.statistics import mean_relative_gain
-from laid.results.windows import published_windows, window, window_tables
+from laid.results.windows import continued, published_windows, window, window_tables
 
 Block = tuple[str, Sequence[str]]  # a student and its methods
 
 
 def build(results: Results) -> list[Table]:
-    """Tables 1, 2 and 3 in this order."""
-    return [table1(results), table2(results), table3(results)]
+    """Table 1, the same beyond the test sizes where they were measured, Tables 2 and 3, in this order."""
+    more = [table1_beyond(results)] if results.farther else []
+    return [table1(results), *more, table2(results), table3(results)]
 
 
 def build_statistics(results: Results) -> list[Table]:
@@ -33,24 +34,33 @@ def build_statistics(results: Results) -> list[Table]:
 
 def table1(results: Results) -> Table:
     """Accuracy over haystack sizes: the teacher, then every student with every method."""
-    methods = results.settings.tables.methods
-    blocks = [(results.teacher, ["base"]), *((student, methods) for student in results.students)]
-    table = _accuracy_table(
-        results, "table1", "Table 1. Accuracy (%) over images in the haystack", blocks, "omit"
-    )
+    methods, sizes = results.settings.tables.methods, results.columns("omit")
+    title = "Table 1. Accuracy (%) over images in the haystack"
+    table = _accuracy_table(results, "table1", title, _rows_of_table1(results), sizes)
     ours = [results.names[m].removesuffix(" (ours)") for m in methods if m in NOT_IN_PAPER]
     if ours:
         table.notes.append(f"Ours, without a row in the paper's Table 1: {' and '.join(ours)}.")
     return table
 
 
+def _rows_of_table1(results: Results) -> list[Block]:
+    methods = results.settings.tables.methods
+    return [(results.teacher, ["base"]), *((student, methods) for student in results.students)]
+
+
+def table1_beyond(results: Results) -> Table:
+    """The rows of Table 1 at sizes beyond the test's (beyond.sizes): where dilution alone is left to shorten windows."""
+    whole, sizes = results.farther, sorted(results.settings.beyond.sizes)
+    title = "Table 1, beyond the paper's sizes. Accuracy (%) over images in the haystack"
+    return _accuracy_table(whole, "table1_beyond", title, _rows_of_table1(whole), sizes, beyond=True)
+
+
 def table3(results: Results) -> Table:
     """The ablations: LAid and LAid+, whole and without one part each."""
     settings = results.settings
     blocks = [(student, settings.tables.ablations) for student in table3_students(settings)]
-    return _accuracy_table(
-        results, "table3", "Table 3. Ablations, accuracy (%) over images", blocks, "table3_omit"
-    )
+    title = "Table 3. Ablations, accuracy (%) over images"
+    return _accuracy_table(results, "table3", title, blocks, results.columns("table3_omit"))
 
 
 def table2(results: Results) -> Table:
@@ -82,22 +92,36 @@ def table2(results: Results) -> Table:
     )
 
 
-def _accuracy_table(results: Results, name: str, title: str, blocks: Sequence[Block], omit: str) -> Table:
-    """A table of accuracies with gains; best and second best are marked within each student's block."""
-    sizes, threshold = results.columns(omit), results.threshold
-    short, long = results.short_long(sizes)
+def _accuracy_table(
+    results: Results,
+    name: str,
+    title: str,
+    blocks: Sequence[Block],
+    sizes: Sequence[int],
+    beyond: bool = False,
+) -> Table:
+    """A table of accuracies with gains; best and second best are marked within each student's block.
+
+    beyond: sizes beyond the test's, so that windows, which stand in Table 1, have no column, nor has the short window.
+    """
+    threshold = results.threshold
+    parts = {
+        part: own
+        for part, own in zip(("short", "long"), results.short_long(sizes), strict=True)
+        if own or not beyond
+    }
     models = [(student, method) for student, methods in blocks for method in methods]
     cells = results.cells.loc[[(*model, size) for model in models for size in sizes]]
     data = cells["accuracy"].unstack("size").loc[models, sizes]
     base = data.loc[[(student, "base") for student, _ in models]]
-    for column, part in (("short_gain_pct", short), ("long_gain_pct", long)):
-        data[column] = [
+    for name_of_part, part in parts.items():
+        data[f"{name_of_part}_gain_pct"] = [
             None if method == "base" else mean_relative_gain(own, of_base)
             for (_, method), own, of_base in zip(
                 models, data[part].to_numpy().tolist(), base[part].to_numpy().tolist(), strict=True
             )
         ]
-    stars, family = stars_against_base(results, models, [*([size] for size in sizes), short, long])
+    stars, family = stars_against_base(results, models, [*([size] for size in sizes), *parts.values()])
     marks = _marks(data)
     rows = []
     for model in models:
@@ -109,27 +133,31 @@ def _accuracy_table(results: Results, name: str, title: str, blocks: Sequence[Bl
             replace(entry, stars=stars.get((model, i), ""), mark=marks[model][i])
             for i, entry in enumerate(entries)
         ]
-        own = window(results, model, threshold)
-        ratio = own / window(results, (model[0], "base"), threshold)
-        last = own.text() + ("" if model[1] == "base" else f" ({ratio.text('x')})")
-        rows.append([Entry(results.member(model[0])), Entry(results.names[model[1]]), *entries, Entry(last)])
+        rows.append([Entry(results.member(model[0])), Entry(results.names[model[1]]), *entries])
+        if not beyond:
+            own = window(results, model, threshold)
+            ratio = own / window(results, (model[0], "base"), threshold)
+            rows[-1].append(Entry(own.text() + ("" if model[1] == "base" else f" ({ratio.text('x')})")))
+    told = ", ".join(f"{part} {listed(own)}" for part, own in parts.items())
     notes = [
-        results.questions_note(),
-        (
-            "Gain: mean over sizes of the relative change against base, in %;"
-            f" short {listed(short)}, long {listed(long)} images."
-        ),
-        (
-            f"Window {threshold:g}: images up to which accuracy stays at or above {threshold:g}, interpolated over"
-            f" log size through {listed(results.sizes)} images; in brackets its ratio to base's."
-        ),
+        results.questions_note(sizes),
+        f"Gain: mean over sizes of the relative change against base, in %; {told} images.",
     ]
+    if not beyond:
+        notes.append(
+            f"Window {threshold:g}: images up to which accuracy stays at or above {threshold:g}, interpolated over"
+            f" log size through {listed(results.sizes)} images{continued(results)}; in brackets its ratio to base's."
+        )
     if family:
         notes.append(star_note(results, family, "base") + " At a gain: of the mean accuracy over its sizes.")
     return Table(
         name,
         title,
-        ["Model", "Method", *map(str, sizes), "Short gain", "Long gain", f"Window {threshold:g}"],
+        [
+            *("Model", "Method", *map(str, sizes)),
+            *(f"{part.capitalize()} gain" for part in parts),
+            *([f"Window {threshold:g}"] if not beyond else []),
+        ],
         rows,
         notes,
         {i for i, (_, method) in enumerate(models) if method == "base"},

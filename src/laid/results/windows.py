@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -87,16 +87,34 @@ def effective_windows(sizes: Sequence[float], curves: np.ndarray, threshold: flo
     return out
 
 
+def farthest(source: Curves, model: Model) -> Curves:
+    """The curves that follow a model to its largest size."""
+    farther = source.farther
+    return farther if farther is not None and model in farther.curves else source
+
+
+def sizes_of(source: Curves, model: Model) -> list[int]:
+    """All sizes that a model was measured at."""
+    return list(farthest(source, model).curves[model])
+
+
 def window(source: Curves, model: Model, threshold: float) -> Bounds:
     """A model's effective window in images, over all sizes that it has."""
+    source = farthest(source, model)
     sizes = list(source.curves[model])
     return Bounds(*map(float, effective_windows(sizes, source.point(model, sizes), threshold)[0]))
 
 
 def window_draws(source: Curves, model: Model, threshold: float) -> np.ndarray:
-    """The window in every resample, as lows and highs (resamples, 2)."""
+    """The window in every resample of `source`, as lows and highs (resamples, 2), over the sizes that it has."""
     sizes = list(source.curves[model])
     return effective_windows(sizes, source.draws(model, sizes), threshold)
+
+
+def ratio_draws(source: Curves, model: Model, other: Model, threshold: float) -> np.ndarray:
+    """The ratio of two models' windows in every resample, as lows and highs (resamples, 2); both are drawn together."""
+    source = farthest(source, model)
+    return ratios(*(window_draws(source, key, threshold) for key in (model, other)))
 
 
 def ratios(over: np.ndarray, under: np.ndarray) -> np.ndarray:
@@ -126,13 +144,12 @@ class Window:
     ratio_interval: Bounds
 
 
-def measure(source: Curves, model: Model, threshold: float, tokens: Sequence[float]) -> Window:
-    """tokens: a prompt's mean tokens at each of the model's sizes."""
-    sizes, base = list(source.curves[model]), (model[0], "base")
-    images, draws = window(source, model, threshold), window_draws(source, model, threshold)
-    interval = bounds_interval(draws)
-    ratio_interval = bounds_interval(ratios(draws, window_draws(source, base, threshold)))
-    in_tokens = (_in_tokens(bounds, sizes, tokens) for bounds in (images, interval))
+def measure(source: Curves, model: Model, threshold: float, tokens: Mapping[int, float]) -> Window:
+    """tokens: a prompt's mean tokens by size, for all of the model's sizes."""
+    base, images = (model[0], "base"), window(source, model, threshold)
+    interval = bounds_interval(window_draws(farthest(source, model), model, threshold))
+    ratio_interval = bounds_interval(ratio_draws(source, model, base, threshold))
+    in_tokens = (_in_tokens(bounds, list(tokens), list(tokens.values())) for bounds in (images, interval))
     return Window(images, interval, *in_tokens, images / window(source, base, threshold), ratio_interval)
 
 
@@ -142,7 +159,7 @@ def _in_tokens(images: Bounds, sizes: Sequence[int], tokens: Sequence[float]) ->
     return Bounds(*(v if v == 0 or math.isinf(v) else float(np.interp(v, sizes, tokens)) for v in ends))
 
 
-def _measure_all(source: Curves, tokens: Sequence[float]) -> dict[Model, dict[float, Window]]:
+def _measure_all(source: Curves, tokens: Mapping[int, float]) -> dict[Model, dict[float, Window]]:
     return {model: {t: measure(source, model, t, tokens) for t in THRESHOLDS} for model in source.curves}
 
 
@@ -162,16 +179,29 @@ def _data(found: dict[Model, dict[float, Window]], student: str) -> pd.DataFrame
     return pd.DataFrame(rows)
 
 
+def continued(results: Results) -> str:
+    """What a note says of windows that go on beyond the test sizes; nothing where none does."""
+    if results.farther is None:
+        return ""
+    more = [size for size in results.farther.sizes if size not in results.sizes]
+    return f", in the rows of Table 1 on through {listed(more)}"
+
+
 def window_tables(results: Results) -> list[Table]:
     """Effective windows at several thresholds: in images, as ratios to base, and in tokens, with intervals."""
-    tokens = [results.cell(results.teacher, "base", size).tokens_mean for size in results.sizes]
+    whole = farthest(results, (results.teacher, "base"))
+    tokens = {size: whole.cell(whole.teacher, "base", size).tokens_mean for size in whole.sizes}
     found = _measure_all(results, tokens)
     kinds = {
-        "windows": lambda w, base: Entry(w.images.text(), interval_text(w.interval, results.sizes)),
-        "window_ratios": lambda w, base: (
-            Entry("1x") if base else Entry(w.ratio.text("x"), interval_text(w.ratio_interval))
+        "windows": lambda w, model: Entry(
+            w.images.text(), interval_text(w.interval, sizes_of(results, model))
         ),
-        "window_tokens": lambda w, base: Entry(w.tokens.text(), interval_text(w.tokens_interval, tokens)),
+        "window_ratios": lambda w, model: (
+            Entry("1x") if model[1] == "base" else Entry(w.ratio.text("x"), interval_text(w.ratio_interval))
+        ),
+        "window_tokens": lambda w, model: Entry(
+            w.tokens.text(), interval_text(w.tokens_interval, [tokens[s] for s in sizes_of(results, model)])
+        ),
     }
     titles = ("in images", "as ratios to base", "in tokens")
     extra = {
@@ -184,7 +214,7 @@ def window_tables(results: Results) -> list[Table]:
         results.questions_note(),
         (
             "Effective window: the largest haystack up to which accuracy stays at or above the threshold,"
-            f" interpolated over log size through {listed(results.sizes)} images."
+            f" interpolated over log size through {listed(results.sizes)} images{continued(results)}."
         ),
         "Half the answers are yes, so 0.5 is what guessing scores: a window at 0.5 says little.",
     ]
@@ -195,7 +225,7 @@ def window_tables(results: Results) -> list[Table]:
             ["Model", "Method", *(f"at {threshold:g}" for threshold in THRESHOLDS)],
             [
                 [Entry(student), Entry(results.names[method])]
-                + [entry(w, method == "base") for w in by_threshold.values()]
+                + [entry(w, (student, method)) for w in by_threshold.values()]
                 for (student, method), by_threshold in found.items()
             ],
             [*notes, *extra.get(name, [])],
@@ -211,7 +241,7 @@ def published_windows(resamples: int = 2000) -> Table:
     """The same effective windows read off the paper's own Table 1, and what they say of "3.2 times"."""
     source = Published(resamples, tables=("table1",), seed=32)
     sizes, tokens = list(source.curves["7B", "base"]), published.tokens()
-    found = _measure_all(source, [tokens[size] for size in sizes])
+    found = _measure_all(source, {size: tokens[size] for size in sizes})
     rows = []
     for (model, method), by_threshold in found.items():
         row = [Entry(model), Entry(source.names[method])]

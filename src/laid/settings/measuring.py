@@ -46,8 +46,10 @@ class Analysis(Section):
 
 
 class Beyond(Section):
-    """What goes beyond the paper (`snakemake beyond`): why windows shrink, and where they end."""
+    """What goes beyond the paper: where accuracy ends, and why windows shrink (`snakemake beyond`)."""
 
+    table: bool = False
+    """Measure the rows of Table 1 at these sizes too, in a table of their own; windows then continue over them."""
     sizes: Annotated[Distinct[Count], Field(min_length=1)] = [200, 300, 500]
     """Images per haystack, beyond the test sizes, taken from the test images."""
     questions: Count = 100

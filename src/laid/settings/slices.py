@@ -89,7 +89,7 @@ SLICES: dict[str, list[str]] = {
         *UNTRAINED,
     ],
     "pope": ["pope", "-pope.methods"],
-    "tables": ["tables", "models", "haystacks.test.sizes", "methods.*.label"],
+    "tables": ["tables", "models", "haystacks.test.sizes", "beyond.table", "beyond.sizes", "methods.*.label"],
     "sweep": [
         "sweep",
         "methods.*.label",

@@ -148,6 +148,12 @@ def contradictions(settings: Settings) -> Iterator[tuple[Path, str]]:
             ("pope", "objects"),
             f"{pope.objects}: the wording 'haystack' names a second object of the image, so give at least 2",
         )
+    largest = max(settings.haystacks.test.sizes)
+    if settings.beyond.table and min(settings.beyond.sizes) <= largest:
+        yield (
+            ("beyond", "sizes"),
+            f"{min(settings.beyond.sizes)} is not above the largest test size, {largest} (haystacks.test.sizes)",
+        )
     trained = [name for name, method in methods.items() if isinstance(method, TrainedMethod)]
     for key in ("methods", "ablations"):
         first = getattr(settings.tables, key)[:1]
