@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
+from laid.errors import LaidError
 from laid.models.decoder import text_model
 from laid.models.families import family_of
 from laid.models.prompts import EncodedPrompt
@@ -22,6 +23,8 @@ class Batch:
     ids: (B, T); positions: (3, B, T); lengths: (B,); features: visual tokens of all samples in order (N,
     hidden, or k times that: Family.image_features), which go where `image_mask` (B, T) is true. Under causal attention nothing sees the padding at
     the right, so no attention mask is needed and attention stays in its fast causal form.
+    score_bias: (B, T) added to the scores that tokens after the last image give each key (laid.distill.dilution); None adds
+    nothing.
     images: instead of features, what `with_features` makes them from: (pixels, grid_thw) of the images, each once,
     and (images of all samples in order,) which of them it is.
     """
@@ -32,13 +35,15 @@ class Batch:
     image_mask: torch.Tensor
     features: torch.Tensor | None
     images: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+    score_bias: torch.Tensor | None = None
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch on `device`."""
         move = [t.to(device) for t in (self.ids, self.positions, self.lengths, self.image_mask)]
         features = self.features.to(device) if self.features is not None else None
         images = tuple(t.to(device) for t in self.images) if self.images is not None else None
-        return Batch(*move, features, images)
+        bias = self.score_bias.to(device) if self.score_bias is not None else None
+        return Batch(*move, features, images, bias)
 
     @property
     def token_mask(self) -> torch.Tensor:
@@ -93,15 +98,34 @@ def deep_inputs(text, batch: Batch, start: int = 0, stop: int | None = None) -> 
     return family_of(text.config).deep_inputs(deep, mask)
 
 
+def biased_mask(batch: Batch, dtype: torch.dtype) -> torch.Tensor:
+    """(B, 1, T, T) causal mask to be added to scores, with `batch.score_bias` in the rows after the last image."""
+    at = torch.arange(batch.ids.shape[1], device=batch.ids.device)
+    # behind the last visual token stands <|vision_end|>
+    question = at > (batch.image_mask * at).amax(1, keepdim=True) + 1
+    bias = question[:, :, None] * batch.score_bias.to(dtype)[:, None]
+    return bias.masked_fill(at > at[:, None], torch.finfo(dtype).min)[:, None]
+
+
 def hidden_states(model, batch: Batch) -> torch.Tensor:
-    """(B, T, hidden) of the last layer, after the final norm."""
-    text = text_model(model)
-    mask = family_of(text.config).no_mask
+    """(B, T, hidden) of the last layer, after the final norm.
+
+    Raises LaidError where a batch has a score_bias and the model's attention takes no mask.
+    """
+    text, embeds = text_model(model), embed(model, batch)
+    family, attention = family_of(text.config), text.config._attn_implementation
+    mask: Any = family.no_mask
+    if batch.score_bias is not None:
+        if attention.startswith("flash"):
+            raise LaidError(
+                f"dilution adds to attention scores, which {attention} does not take: set evaluation.attention to sdpa"
+            )
+        mask = family.mask(biased_mask(batch, embeds.dtype))
     # No mask asks sdpa and flash attention for their causal form; eager attention would see the future.
-    if text.config._attn_implementation.endswith("eager"):  # also our variants of it
+    elif attention.endswith("eager"):  # also our variants of it
         mask = None
     return text(
-        inputs_embeds=embed(model, batch),
+        inputs_embeds=embeds,
         position_ids=batch.positions,
         attention_mask=mask,
         use_cache=False,

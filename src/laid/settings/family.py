@@ -76,6 +76,10 @@ class Pretrain(Section):
     """Yes/no questions per haystack."""
     hard_negatives: Share = 0.8
     """Share of targets that are taken from objects in distractors."""
+    reach: Natural = 0
+    """Positions that haystacks with gaps between their images span at most, so that members know the positions of haystacks larger than their window; 0: no gaps."""
+    gapped: Share = 0.85
+    """Share of the haystacks that get gaps."""
     noise: NonNegative = 0.1
     """Noise on visual tokens, relative to their spread, so that the member learns to live with the vision tower's errors."""
     lr_muon: Positive = 0.004

@@ -75,6 +75,15 @@ class Gaps(Section):
     """Progress at which they reach their full span."""
 
 
+class Dilution(Section):
+    """Progressive dilution: distractors stand for several images each (laid.distill.dilution)."""
+
+    reach: Natural = 0
+    """Images that a haystack weighs as much as, at most; 0 is off."""
+    end: Share = 0.5
+    """Progress at which they reach their full number."""
+
+
 class Gain(Section):
     """Learnable RoPE gain, folded into the weights on export; null is off."""
 
@@ -144,6 +153,7 @@ class TrainedMethod(Method):
     alignment: Alignment = Alignment()
     distance: Distance = Distance()
     gaps: Gaps = Gaps()
+    dilution: Dilution = Dilution()
     gain: Gain | None = None
 
 

@@ -27,6 +27,7 @@ from laid import provenance
 from laid.data.coco import CocoSplit, annotation_file, load_coco
 from laid.data.haystacks import Haystack, HaystackSampler, split_paths
 from laid.data.questions import question_text, with_article
+from laid.distill.gaps import open_gaps
 from laid.errors import LaidError
 from laid.io import atomic_path, write_json
 from laid.models.decoder import text_model
@@ -195,6 +196,7 @@ class Pretraining:
         for row, path in enumerate(self.sampler.paths):
             self.holds[row, [index[c] for c in coco.labels[path]]] = 1.0
         self.rng = np.random.default_rng([member.seed, 2])
+        self.gaps = np.random.default_rng([member.seed, 3])
         self.generator = torch.Generator().manual_seed(member.seed + 3)
         self.log: list[dict[str, float]] = []
 
@@ -234,7 +236,10 @@ class Pretraining:
                 factor = min(1.0, (step + 1) / s.warmup_steps, (1 - step / steps) / s.decay)
                 for group, peak in zip((g for o in optimizers for g in o.param_groups), peaks):
                     group["lr"] = peak * factor
-                losses, accuracy = self._language_step(curriculum.draw(self.rng), layers, beside, contained)
+                gapped = s.gapped if curriculum.largest > s.start_size else 0.0
+                losses, accuracy = self._language_step(
+                    curriculum.draw(self.rng), gapped, layers, beside, contained
+                )
                 for optimizer in optimizers:
                     optimizer.zero_grad(set_to_none=True)
                 sum(losses.values()).backward()
@@ -258,8 +263,27 @@ class Pretraining:
                 " give it more steps or another seed (family.members)"
             )
 
+    def positions(self, layout: Layout, batch: int, gapped: float) -> Tensor:
+        """(3, batch, T): the layout's positions, in a share `gapped` of the haystacks with gaps that span up to `reach`."""
+        s, plain = self.settings, layout.positions[:, 0]
+        starts, text = (layout.image - 1).tolist(), layout.stem.start
+        return torch.stack(
+            [
+                open_gaps(plain, starts, text, s.reach, self.gaps)
+                if s.reach and self.gaps.random() < gapped
+                else plain
+                for _ in range(batch)
+            ],
+            dim=1,
+        )
+
     def _language_step(
-        self, size: int, layers: Mapping[int, Tensor], beside: nn.Linear, contained: nn.Linear
+        self,
+        size: int,
+        gapped: float,
+        layers: Mapping[int, Tensor],
+        beside: nn.Linear,
+        contained: nn.Linear,
     ) -> tuple[dict[str, Tensor], float]:
         s = self.settings
         haystacks = [self.sampler.sample(size, s.targets) for _ in range(s.batch)]
@@ -274,7 +298,7 @@ class Pretraining:
         embeds[:, layout.image] = bags
         hidden = self.text(
             inputs_embeds=embeds,
-            position_ids=layout.positions.expand(3, len(haystacks), -1),
+            position_ids=self.positions(layout, len(haystacks), gapped),
             attention_mask={"full_attention": layout.mask},
             use_cache=False,
         ).last_hidden_state

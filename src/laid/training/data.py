@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from laid.data.questions import read_questions
+from laid.distill.dilution import copies, score_bias
 from laid.distill.distillation import Tokens
 from laid.distill.gaps import open_gaps
 from laid.distill.schedule import reach
@@ -21,7 +22,7 @@ from laid.models.forward import Batch, collate
 from laid.models.processing import Processor
 from laid.settings import TrainedMethod
 from laid.settings.measuring import Evaluation
-from laid.settings.methods import Gaps
+from laid.settings.methods import Dilution, Gaps
 from laid.training.samples import Sample, batches_of, build_samples
 
 
@@ -57,6 +58,7 @@ class Data:
     samples: list[Sample]
     features: ImageFeatures
     gaps: Gaps
+    dilution: Dilution
     seed: int = 0
     device: str | torch.device = "cpu"
     in_step: bool = False
@@ -91,6 +93,11 @@ class Data:
                 inputs.positions[:, row, : len(sample.prompt.ids)] = self._stretched(
                     sample, step / steps, rng
                 )
+        if self.dilution.reach:
+            inputs.score_bias = torch.zeros(inputs.ids.shape)
+            for row, sample in enumerate(self.samples[k] for k in indices):
+                rng = np.random.default_rng([self.seed, 5, step, sample.index])
+                inputs.score_bias[row, : len(sample.prompt.ids)] = self._diluted(sample, step / steps, rng)
         labels = [self.samples[k].labels for k in indices]
         known = None if labels[0] is None else torch.from_numpy(np.stack(labels)).to(self.device)
         return Piece.of(indices, inputs.to(self.device), known, plain.to(self.device))
@@ -103,6 +110,13 @@ class Data:
         far = reach(progress, span, max(span, self.gaps.reach), self.gaps.end)
         starts = sample.prompt.block_starts.tolist()
         return open_gaps(positions, starts, sample.text_start, far, rng, draw=self.gaps.draw)
+
+    def _diluted(self, sample: Sample, progress: float, rng: np.random.Generator) -> Tensor:
+        images = len(sample.paths)
+        far = reach(progress, images, max(images, self.dilution.reach), self.dilution.end)
+        stands_for = copies(images, len(sample.needles), far, rng)
+        starts = sample.prompt.block_starts.tolist()
+        return score_bias(len(sample.prompt.ids), starts, sample.text_start, sample.needles, stands_for)
 
     def _images(self, paths: list[str]) -> tuple[Tensor, Tensor, Tensor]:
         """(pixels, grid_thw, order) of laid.models.forward.Batch.images: what features are made from in the step."""
@@ -135,7 +149,7 @@ def read_data(
     )
     labelled = method.questions == "train"
     samples = build_samples(read_questions(questions), features, evaluation.order_seed, labelled, ahead)
-    return Data(samples, features, method.gaps, **how)
+    return Data(samples, features, method.gaps, method.dilution, **how)
 
 
 def require_same_tokens(lengths: Sequence[int], teacher: Sequence[int], whose: str) -> None:

@@ -21,7 +21,7 @@ class Sample:
     with the answer token appended, T tokens. labels: (2,) token ids, the answer and the end of the turn,
     predicted at the last two tokens; None for a sample without labels, which carries yes and no in turn, so
     that the teacher still shows how a turn ends. text_start: index of the first text token after the last
-    image.
+    image. needles: places of the needles among the images.
     """
 
     index: int
@@ -29,6 +29,7 @@ class Sample:
     prompt: EncodedPrompt
     labels: np.ndarray | None
     text_start: int
+    needles: list[int]
 
     @property
     def answer_at(self) -> int:
@@ -50,11 +51,11 @@ def build_samples(
     """
     tokenizer, encoder = features.processor.tokenizer, features.processor.encoder
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    ordered = [ordered_images(question, order_seed)[0] for question in questions]
+    ordered = [ordered_images(question, order_seed) for question in questions]
     if ahead:
-        features.prepare((path for paths in ordered for path in paths), "images")
+        features.prepare((path for paths, _ in ordered for path in paths), "images")
     samples = []
-    for index, (question, paths) in enumerate(zip(questions, ordered)):
+    for index, (question, (paths, needles)) in enumerate(zip(questions, ordered, strict=True)):
         prompt = encoder.encode(question.text, features.grids(paths))
         word = question.answer if labelled else ("yes", "no")[index % 2]
         answer = tokenizer(word, add_special_tokens=False)["input_ids"]
@@ -72,7 +73,7 @@ def build_samples(
             np.append(prompt.image_mask, False),
         )
         labels = np.array([answer[0], end]) if labelled else None
-        samples.append(Sample(index, paths, full, labels, text_start))
+        samples.append(Sample(index, paths, full, labels, text_start, needles))
     return samples
 
 

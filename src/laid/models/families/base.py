@@ -23,6 +23,10 @@ class Family:
     query_norm: bool = False
     no_mask: Mapping[str, None] | None = {"full_attention": None, "sliding_attention": None}
 
+    def mask(self, added: Tensor) -> Any:
+        """The decoder's attention_mask for one of our own, (B, 1, T, T), which every layer adds to its scores."""
+        return {"full_attention": added, "sliding_attention": added}
+
     def axis_of_frequency(self, sections: Sequence[int]) -> Tensor:
         """(head_dim / 2,) of 0 time, 1 height, 2 width: the M-RoPE axis that turns each frequency."""
         return torch.cat([torch.full((n,), i % 3, dtype=torch.long) for i, n in enumerate(sections)])

@@ -17,6 +17,9 @@ class Qwen3VL(Family):
     query_norm = True
     no_mask = None  # its decoder makes the mask itself, and takes none for "causal"
 
+    def mask(self, added: Tensor) -> Tensor:
+        return added
+
     def axis_of_frequency(self, sections: Sequence[int]) -> Tensor:
         """Time, height and width in turn, and time where their share is used up (transformers,
         Qwen3VLTextRotaryEmbedding.recomposition_frequencies)."""
