@@ -63,7 +63,7 @@ def build_config(processor: Processor, family: Family, member: Member) -> Qwen2_
     tokenizer, encoder = processor.tokenizer, processor.encoder
     vision = family.vision
     images = processor.image_processor
-    # The trained positions, as in a published config: what the prompts of the member's own window cover.
+    # The trained positions, as in a published config: what pretraining's gaps or the member's own window cover.
     side = round(family.image_pixels**0.5)
     longest = encoder.encode(TEMPLATES["single"], [processor.grid(side, side)] * member.window).span
     return Qwen2_5_VLConfig(
@@ -75,7 +75,7 @@ def build_config(processor: Processor, family: Family, member: Member) -> Qwen2_
             "num_attention_heads": member.heads,
             "num_key_value_heads": member.kv_heads,
             "head_dim": family.head_dim,
-            "max_position_embeddings": -(-longest // 16) * 16,
+            "max_position_embeddings": -(-max(longest, family.pretrain.reach) // 16) * 16,
             "rms_norm_eps": 1e-6,
             "rope_parameters": {
                 "rope_type": "default",
