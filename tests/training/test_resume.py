@@ -49,6 +49,7 @@ def sigint():
         ("sft", 4, boom, Boom),  # dropout goes on where it was
         ("sft", 5, sigterm, SystemExit),  # in the very last step
         ("kd", 1, sigint, SystemExit),
+        ("laid_plus", 3, boom, Boom),  # gaps and dilution are drawn as they would have been
     ],
 )
 def test_resumed_is_uninterrupted_bit_for_bit(

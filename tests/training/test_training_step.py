@@ -11,6 +11,7 @@ from trainer_runs import CLOSE, Ready, changed
     "method, settings",
     [
         ("kd", {}),
+        ("laid_plus", {}),
         # eq. 7 as printed, a mean over samples of sums over tokens; the relative error is one ratio for a whole batch
         (
             "laid",
@@ -131,3 +132,34 @@ def test_gaps_grow_with_progress_and_keep_images_whole(micro, start, tmp_path):
                 assert len(moved[:, row, at : at + 3].unique()) == 1  # start, visual token, end move together
         spans.append(int(inputs.positions.max()) + 1)
     assert spans[0] == int(plain.max()) + 1 < spans[2] <= reach
+
+
+def test_dilution_grows_with_progress_and_spares_the_needle(micro, start, tmp_path):
+    """How many images a haystack weighs as much as, from the bias that its tokens got."""
+    run = Ready(start(micro, "laid_plus", tmp_path / "seed0"))
+    heaviest = []
+    for step in (0, 2, 5):
+        piece, again = (run.data.piece(list(range(8)), step, 6) for _ in range(2))
+        bias = piece.inputs.score_bias
+        assert torch.equal(bias, again.inputs.score_bias)
+        weights = []
+        for row in range(8):
+            sample = run.data.samples[row]
+            by_image = [float(bias[row, at].exp()) for at in sample.prompt.block_starts]
+            assert all(by_image[needle] == 1 for needle in sample.needles) and sample.needles
+            assert bias[row, sample.text_start :].abs().max() == 0
+            weights.append(sum(by_image))
+        heaviest.append(max(weights))
+    assert heaviest[0] <= 4 + 1e-3 < heaviest[2] <= micro.methods["laid_plus"].dilution.reach + 1e-3
+
+
+@torch.no_grad()
+def test_samples_of_a_diluted_batch_do_not_see_each_other(micro, start, tmp_path):
+    run = Ready(start(micro, "laid_plus", tmp_path / "seed0"))
+    order = sorted(range(len(run.data.samples)), key=lambda k: run.data.lengths[k])
+    indices = [order[0], order[-1], order[len(order) // 2]]  # two of them padded
+    assert run.data.lengths[indices[0]] < run.data.lengths[indices[1]]
+    together = run.lesson.student(run.data.piece(indices, 5, 6).inputs).logits
+    for row, k in enumerate(indices):
+        alone = run.lesson.student(run.data.piece([k], 5, 6).inputs).logits
+        torch.testing.assert_close(together[row : row + 1], alone, **CLOSE)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 from transformers import DynamicCache
 
 from laid.errors import LaidError
@@ -103,8 +104,10 @@ def biased_mask(batch: Batch, dtype: torch.dtype) -> torch.Tensor:
     at = torch.arange(batch.ids.shape[1], device=batch.ids.device)
     # behind the last visual token stands <|vision_end|>
     question = at > (batch.image_mask * at).amax(1, keepdim=True) + 1
-    bias = question[:, :, None] * batch.score_bias.to(dtype)[:, None]
-    return bias.masked_fill(at > at[:, None], torch.finfo(dtype).min)[:, None]
+    # Rows of a multiple of 16 elements, which fused attention reads as they are; others it copies in every layer.
+    bias = F.pad(batch.score_bias.to(dtype), (0, -len(at) % 16))
+    mask = (question[:, :, None] * bias[:, None])[..., : len(at)]
+    return mask.masked_fill_(at > at[:, None], torch.finfo(dtype).min)[:, None]
 
 
 def hidden_states(model, batch: Batch) -> torch.Tensor:
@@ -120,7 +123,11 @@ def hidden_states(model, batch: Batch) -> torch.Tensor:
             raise LaidError(
                 f"dilution adds to attention scores, which {attention} does not take: set evaluation.attention to sdpa"
             )
-        mask = family.mask(biased_mask(batch, embeds.dtype))
+        device = embeds.device.type
+        # Of the format that attention computes in: autocast would make every layer a copy of its own.
+        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if autocast else embeds.dtype
+        mask = family.mask(biased_mask(batch, dtype))
     # No mask asks sdpa and flash attention for their causal form; eager attention would see the future.
     elif attention.endswith("eager"):  # also our variants of it
         mask = None

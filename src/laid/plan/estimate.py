@@ -164,7 +164,7 @@ class Estimator:
         longest, visual = self.lengths.longest(asked.max_size)
         longest += 1
         alike = [m.lora, m.gain, m.alignment]
-        alike = [*plain(alike), [p for p in PARTS if objective.needs(p)]]
+        alike = [*plain(alike), m.dilution.reach > 0, [p for p in PARTS if objective.needs(p)]]
         devices = max(1, c.resources.train.gpu)
         sharded = devices > 1 and settings.parallel != "ddp"
         cost = self._once(

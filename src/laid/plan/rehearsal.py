@@ -7,7 +7,7 @@ moment. Counted FLOPs are those of matrix products and attention, by torch's own
 
 Fused attention has no meta form that holds no tokens x tokens tensor, so `scaled_dot_product_attention` is replaced by a
 stand-in that allocates what the CUDA kernels do: output and log-sum-exp; in backward the three gradients and their
-float32 workspace; with a mask, that mask in the queries' dtype. What reads a value (`if mask.any()`) is answered with
+float32 workspace; a boolean mask in the queries' dtype, one to be added stays until backward. What reads a value (`if mask.any()`) is answered with
 "true", and a boolean index takes every row: both occur on small tensors only, and choose between paths that cost alike.
 
 Autocast passes over tensors of the meta device. Where it is part of the path, `as_if_real` makes torch's fake
@@ -128,12 +128,12 @@ class _StandIn(torch.autograd.Function):
         products = 2 * batch * heads * tokens * keys * (dim + value.shape[3])
         ctx.products, ctx.rehearsal = products // 2 if causal else products, rehearsal
         rehearsal.cost.attention += ctx.products
-        ctx.save_for_backward(query, key, value, out, lse)
+        ctx.save_for_backward(query, key, value, out, lse, mask)
         return out
 
     @staticmethod
     def backward(ctx, gradient):
-        query, key, value, _, lse = ctx.saved_tensors
+        query, key, value, _, lse, _ = ctx.saved_tensors
         ctx.rehearsal.cost.attention += 5 * ctx.products // 2  # five products of that size instead of two
         gradients = [torch.empty_like(x) for x in (query, key, value)]
         workspace = [torch.empty_like(query, dtype=torch.float32), torch.empty_like(lse)]

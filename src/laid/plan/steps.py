@@ -217,6 +217,8 @@ def _training_step(student, teacher, method, training, tokens, visual, attention
             for p in trained:
                 p.data = p.data.to(dtype)
         inputs = meta_batch(student, batch, tokens, visual, dtype, device)
+        if method.dilution.reach:
+            inputs.score_bias = torch.zeros(batch, tokens, device=device)
         labels = torch.ones(batch, 2, dtype=torch.long, device=device)
         if images:
             see_images(model, inputs, batch * images, order)
