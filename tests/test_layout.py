@@ -8,12 +8,14 @@ from laid.data.questions import haystack_file
 from laid.layout import Layout
 from laid.settings import load
 
+LONG = {"extends": "kd", "questions": "long", "lambda_sft": 0.0}
+
 
 @pytest.fixture
 def layout(tmp_path):
     overlay = {
         "models": {"checkpoints": {"teacher": "owner/name"}},
-        "methods": {"mine": {"extends": "laid_plus_long"}},
+        "methods": {"mine": LONG},
         "tables": {"methods": ["base", "yarn", "sft", "mine"], "ablations": ["base", "laid"]},
     }
     (tmp_path / "over.yaml").write_text(yaml.safe_dump(overlay))
@@ -46,20 +48,21 @@ def test_home_is_spelt_out(layout, monkeypatch):
 def test_long_haystacks_are_asked_for_by_the_sweep_too():
     settings = load(["config.yaml"])
     assert Layout(settings).asked() == ["train"]
-    assert Layout(settings.changed({"sweep": {"methods": ["laid_plus_long"]}})).asked() == ["train", "long"]
+    swept = settings.changed({"methods": {"mine": LONG}, "sweep": {"methods": ["mine"]}})
+    assert Layout(swept).asked() == ["train", "long"]
 
 
 def test_what_tuning_asks_for():
-    tried = {"laid_plus_long": [{"lr": 0.5}], "yarn": [{"factor": 3.0}]}
+    tried = {"laid_plus": [{"lr": 0.5}], "yarn": [{"factor": 3.0}]}
     tune = {"students": ["small"], "pretrained": 2, "methods": tried}
     settings = load(["config.yaml"]).changed({"tune": tune, "haystacks": {"validation": {"sizes": [50, 5]}}})
     layout = Layout(settings)
     assert layout.members == ["teacher", "medium", "small"] and layout.known == [*layout.members, "small_1"]
-    assert layout.asked() == ["train", "long"]
+    assert layout.asked() == ["train"]
     assert layout.needed_by_tune() == [
         layout.cell("validation", student, method, size)
         for student in ("small", "small_1")
-        for method in ("base", "laid_plus_long_lr0p5", "yarn_factor3")
+        for method in ("base", "laid_plus_lr0p5", "yarn_factor3")
         for size in (5, 50)
     ]
     assert not [cell for cell in layout.needed() if "small_1" in cell or "lr0p5" in cell]

@@ -280,10 +280,11 @@ def test_differences_of_a_rebuilt_cell():
 
 
 def test_what_learns_from_long_haystacks_is_followed_there():
-    lineage = Lineage(load([TOP / "config.yaml"]), "r")
+    long = {"extends": "kd", "questions": "long", "lambda_sft": 0.0}
+    lineage = Lineage(load([TOP / "config.yaml"]).changed({"methods": {"mine": long}}), "r")
     for method, questions, cache in (
         ("laid", "train", "teacher_cache/train"),
-        ("laid_plus_long", "long", "teacher_cache/long"),
+        ("mine", "long", "teacher_cache/long"),
     ):
         run = lineage.run("small", method, 0)
         assert lineage.inputs_of(run, "questions")[0] == Path(f"r/haystacks/{questions}.json")

@@ -147,7 +147,7 @@ def test_each_part_is_held_against_the_whole_on_the_long_window():
         ("S", "laid_wo_kl"): curve(1, 1, 0.8, 0.6),
         ("S", "laid_plus"): curve(1, 1, 0.9, 0.7),
         ("S", "laid_plus_wo_gaps"): curve(1, 1, 0.6, 0.5),
-        ("S", "laid_plus_wo_rows"): curve(0.5, 0.5, 0.9, 0.74),
+        ("S", "laid_plus_wo_dilution"): curve(0.5, 0.5, 0.9, 0.74),
     }
     found = claim_tests.each_part(Fixed(curves), "laid_plus")
     assert [s.value for s in found.statements] == pytest.approx([25, -2]) and found.verdict == NOT

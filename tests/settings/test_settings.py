@@ -312,8 +312,8 @@ def test_one_file_can_stand_for_base_and_overlay(name, tmp_path):
     assert main(["config", "--config", str(own), str(TOP / "configs" / name), "--out", str(own)]) == 0
     assert load([own]) == load([BASE, TOP / "configs" / name])
     # What extends another method still follows it.
-    other = load([own, write(tmp_path, "methods: {laid_plus: {lambda_rows: 0.7}}\n")])
-    assert other.methods["laid_plus_wo_kl"].lambda_rows == 0.7
+    other = load([own, write(tmp_path, "methods: {laid_plus: {temperature: 0.7}}\n")])
+    assert other.methods["laid_plus_wo_kl"].temperature == 0.7
 
 
 def test_a_configuration_redirected_onto_itself_is_said(capsys, tmp_path):
@@ -330,13 +330,13 @@ def test_methods_of_the_sweep_are_methods_like_others():
     written = yaml.safe_load(SWEEP.read_text())
     assert [name for name in full.methods if name in written["methods"]] == list(written["methods"])
     assert [name for name in full.sweep.methods if name in written["methods"]] == list(written["methods"])
-    alone, tokens = full.methods["alignment"], full.methods["distance_tokens"]
+    alone, tokens = full.methods["alignment"], full.methods["alignment_distance"]
     assert tokens == alone.changed({"extends": "alignment", "distance": {"strength": 4.0}})
     whole = full.methods["laid_plus"]
-    assert full.methods["with_distance"] == whole.changed(
-        {"extends": "laid_plus", "distance": {"strength": 4.0}}
+    assert full.methods["uniform_gaps"] == whole.changed(
+        {"extends": "laid_plus", "gaps": {"draw": "uniform"}}
     )
-    assert full.methods["laid_plus_wo_gain"].gain is None and full.methods["labels"].lambda_kl == 0
+    assert full.methods["laid_plus_wo_gaps"].gaps.reach == 0 and full.methods["labels"].lambda_kl == 0
     assert validate(full.model_dump()) == full
     assert slice_for("train", full, method="gain")["methods"].keys() == {"gain"}
 
@@ -404,9 +404,9 @@ def test_mistakes_in_what_is_tried(tmp_path, text, said):
     assert said in complaint(BASE, write(tmp_path, f"tune: {{{text}}}\n"))
 
 
-def test_published_students_are_not_pretrained_again():
+def test_published_students_are_not_pretrained_again(tmp_path):
     said = "tune.pretrained: 2, but laid does not pretrain 'qwen7b' (models.checkpoints); set it to 1"
-    assert said in complaint(BASE, TOP / "configs/paper.yaml", TUNE)
+    assert said in complaint(BASE, TOP / "configs/paper.yaml", TUNE, write(tmp_path, "tune: {pretrained: 2}\n"))
 
 
 def test_a_method_of_ones_own(tmp_path):

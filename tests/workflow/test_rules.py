@@ -110,7 +110,7 @@ def test_the_claims_rest_on_the_same_cells_whatever_was_made_before(workdir):
 def test_a_method_of_an_overlay_is_a_method_like_any_other(workdir):
     """Named in tables.methods it is trained, evaluated and a row; extending one without labels, it learns from long."""
     (workdir.path / "mine.yaml").write_text(
-        "methods:\n  mine_2: {extends: laid, lambda_kl: 0.1}\n  apart: {extends: laid_plus_long}\n"
+        "methods:\n  mine_2: {extends: laid, lambda_kl: 0.1}\n  apart: {extends: kd, questions: long, lambda_sft: 0.0}\n"
         "tables: {methods: [base, mine_2, apart], ablations: [base]}\n"
     )
     overlays = ["--configfile", "micro.yaml", "mine.yaml"]
@@ -132,7 +132,8 @@ def test_a_method_of_an_overlay_is_a_method_like_any_other(workdir):
 
 def test_tuning_trains_every_setting_on_every_pretrained_student(workdir):
     """Two of each student, one seed; base, YaRN and SelfExtend are only asked, and nothing is asked of the test."""
-    overlays = ["--configfile", "micro.yaml", TOP / "configs/tune.yaml"]
+    (workdir.path / "twice.yaml").write_text("tune: {pretrained: 2}\n")
+    overlays = ["--configfile", "micro.yaml", TOP / "configs/tune.yaml", "twice.yaml"]
     jobs = workdir.planned("tune", *overlays, overlay=None)
     tried = yaml.safe_load((TOP / "configs/tune.yaml").read_text())["tune"]["methods"]
     trained = 4 * sum(len(tried[method]) for method in tried.keys() - {"yarn", "self_extend"})
