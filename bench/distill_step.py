@@ -55,17 +55,11 @@ SHAPES = {
 
 LAST = {"lambda_laid": 0.3, "alignment": {"pairs": [[-1, -1]]}, "distance": {"strength": 4.0}}
 GAIN = {"gain": {"length_aware": True}, "alignment": {"pairs": [[0, 0], [-1, -1]]}}
-ROWS = {"lambda_rows": 1.0, "gain": {"length_aware": True}}
 METHODS = {  # name -> (what it is, settings, teacher)
     "sft": ("SFT", {}, None),
     "kd": ("KD, cached teacher", {"lambda_kl": 1.0}, "cache"),
     "laid": ("LAid, one layer pair, cached", {"lambda_kl": 1.0, **LAST}, "cache"),
     "laid_gain": ("LAid with gain, two layer pairs, cached", {"lambda_kl": 1.0, **LAST, **GAIN}, "cache"),
-    "laid_rows": (
-        "LAid with gain and joint rows, one layer pair, cached",
-        {"lambda_kl": 1.0, **LAST, **ROWS},
-        "cache",
-    ),
     "laid_online": ("LAid, online teacher", {"lambda_kl": 1.0, **LAST}, "online"),
     "naive": ("naive: output_attentions of both models", {}, "naive"),
     "teacher_pass": ("one teacher pass into the cache", {}, "pass"),
@@ -225,9 +219,7 @@ def table(results: dict[tuple[str, int], dict], args) -> str:
 
 def _targets(results, args) -> list[str]:
     """What was aimed at, and whether it was met."""
-    lines = [
-        line for method in ("laid", "laid_gain", "laid_rows") for line in _against_sft(method, results, args)
-    ]
+    lines = [line for method in ("laid", "laid_gain") for line in _against_sft(method, results, args)]
     shares = [(share, n) for n in args.tokens if (share := _share(results, n))]
     if shares:
         share, at = max(shares)

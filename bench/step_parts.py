@@ -3,9 +3,8 @@
     python bench/step_parts.py                                CPU, small width, 1k to 16k tokens: half a minute
     python bench/step_parts.py --tokens 4096 --write          into bench/RESULTS.md
 
-Parts: eq. 7 of one pair of layers, forward and backward; reading its teacher's heads from the cache; the question's rows of one
-pair matched jointly, forward and backward; the length-aware gain of one layer, forward and backward, as q_proj with it less
-q_proj without. CPU time of one thread, medians of nine (SFT:
+Parts: eq. 7 of one pair of layers, forward and backward; reading its teacher's heads from the cache; the length-aware gain of
+one layer, forward and backward, as q_proj with it less q_proj without. CPU time of one thread, medians of nine (SFT:
 of three up to 4,096 tokens, one step above). bench/distill_step.py measures whole steps, which take minutes; on a busy
 machine the difference of two of them is within its noise.
 """
@@ -21,21 +20,16 @@ from pathlib import Path
 
 import torch
 
-from distill_step import METHODS, SHAPES, hardware, write
+from distill_step import SHAPES, hardware, write
 from laid.distill.alignment import HeadAlignment
 from laid.distill.gain import RopeGain
-from laid.distill.objective import Objective
-from laid.distill.schedule import LambdaSchedule
-from laid.models.capture import LayerQK
-from laid.training.data import Piece
 from step_job import Job, build, write_cache
 
 SHAPE = SHAPES["small"]
-# pairs under eq. 7, pairs whose rows are matched jointly, layers with a gain
+# pairs under eq. 7, layers with a gain
 FORMS = {
-    "one pair, no gain": (1, 0, 0),
-    "two pairs, gain in four layers": (2, 0, 4),
-    "one pair, joint rows, gain in four layers": (1, 1, 4),
+    "one pair, no gain": (1, 0),
+    "two pairs, gain in four layers": (2, 4),
 }
 
 
@@ -55,22 +49,19 @@ def main() -> None:
         "",
         f"    python bench/step_parts.py --tokens {' '.join(map(str, args.tokens))}",
         "",
-        "| tokens | SFT step, ms | eq. 7 of a pair, ms | reading it, ms | joint rows, ms | gain of a layer, ms | "
+        "| tokens | SFT step, ms | eq. 7 of a pair, ms | reading it, ms | gain of a layer, ms | "
         + " | ".join(f"{form}: time / SFT" for form in FORMS)
         + " |",
-        "|---" * (6 + len(FORMS)) + "|",
+        "|---" * (5 + len(FORMS)) + "|",
     ]
     steps = sft_steps(args.tokens)
     for tokens in args.tokens:
         pair, read, step = alignment(tokens), reading(tokens), steps[tokens]
-        rows, gain = rows_of_the_question(tokens), gain_of_a_layer(tokens)
-        ratios = [
-            1 + (pairs * (pair + read) + joint * rows + layers * gain) / step
-            for pairs, joint, layers in FORMS.values()
-        ]
+        gain = gain_of_a_layer(tokens)
+        ratios = [1 + (pairs * (pair + read) + layers * gain) / step for pairs, layers in FORMS.values()]
         cells = [
             f"{step:.0f}",
-            *(f"{x:.1f}" for x in (pair, read, rows, gain)),
+            *(f"{x:.1f}" for x in (pair, read, gain)),
             *(f"{x:.3f}" for x in ratios),
         ]
         lines.append(f"| {tokens} | {' | '.join(cells)} |")
@@ -109,25 +100,6 @@ def reading(tokens: int) -> float:
         teacher = SHAPE["teacher"]
         cache = write_cache(Path(folder), teacher, [64, tokens])
         return spent(lambda: cache.queries_keys(teacher["layers"] - 1, [1], tokens))
-
-
-def rows_of_the_question(tokens: int) -> float:
-    with tempfile.TemporaryDirectory() as folder:
-        job = Job(
-            SHAPE, METHODS["laid_rows"][1], "cache", [64, tokens], torch.float32, "cpu", Path(folder), False
-        )
-        distillation, piece = job.lesson.distillation, Piece.of([1], job.batches[1][0])
-        distillation.objective = Objective(sft=LambdaSchedule(0.0), rows=LambdaSchedule(1.0))
-        with torch.no_grad():
-            student = job.lesson.student(piece.inputs)
-        ((layer, own),) = student.heads.items()
-        theirs = job.lesson.teacher.outputs([1], tokens, distillation.teacher_layers, logits=False)
-
-        def match() -> None:
-            student.heads[layer] = LayerQK(own.q.requires_grad_(), own.k.requires_grad_(), own.cos, own.sin)
-            distillation(student, theirs, piece.tokens, None, 0.5)["rows"].backward()
-
-        return spent(match)
 
 
 def gain_of_a_layer(tokens: int) -> float:

@@ -62,7 +62,7 @@ MICRO = {
             "gaps": {"reach": 120},
             "gain": {"length_aware": True, "reference": 20, "exponent": 0.2},
         },
-        "laid_wo_kl": {"extends": "laid", "lambda_kl": 0.0, "lambda_rows": 0.2},
+        "laid_wo_kl": {"extends": "laid", "lambda_kl": 0.0},
         "laid_wo_laid": {"extends": "laid", "lambda_laid": 0.0, "gain": {"length_aware": False}},
         "laid_plus": {
             "lambda_kl": 0.7, "lr": 0.01, "gaps": {"reach": 120}, "dilution": {"reach": 60, "end": 0.5},

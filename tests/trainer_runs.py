@@ -81,5 +81,5 @@ class Losses:
         self.lesson = lesson_of(model, method, teacher)
         self.alignments = self.lesson.distillation.alignments
 
-    def __call__(self, inputs, labels, indices, progress, plain=None):
-        return forward_backward(self.lesson, Piece.of(indices, inputs, labels, plain), progress)
+    def __call__(self, inputs, labels, indices, progress):
+        return forward_backward(self.lesson, Piece.of(indices, inputs, labels), progress)

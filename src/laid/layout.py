@@ -125,7 +125,7 @@ class Layout:
     def hears_teacher(self, method: str) -> bool:
         """Whether one of a method's losses needs what the teacher said."""
         weights = self.settings.methods[method]
-        return any((weights.lambda_kl, weights.lambda_laid, weights.lambda_rows))
+        return any((weights.lambda_kl, weights.lambda_laid))
 
     def aligned(self) -> list[str]:
         """The students that a method of their tables pulls to the teacher's heads (equation 7)."""

@@ -123,7 +123,7 @@ def image_root(data: str | Path, given: str | Path | None = None) -> Path:
 def _cache(run: Run, device: str) -> Path:
     """The teacher's cache beside `out`, made unless the same one is there; it keeps the layers that are aligned."""
     parts = run.from_teacher
-    layers = {layer for _, layer in run.how.alignment.pairs} if {"laid", "rows"} & set(parts) else ()
+    layers = {layer for _, layer in run.how.alignment.pairs} if "laid" in parts else ()
     queries = "all" if "laid" in parts else "question"
     settings = run.settings.changed({"teacher_cache": {"layers": sorted(layers), "queries": queries}})
     labelled = run.how.questions == "train"

@@ -406,7 +406,9 @@ def test_mistakes_in_what_is_tried(tmp_path, text, said):
 
 def test_published_students_are_not_pretrained_again(tmp_path):
     said = "tune.pretrained: 2, but laid does not pretrain 'qwen7b' (models.checkpoints); set it to 1"
-    assert said in complaint(BASE, TOP / "configs/paper.yaml", TUNE, write(tmp_path, "tune: {pretrained: 2}\n"))
+    assert said in complaint(
+        BASE, TOP / "configs/paper.yaml", TUNE, write(tmp_path, "tune: {pretrained: 2}\n")
+    )
 
 
 def test_a_method_of_ones_own(tmp_path):

@@ -58,7 +58,7 @@ CASES = {
     "ddp": {
         "pieces": ("laid", {}),
         "lora": ("sft", {"per_device_batch": 1}),
-        "rows_alone": ("laid", {"settings": {"lambda_laid": 0.0, "lambda_rows": 0.2}}),
+        "diluted": ("laid_plus", {}),
         "vision": ("kd", {"train_vision": True}),
         "bf16": ("laid", {"dtype": "bfloat16"}),
         "teacher_alone": (
@@ -67,7 +67,7 @@ CASES = {
         ),
     },
     "fsdp2": {
-        "rows": ("laid_wo_kl", {"gradient_checkpointing": True}),
+        "diluted": ("laid_plus", {"gradient_checkpointing": True}),
         "tied": ("kd", {"student": "tied"}),
         "lora": ("sft", {"per_device_batch": 1}),
         "vision": ("kd", {"train_vision": True, "gradient_checkpointing": True}),

@@ -3,8 +3,6 @@
 import pytest
 import torch
 
-from laid.distill.attention_rows import attention_rows, question_rows
-from laid.distill.joint_rows import joint_divergence
 from laid.errors import LaidError
 from laid.models.capture import QKCapture
 from laid.models.forward import Batch, hidden_states
@@ -86,82 +84,6 @@ def test_two_pairs_of_layers_by_hand(norm):
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
 
 
-JOINT = {"lambda_rows": 1.0, "distance": {"strength": 3.0}, "gaps": {"reach": 90}}
-
-
-def test_joint_rows_of_one_sample_are_its_own_rows_over_its_images():
-    """Alone in its batch a sample's rows need no second rotation: attention as it is, cut to the visual tokens."""
-    losses, inputs = losses_of(JOINT)
-    one = Batch(
-        inputs.ids[:1], inputs.positions[:, :1], inputs.lengths[:1], inputs.image_mask[:1],
-        inputs.features[: int(inputs.image_mask[0].sum())],
-    )  # fmt: skip
-    big = losses.teacher.batch([0, 1])
-    visual = one.image_mask[0]
-    alone = Batch(
-        big.ids[:1],
-        big.positions[:, :1],
-        big.lengths[:1],
-        big.image_mask[:1],
-        big.features[: int(visual.sum())],
-    )
-    losses.teacher.batch = lambda _: alone
-    gapped = one.positions.clone()
-    at, counted = question_rows(one.image_mask, one.lengths - 2)
-    gapped[:, :, int(at[0, 0]) :] += 40
-    gapped_one = Batch(one.ids, gapped, one.lengths, one.image_mask, one.features)
-    with torch.no_grad():
-        got = losses(gapped_one, LABELS[:1], [0], 1.0, one.positions)["rows"]
-        seen = []
-        for model, batch in ((losses.model, gapped_one), (losses.teacher.model, alone)):
-            with QKCapture(model, -1) as capture:
-                hidden_states(model, batch)
-                (qk,) = capture.take().values()
-            seen.append(attention_rows(*qk.rotated(), at))
-        mass = seen[1].exp()[..., visual].sum(-1).mean(1)
-        student, teacher = (rows[..., visual].log_softmax(-1) for rows in seen)
-        # M-RoPE: the distance of an image is that of its farthest axis, in units of the reach.
-        away = (gapped[:, 0, at[0, 0]][:, None] - gapped[:, 0, visual]).amax(0).float()
-        raw = 1 + 3.0 * (away / 90).clamp(0, 1)
-        wanted = joint_divergence(student, teacher, mass, counted, raw / raw.mean())
-    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-6)
-
-
-def test_joint_rows_of_text_alone_are_nothing():
-    losses, inputs = losses_of(JOINT)
-    inputs.image_mask, inputs.features = torch.zeros_like(inputs.image_mask), None
-    loss = losses(inputs, LABELS, [0, 1], 0.5)["rows"]
-    assert loss.item() == 0 and loss.requires_grad
-
-
-def test_joint_rows_know_neither_where_a_sample_begins_nor_its_place_in_the_batch():
-    found = []
-    for case in ("as it is", "moved", "other order"):
-        losses, inputs = losses_of(JOINT)
-        plain = inputs.positions
-        order = [0, 1]
-        if case == "moved":
-            inputs.positions = plain + torch.tensor([0, 50]).view(1, 2, 1)
-        if case == "other order":
-            order = [1, 0]
-            both, parts = losses.teacher.batch(None), []
-            for b in (inputs, both):
-                counts = b.image_mask.sum(1).tolist()
-                features = torch.cat(b.features.split(counts)[::-1])
-                parts.append(
-                    Batch(
-                        b.ids[order], b.positions[:, order], b.lengths[order], b.image_mask[order], features
-                    )
-                )
-            inputs, turned = parts
-            plain = inputs.positions
-            losses.teacher.batch = lambda _, turned=turned: turned
-        with torch.no_grad():
-            found.append(losses(inputs, LABELS[order], order, 0.5, plain)["rows"])
-    for other in found[1:]:
-        torch.testing.assert_close(other, found[0], rtol=1e-4, atol=1e-6)
-
-
 def test_vocabularies_of_different_size_are_cut_to_their_common_rows():
     losses, inputs = losses_of({"lambda_kl": 1.0, "temperature": 2.0}, vocab_size=70)
     with torch.no_grad():
@@ -176,9 +98,9 @@ def test_other_head_dims_need_a_projection_and_no_rotation():
     wide = {"heads": 4, "hidden": 64, "sections": (2, 3, 3)}  # head_dim 16 against 8
     with pytest.raises(LaidError, match="head_dim 8 and teacher head_dim 16.*alignment.projection: true"):
         losses_of(ALIGNED, **wide)
-    for turned in ({"alignment": {"rotation": "after", "projection": True}}, {"lambda_rows": 0.1}):
-        with pytest.raises(LaidError, match="head_dim is 8 in the student and 16 in the teacher"):
-            losses_of(merge(ALIGNED, turned), **wide)
+    turned = {"alignment": {"rotation": "after", "projection": True}}
+    with pytest.raises(LaidError, match="head_dim is 8 in the student and 16 in the teacher"):
+        losses_of(merge(ALIGNED, turned), **wide)
     losses, inputs = losses_of(merge(ALIGNED, {"alignment": {"projection": True}}), **wide)
     losses(inputs, LABELS, [0, 1], 0.5)
     assert losses.alignments["1-1"].map_q.grad.abs().max() > 0

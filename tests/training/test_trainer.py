@@ -20,9 +20,7 @@ def test_a_run_trains_and_leaves_its_folder(runs, micro, method):
     assert (run.logits - run.before).abs().max() > 1e-2
     assert {p.name for p in run.out.iterdir()} == {"model", "log.jsonl", "run.json", "learned.json"}
     assert {p.name for p in run.out.parent.iterdir()} == {"seed0", "seed0.cost.json"}
-    lambdas = {
-        part: getattr(micro.methods[method], f"lambda_{part}") for part in ("sft", "kl", "laid", "rows")
-    }
+    lambdas = {part: getattr(micro.methods[method], f"lambda_{part}") for part in ("sft", "kl", "laid")}
     for line in run.log:
         parts = {part for part in lambdas if f"loss_{part}" in line}
         assert parts == {part for part, weight in lambdas.items() if weight > 0}

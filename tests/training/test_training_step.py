@@ -93,7 +93,7 @@ def test_the_first_losses_by_hand(micro, start, tmp_path):
     run = Ready(start(micro, "kd", tmp_path / "seed0"))
     indices = [4, 9, 16]
     piece = run.data.piece(indices, 0, 6)
-    assert torch.equal(piece.inputs.positions, piece.tokens.plain)  # no gaps in KD
+    assert torch.equal(piece.inputs.positions, run.data.inputs(indices).positions)  # no gaps in KD
     expected, kl = [], []
     tau = micro.methods["kd"].temperature
     with torch.no_grad():
@@ -121,7 +121,7 @@ def test_gaps_grow_with_progress_and_keep_images_whole(micro, start, tmp_path):
     spans = []
     for step in (0, 2, 5):
         piece, again = (run.data.piece(list(range(8)), step, 6) for _ in range(2))
-        inputs, plain = piece.inputs, piece.tokens.plain
+        inputs, plain = piece.inputs, run.data.inputs(list(range(8))).positions
         assert torch.equal(inputs.positions, again.inputs.positions)
         moved = inputs.positions - plain
         assert (moved >= 0).all() and (

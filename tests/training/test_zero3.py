@@ -26,7 +26,7 @@ def both(micro, paths, tmp_path_factory):  # noqa: F811
 def made(micro, paths, root):  # noqa: F811
     teacher_alone = {"lambda_sft": 0.0, "lambda_kl": 0.0, "gain": None}
     kinds = {
-        "laid": ("laid", {"settings": {"lambda_rows": 1.0}, "gradient_checkpointing": True}),
+        "laid": ("laid", {"gradient_checkpointing": True}),
         "tied": ("kd", {"student": "tied"}),
         "lora": ("sft", {"per_device_batch": 1}),
         "vision": ("kd", {"train_vision": True, "gradient_checkpointing": True}),

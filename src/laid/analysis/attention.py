@@ -17,8 +17,8 @@ import torch
 
 from laid import provenance
 from laid.analysis import spectrum
+from laid.analysis.attention_rows import attention_rows
 from laid.data.questions import Question, haystack_file, read_questions
-from laid.distill.attention_rows import attention_rows
 from laid.errors import LaidError
 from laid.evaluation.evaluate import Asked, Evaluator
 from laid.methods.registry import load_with_method

@@ -1,4 +1,4 @@
-"""What LAid is, as functions of tensors: alignment (eq. 7), rows, gaps, gain, KL, schedules, objective (eq. 8).
+"""What LAid is, as functions of tensors: alignment (eq. 7), gaps, dilution, gain, KL, schedules, objective (eq. 8).
 
 Opens no file and reads no configuration.
 """

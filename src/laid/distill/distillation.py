@@ -1,6 +1,6 @@
 """The losses of one batch: what the student says and looks at, against the labels and the teacher (paper, eq. 7 and 8).
 
-    outputs of student and teacher  ->  {"sft", "kl", "laid", "rows"}  ->  Objective.total  ->  L_total
+    outputs of student and teacher  ->  {"sft", "kl", "laid"}  ->  Objective.total  ->  L_total
 
 `Distillation` holds what is learned beside the student of the teacher's heads, w of eq. 7. It sees tensors and a method's
 settings alone: where the teacher's come from, a cache or a pass of its own, is not its business.
@@ -8,7 +8,6 @@ settings alone: where the teacher's come from, a cache or a pass of its own, is 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
@@ -18,7 +17,6 @@ from torch.nn import functional as F
 from torch.utils._pytree import register_dataclass
 
 from laid.distill.alignment import HeadAlignment
-from laid.distill.joint_rows import joint_rows
 from laid.distill.kl import forward_kl
 from laid.distill.objective import Objective
 from laid.distill.schedule import DistanceSchedule, distance_to_answer
@@ -34,14 +32,12 @@ if TYPE_CHECKING:
 class Tokens:
     """What is known of a batch's B x T tokens.
 
-    positions: (3, B, T) of the student's pass. plain: the same without gaps. real, visual: (B, T), true where a token is no
-    padding, and where it is a visual one. answer: (B,), the token that predicts the answer.
+    positions: (3, B, T) of the student's pass. real: (B, T), true where a token is no padding. answer: (B,), the token that
+    predicts the answer.
     """
 
     positions: Tensor
-    plain: Tensor
     real: Tensor
-    visual: Tensor
     answer: Tensor
 
 
@@ -83,46 +79,35 @@ class Distillation(nn.Module):
     """Losses of a student under one method, and w of eq. 7, which they learn.
 
     method: lambdas, temperature, alignment, distance, gaps.reach. student, teacher: the sizes of their attention (teacher
-    None: no teacher's part has weight). turn: the student's rotary embedding, (tensor of its format, positions) -> cos, sin.
-    Raises LaidError where layers or heads do not fit.
+    None: no teacher's part has weight). Raises LaidError where layers or heads do not fit.
     """
 
-    def __init__(
-        self,
-        method: TrainedMethod,
-        student: Geometry,
-        teacher: Heads | None,
-        turn: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
-    ) -> None:
+    def __init__(self, method: TrainedMethod, student: Geometry, teacher: Heads | None) -> None:
         super().__init__()
-        self.method, self.turn = method, turn
+        self.method = method
         self.objective = Objective.of(method)
         self.distance = DistanceSchedule(method.distance.strength)
         self.pairs: list[tuple[int, int]] = []
         self.alignments = nn.ModuleDict()
-        if not (self.needs("laid") or self.needs("rows")):
+        if not self.needs("laid"):
             return
         how = method.alignment
-        if student.head_dim != teacher.head_dim and (
-            self.needs("rows") or (self.needs("laid") and how.rotation == "after")
-        ):
+        if student.head_dim != teacher.head_dim and how.rotation == "after":
             raise LaidError(
-                f"alignment.rotation: after and lambda_rows turn the teacher's heads by the student's RoPE, but head_dim is"
+                f"alignment.rotation: after turns the teacher's heads by the student's RoPE, but head_dim is"
                 f" {student.head_dim} in the student and {teacher.head_dim} in the teacher: compare before rotation, with"
                 " alignment.projection: true"
             )
         for own, theirs in how.pairs:
             pair = (layer_indices(own, student.layers)[0], layer_indices(theirs, teacher.depth)[0])
             self.pairs.append(pair)
-            if not self.needs("laid"):
-                continue  # matching rows learns no w
             self.alignments[_key(pair)] = HeadAlignment(
                 student.heads, student.kv_heads, teacher.heads, teacher.kv_heads, student.head_dim, teacher.head_dim,
                 how.key_weights, how.projection,
             )  # fmt: skip
 
     def needs(self, part: str) -> bool:
-        """Whether "sft", "kl", "laid" or "rows" ever has weight."""
+        """Whether "sft", "kl" or "laid" ever has weight."""
         return self.objective.needs(part)
 
     @property
@@ -143,12 +128,12 @@ class Distillation(nn.Module):
         labels: Tensor | None,
         progress: float,
     ) -> dict[str, Tensor]:
-        """The parts of eq. 8 that ever have weight, scalars; L_LAid and the rows are summed over pairs of layers.
+        """The parts of eq. 8 that ever have weight, scalars; L_LAid is summed over pairs of layers.
 
         labels: (B, 2) token ids; None where "sft" has no weight. progress: in [0, 1].
         """
         logits = student.logits
-        method, far = self.method, self.method.gaps.reach or None
+        method = self.method
         parts: dict[str, Tensor] = {}
         if self.needs("sft"):
             if labels is None:
@@ -158,20 +143,12 @@ class Distillation(nn.Module):
             parts["kl"] = forward_kl(logits, teacher.logits, method.temperature)
         if self.needs("laid"):
             distance = distance_to_answer(tokens.positions, tokens.answer)
-            weights = self.distance.weights(distance, progress, tokens.real, far)
+            weights = self.distance.weights(distance, progress, tokens.real, method.gaps.reach or None)
         for pair in self.pairs:
-            own, theirs = student.heads[pair[0]], teacher.heads[pair[1]]
-            if self.needs("laid"):
-                compared = self._compared(own, theirs)
-                how, alignment = method.alignment, self.alignments[_key(pair)]
-                loss = alignment(*compared, tokens.real, weights, how.norm, how.normalize)
-                parts["laid"] = parts.get("laid", 0.0) + loss
-            if self.needs("rows"):
-                loss = joint_rows(
-                    (own.q, own.k), theirs, tokens.positions, tokens.plain, tokens.visual, tokens.real, tokens.answer,
-                    self.turn, lambda distance: self.distance.weights(distance, progress, None, far),
-                )  # fmt: skip
-                parts["rows"] = parts.get("rows", 0.0) + loss
+            compared = self._compared(student.heads[pair[0]], teacher.heads[pair[1]])
+            how, alignment = method.alignment, self.alignments[_key(pair)]
+            loss = alignment(*compared, tokens.real, weights, how.norm, how.normalize)
+            parts["laid"] = parts.get("laid", 0.0) + loss
         return parts
 
     @torch.no_grad()

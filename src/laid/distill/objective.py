@@ -14,12 +14,12 @@ from laid.errors import LaidError
 if TYPE_CHECKING:
     from laid.settings import TrainedMethod
 
-PARTS = ("laid", "kl", "sft", "rows")
+PARTS = ("laid", "kl", "sft")
 
 
 @dataclass(frozen=True)
 class Objective:
-    """The three lambdas, each a constant or a schedule over progress, and `rows` for attention-row matching.
+    """The three lambdas, each a constant or a schedule over progress.
 
     A part with lambda 0 is not asked for, so that an ablation is a zero and costs nothing. L_LAid is summed over
     aligned layer pairs by the caller, as eq. 7 sums over layers.
@@ -28,17 +28,14 @@ class Objective:
     laid: LambdaSchedule = field(default_factory=lambda: LambdaSchedule(0.0))
     kl: LambdaSchedule = field(default_factory=lambda: LambdaSchedule(0.0))
     sft: LambdaSchedule = field(default_factory=lambda: LambdaSchedule(1.0))
-    rows: LambdaSchedule = field(default_factory=lambda: LambdaSchedule(0.0))
 
     @classmethod
     def of(cls, method: TrainedMethod) -> Objective:
-        """The lambdas of a method; alignment.anneal takes those of both terms on attention to 0."""
-        anneal = method.alignment.anneal
+        """The lambdas of a method; alignment.anneal takes that of L_LAid to 0."""
         return cls(
-            LambdaSchedule(method.lambda_laid, anneal),
+            LambdaSchedule(method.lambda_laid, method.alignment.anneal),
             LambdaSchedule(method.lambda_kl),
             LambdaSchedule(method.lambda_sft),
-            LambdaSchedule(method.lambda_rows, anneal),
         )
 
     def needs(self, part: str) -> bool:
@@ -46,7 +43,7 @@ class Objective:
         return getattr(self, part).value > 0
 
     def total(self, parts: Mapping[str, torch.Tensor], progress: float = 0.0) -> torch.Tensor:
-        """Weighted sum of scalar losses named "laid", "kl", "sft", "rows".
+        """Weighted sum of scalar losses named "laid", "kl", "sft".
 
         Raises LaidError when a part has weight now and is missing, or when none has weight.
         """

@@ -130,4 +130,4 @@ def _job(
 
 def _taught(method: TrainedMethod) -> bool:
     """Whether a method learns from the teacher's cache."""
-    return any(Objective.of(method).needs(part) for part in ("kl", "laid", "rows"))
+    return any(Objective.of(method).needs(part) for part in ("kl", "laid"))

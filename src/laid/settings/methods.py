@@ -52,11 +52,11 @@ class Alignment(Section):
     projection: bool = False
     """Learn a map from the teacher's head_dim to the student's, where they differ."""
     anneal: Literal["constant", "linear"] = "constant"
-    """lambda_laid and lambda_rows over training. constant: as they are; linear: falling to 0."""
+    """lambda_laid over training. constant: as it is; linear: falling to 0."""
 
 
 class Distance(Section):
-    """Progressive distance weighting (laid.distill.schedule): of eq. 7's tokens and of the keys of attention rows."""
+    """Progressive distance weighting of eq. 7's tokens (laid.distill.schedule)."""
 
     strength: NonNegative = 0.0
     """Extra weight at the far end when training ends; 0 is off."""
@@ -146,8 +146,6 @@ class TrainedMethod(Method):
     """Weight of L_KL (eq. 8)."""
     lambda_laid: NonNegative = 0.0
     """Weight of L_LAid (eq. 7, 8)."""
-    lambda_rows: NonNegative = 0.0
-    """Weight of matching attention rows (laid.distill.joint_rows): those of the question over the images of the whole batch, against what the teacher's heads say together."""
     temperature: Positive = 2.0
     """Temperature tau of L_KL."""
     alignment: Alignment = Alignment()

@@ -36,14 +36,9 @@ class Piece:
     labels: Tensor | None = None
 
     @classmethod
-    def of(
-        cls, indices: Sequence[int], inputs: Batch, labels: Tensor | None = None, plain: Tensor | None = None
-    ) -> Piece:
-        """inputs: whose last two tokens predict the answer and the end of the turn. plain: (3, B, T) positions before gaps
-        were opened (None: inputs.positions).
-        """
-        plain = inputs.positions if plain is None else plain
-        tokens = Tokens(inputs.positions, plain, inputs.token_mask, inputs.image_mask, inputs.lengths - 2)
+    def of(cls, indices: Sequence[int], inputs: Batch, labels: Tensor | None = None) -> Piece:
+        """inputs: whose last two tokens predict the answer and the end of the turn."""
+        tokens = Tokens(inputs.positions, inputs.token_mask, inputs.lengths - 2)
         return cls(indices, inputs, tokens, labels)
 
 
@@ -83,11 +78,9 @@ class Data:
         return batch
 
     def piece(self, indices: Sequence[int], step: int, steps: int) -> Piece:
-        """What a pass over `indices` needs, with gaps opened as far as `step` of `steps` allows."""
+        """What a pass over `indices` needs, gapped and diluted as far as `step` of `steps` allows."""
         inputs = self.inputs(indices)
-        plain = inputs.positions
         if self.gaps.reach:
-            inputs.positions = plain.clone()
             for row, sample in enumerate(self.samples[k] for k in indices):
                 rng = np.random.default_rng([self.seed, 3, step, sample.index])
                 inputs.positions[:, row, : len(sample.prompt.ids)] = self._stretched(
@@ -100,7 +93,7 @@ class Data:
                 inputs.score_bias[row, : len(sample.prompt.ids)] = self._diluted(sample, step / steps, rng)
         labels = [self.samples[k].labels for k in indices]
         known = None if labels[0] is None else torch.from_numpy(np.stack(labels)).to(self.device)
-        return Piece.of(indices, inputs.to(self.device), known, plain.to(self.device))
+        return Piece.of(indices, inputs.to(self.device), known)
 
     def _stretched(self, sample: Sample, progress: float, rng: np.random.Generator) -> Tensor:
         positions = torch.from_numpy(sample.prompt.positions)

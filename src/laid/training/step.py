@@ -13,7 +13,7 @@ from laid.distill.gain import RopeGain
 from laid.distill.objective import PARTS
 from laid.distill.schedule import learning_rate_factor
 from laid.errors import LaidError
-from laid.models.decoder import geometry, text_model
+from laid.models.decoder import geometry
 from laid.settings import TrainedMethod
 from laid.settings.training import Training as TrainingSettings
 from laid.training.data import Data, Piece
@@ -56,7 +56,7 @@ def lesson_of(model: nn.Module, method: TrainedMethod, teacher: Teacher | None) 
             )
         gain = RopeGain(model, method.gain.length_aware, method.gain.reference, method.gain.exponent)
         gain.to(device).attach(model)
-    distillation = Distillation(method, shape, teacher, text_model(model).rotary_emb).to(device)
+    distillation = Distillation(method, shape, teacher).to(device)
     to_fit = method.alignment.init == "fit" and distillation.needs("laid")
     return Lesson(Student(model, distillation.student_layers), distillation, teacher, gain, to_fit)
 

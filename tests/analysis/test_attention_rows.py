@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from laid.distill.attention_rows import attention_rows, question_rows
+from laid.analysis.attention_rows import attention_rows
 from laid.errors import LaidError
 from laid.models.capture import QKCapture
 from tiny_vlm import tiny_model
@@ -23,13 +23,6 @@ def test_rows_are_those_of_eager_attention_with_padding():
         got = attention_rows(*qk.rotated(), rows, mask).exp()
         for b in range(2):
             torch.testing.assert_close(got[b], out.attentions[layer][b][:, rows[b]], rtol=1e-4, atol=1e-6)
-
-
-def test_rows_of_the_question_and_which_of_them_count():
-    images = torch.tensor([[0, 1, 1, 0, 0, 0, 0, 0], [0, 0, 1, 1, 0, 0, 0, 0], [0] * 8]).bool()
-    rows, counted = question_rows(images, torch.tensor([6, 5, 1]))
-    assert rows.tolist() == [[4, 5, 6], [5, 5, 5], [0, 1, 1]]
-    assert counted.tolist() == [[True] * 3, [True, False, False], [True, True, False]]
 
 
 def test_clear_errors():
