@@ -122,10 +122,8 @@ def image_root(data: str | Path, given: str | Path | None = None) -> Path:
 
 def _cache(run: Run, device: str) -> Path:
     """The teacher's cache beside `out`, made unless the same one is there; it keeps the layers that are aligned."""
-    parts = run.from_teacher
-    layers = {layer for _, layer in run.how.alignment.pairs} if "laid" in parts else ()
-    queries = "all" if "laid" in parts else "question"
-    settings = run.settings.changed({"teacher_cache": {"layers": sorted(layers), "queries": queries}})
+    layers = {layer for _, layer in run.how.alignment.pairs} if "laid" in run.from_teacher else ()
+    settings = run.settings.changed({"teacher_cache": {"layers": sorted(layers)}})
     labelled = run.how.questions == "train"
     key = sha256_json(
         [

@@ -14,7 +14,7 @@ from laid.models.features import ImageFeatures
 from laid.models.forward import collate
 from laid.models.loading import load_model
 from laid.models.processing import Processor
-from laid.training import engine, recipe, teacher_cache
+from laid.training import teacher_cache
 from laid.training.samples import build_samples
 from laid.training.teacher import OnlineTeacher
 from laid.training.teacher_cache import TeacherCache, build_cache, from_float8, shard_ranges, to_float8
@@ -143,10 +143,9 @@ def test_float8_is_half_the_size_and_says_its_error(micro, inputs, folder, tmp_p
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float8"])
-@pytest.mark.parametrize("queries", ["all", "question"])
-def test_the_size_is_known_before(micro, micro_file, inputs, tmp_path, capsys, dtype, queries):
+def test_the_size_is_known_before(micro, micro_file, inputs, tmp_path, capsys, dtype):
     """By the command, without weights; the shards are that large but for their headers."""
-    config = with_cache(micro, layers=[0, -1], dtype=dtype, queries=queries)
+    config = with_cache(micro, layers=[0, -1], dtype=dtype)
     (tmp_path / "c.yaml").write_text(json.dumps({"teacher_cache": config.teacher_cache.model_dump()}))
     words = [f"--{name}={path}" for name, path in zip(("teacher", "coco", "questions"), inputs)]
     assert (
@@ -155,42 +154,16 @@ def test_the_size_is_known_before(micro, micro_file, inputs, tmp_path, capsys, d
     said = capsys.readouterr().out
     index = build_cache(config, *inputs, tmp_path / "c")
     assert capsys.readouterr().out.splitlines()[0] == said.strip()
-    kept, tokens, asked = (
-        TeacherCache(tmp_path / "c").kept,
-        sum(index["lengths"]),
-        sum(index.get("query_tokens", ())),
-    )
+    tokens = sum(index["lengths"])
     width = {"float32": 4 * 16, "float8": 16 + 1}[dtype]
     vocabulary = load_file(tmp_path / "c/shard-00000.safetensors")["logits"].shape[-1]
-    expected = 24 * 2 * vocabulary * 4 + 2 * width * (4 * (asked or tokens) + 2 * tokens)
+    expected = 24 * 2 * vocabulary * 4 + 2 * width * (4 + 2) * tokens
     size = sum(f.stat().st_size for f in (tmp_path / "c").glob("*.safetensors"))
     assert 0 < size - expected < 2000 * len(index["shards"])
     told = f"{expected / 1e6:.1f} MB" if expected >= 1e6 else f"{expected / 1e3:.1f} kB"
-    assert f", {told} in all" in said and kept.queries == queries
+    assert f", {told} in all" in said
     assert main(["teacher-cache", *words]) == 2
     assert "give --out, a folder for the cache" in capsys.readouterr().err
-
-
-def test_queries_of_the_question_alone(micro, inputs, folder, teacher, student, start, tmp_path):
-    """Enough for attention rows, with the same loss; refused where equation 7 needs all."""
-    build_cache(with_cache(micro, layers=[-1], queries="question"), *inputs, tmp_path / "c")
-    cache, indices = TeacherCache(tmp_path / "c", inputs[2]), [3, 1, 20, 8]
-    settings = micro.methods["kd"].changed({"lambda_rows": 0.2})
-    found = []
-    for source in (cache, OnlineTeacher(teacher.model, teacher.batch)):
-        losses = Losses(student.model, settings, source)
-        with torch.no_grad():
-            found.append(losses(student.batch(indices), student.labels(indices), indices, 0.5)["rows"])
-    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
-    q, _ = cache.queries_keys(2, [3], max(cache.lengths))
-    whole, _ = TeacherCache(folder).queries_keys(2, [3], max(cache.lengths))
-    first = teacher.samples[3].text_start
-    assert not q[:, :, :first].any() and whole[:, :, :first].any()
-    assert torch.equal(q[:, :, first:], whole[:, :, first:])
-    with pytest.raises(LaidError, match="queries of question tokens alone"):
-        recipe.prepare(
-            start(micro, "laid", tmp_path / "o", teacher_cache=tmp_path / "c"), engine.start(micro.training)
-        )
 
 
 def test_a_full_disk_is_told_before_the_pass(micro, inputs, tmp_path, monkeypatch):

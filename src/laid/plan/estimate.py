@@ -149,9 +149,7 @@ class Estimator:
         kept = Kept(
             tuple(set(layers)), shape.heads, shape.kv_heads, shape.head_dim, member.words, settings.dtype
         )
-        # Queries of all tokens: more than is kept where teacher_cache.queries is question.
-        width = kept.token_bytes(shape.heads + shape.kv_heads)
-        need.disk = need.tokens * width + asked.questions * 2 * member.words * 4
+        need.disk = need.tokens * kept.token_bytes + asked.questions * 2 * member.words * 4
         return need
 
     def train(self, student: str, method: str) -> Need:

@@ -53,5 +53,3 @@ class TeacherCache(Section):
     """Teacher layers whose queries and keys are kept; negative numbers count from the end."""
     dtype: Literal["float32", "bfloat16", "float8"] = "bfloat16"
     """Number format of queries and keys on disk; logits are exact. float8: e4m3 with a power of two per token and head, half of bfloat16's size; its relative error is written to the index."""
-    queries: Literal["all", "question"] = "all"
-    """Tokens whose queries are kept. all: as equation 7 needs them; question: those after the last image, which is all that lambda_rows needs. Keys are kept of all tokens."""

@@ -240,11 +240,6 @@ def _teacher(run: Run, engine: Engine) -> Teacher | None:
             f"{cache.folder}: was made {has} labels, method {run.method} learns {wanted} them:"
             f" make the cache {'without' if labelled else 'with'} --without-labels"
         )
-    if "laid" in run.from_teacher and cache.queries != "all":
-        raise LaidError(
-            f"{cache.folder}: lambda_laid has weight, but this cache keeps the queries of question tokens alone: set"
-            " teacher_cache.queries to all and make it again"
-        )
     return cache
 
 

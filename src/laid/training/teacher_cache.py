@@ -1,8 +1,7 @@
 """The teacher's one pass over the training questions, kept on disk for all epochs, students and ablations.
 
-Kept per question: the logits at the two answer positions, exact, and for chosen layers the keys of all tokens and the
-queries of all tokens, or of those after the last image (teacher_cache.queries), before rotation. In float8 each head of
-each token has a power of two of its own, so that what is read back is exact in
+Kept per question: the logits at the two answer positions, exact, and for chosen layers queries and keys of all tokens,
+before rotation. In float8 each head of each token has a power of two of its own, so that what is read back is exact in
 bfloat16. The cache is computed at ordinary positions; gaps open for the student only. It is made of shards written
 whole, and an index written last: a killed pass goes on with the next shard.
 
@@ -46,7 +45,7 @@ SHARD_BYTES = 256 << 20  # what a pass holds in memory, and loses when it is kil
 
 @dataclass(frozen=True)
 class Kept:
-    """What a cache keeps of a teacher: of which layers, in which format, queries of all tokens or of the question's.
+    """What a cache keeps of a teacher: of which layers, in which format.
 
     vocabulary is None where it is not known (a cache that is read).
     """
@@ -57,33 +56,31 @@ class Kept:
     head_dim: int
     vocabulary: int | None
     dtype: str = "bfloat16"
-    queries: str = "all"
 
-    def shapes(self, tokens: int, query_tokens: int, questions: int) -> dict[str, tuple[int | None, ...]]:
+    def shapes(self, tokens: int, questions: int) -> dict[str, tuple[int | None, ...]]:
         """Tensor -> shape, of one shard."""
         shapes: dict[str, tuple[int | None, ...]] = {"logits": (questions, 2, self.vocabulary)}
         for layer in self.layers:
-            for name, heads, rows in (("q", self.heads, query_tokens), ("k", self.kv_heads, tokens)):
-                shapes[f"{name}.{layer}"] = (rows, heads * self.head_dim)
+            for name, heads in (("q", self.heads), ("k", self.kv_heads)):
+                shapes[f"{name}.{layer}"] = (tokens, heads * self.head_dim)
                 if self.dtype == "float8":
-                    shapes[f"{name}.{layer}.exponent"] = (rows, heads)
+                    shapes[f"{name}.{layer}.exponent"] = (tokens, heads)
                     shapes[f"{name}.{layer}.error"] = (2,)
         return shapes
 
-    def token_bytes(self, heads: int) -> int:
-        """Bytes of one token's heads, over all layers."""
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token's queries and keys, over all layers."""
         width = {"float32": 4, "bfloat16": 2, "float8": 1}[self.dtype]
-        return len(self.layers) * heads * (self.head_dim * width + (self.dtype == "float8"))
+        return (
+            len(self.layers)
+            * (self.heads + self.kv_heads)
+            * (self.head_dim * width + (self.dtype == "float8"))
+        )
 
     def sizes(self, samples: Sequence[Sample]) -> tuple[int, int]:
         """Bytes of (logits, queries and keys); the shards' headers add some hundred bytes each."""
-        tokens, asked = (sum(count(s) for s in samples) for count in (_tokens, self.query_tokens))
-        of_heads = asked * self.token_bytes(self.heads) + tokens * self.token_bytes(self.kv_heads)
-        return 8 * self.vocabulary * len(samples), of_heads
-
-    def query_tokens(self, sample: Sample) -> int:
-        """How many of a sample's last tokens have their queries kept."""
-        return _tokens(sample) - (sample.text_start if self.queries == "question" else 0)
+        return 8 * self.vocabulary * len(samples), sum(map(_tokens, samples)) * self.token_bytes
 
 
 def _tokens(sample: Sample) -> int:
@@ -125,15 +122,14 @@ def _kept(settings: Settings, model: torch.nn.Module) -> Kept:
     layers = layer_indices(asked.layers, shape.layers) if asked.layers else ()
     return Kept(
         layers, shape.heads, shape.kv_heads, shape.head_dim, model.config.get_text_config().vocab_size,
-        asked.dtype, asked.queries,
+        asked.dtype,
     )  # fmt: skip
 
 
 def _size_line(kept: Kept, samples: Sequence[Sample]) -> str:
     logits, heads = kept.sizes(samples)
-    asked = "" if kept.queries == "all" else f", queries of {sum(map(kept.query_tokens, samples))} of them"
     return (
-        f"teacher cache: {len(samples)} questions, {sum(map(_tokens, samples))} tokens{asked}: {_size(logits)} of logits,"
+        f"teacher cache: {len(samples)} questions, {sum(map(_tokens, samples))} tokens: {_size(logits)} of logits,"
         f" {_size(heads)} of queries and keys of {len(kept.layers)} layers in {kept.dtype}, {_size(logits + heads)} in all"
     )
 
@@ -196,17 +192,13 @@ def build_cache(
     partial.mkdir(parents=True, exist_ok=True)
     _require_room(partial, sum(kept.sizes(samples)))
     features.prepare((path for sample in samples for path in sample.paths), "images")
-    lengths, asked = [_tokens(s) for s in samples], [kept.query_tokens(s) for s in samples]
-    of_queries, of_keys = kept.token_bytes(kept.heads), kept.token_bytes(kept.kv_heads)
-    if kept.queries == "all":
-        ranges = shard_ranges(lengths, of_queries + of_keys, 8 * kept.vocabulary)
-    else:
-        ranges = shard_ranges(lengths, of_keys, 8 * kept.vocabulary + max(asked) * of_queries)
+    lengths = [_tokens(s) for s in samples]
+    ranges = shard_ranges(lengths, kept.token_bytes, 8 * kept.vocabulary)
     shards = []
     with Progress(len(samples), "teacher cache", unit="questions") as bar:
         for number, part in enumerate(ranges):
             file = partial / f"shard-{number:05d}.safetensors"
-            shapes = kept.shapes(*(sum(counts[k] for k in part) for counts in (lengths, asked)), len(part))
+            shapes = kept.shapes(sum(lengths[k] for k in part), len(part))
             if not file.is_file() or _shard_problem(file, shapes):
                 tensors = _teacher_pass(
                     model,
@@ -233,8 +225,6 @@ def build_cache(
         "shards": shards,
         "provenance": record,
     }
-    if kept.queries == "question":
-        index["query_tokens"] = asked
     if kept.dtype == "float8":
         index["float8_error"] = _float8_error(partial, shards, kept.layers)
         for name, error in index["float8_error"].items():
@@ -270,7 +260,7 @@ def _require_room(folder: Path, size: int) -> None:
     if size > free:
         raise LaidError(
             f"{folder.parent}: the teacher's cache needs {_size(size)}, {_size(free)} are free: choose another folder,"
-            " fewer teacher_cache.layers, dtype: float8, or queries: question where lambda_rows alone needs them"
+            " fewer teacher_cache.layers, or dtype: float8"
         )
 
 
@@ -336,8 +326,7 @@ def _teacher_pass(
             per_sample[k]["logits"] = logits[row].float().cpu()
             for layer, qk in caught.items():
                 for name, tensor in (("q", qk.q), ("k", qk.k)):
-                    first = length - kept.query_tokens(samples[k]) if name == "q" else 0
-                    part = tensor[row, :, first:length].transpose(0, 1)
+                    part = tensor[row, :, :length].transpose(0, 1)
                     if kept.dtype != "float8":
                         per_sample[k][f"{name}.{layer}"] = (
                             part.flatten(1).to(getattr(torch, kept.dtype)).cpu()
@@ -381,11 +370,9 @@ class TeacherCache:
             self.heads, self.kv_heads, self.head_dim = (index[k] for k in ("heads", "kv_heads", "head_dim"))
             self.shards = [(s["file"], s["first"], s["questions"], s["sha256"]) for s in index["shards"]]
             made_from = index["provenance"]["data"]["questions"]
-            self.queries = "question" if "query_tokens" in index else "all"
-            self.query_tokens = index.get("query_tokens", self.lengths)
             self.kept = Kept(
                 self.layers, self.heads, self.kv_heads, self.head_dim, None,
-                "float8" if "float8_error" in index else "bfloat16", self.queries,  # float32 is read as bfloat16 is
+                "float8" if "float8_error" in index else "bfloat16",  # float32 is read as bfloat16 is
             )  # fmt: skip
         except (KeyError, TypeError) as error:
             raise LaidError(f"{self.folder}/index.json: broken ({error}); make the cache again") from None
@@ -400,16 +387,12 @@ class TeacherCache:
                 f"{self.folder}/index.json: its shards do not cover its {len(self.lengths)} questions;"
                 " make the cache again"
             )
-        self.starts: dict[str, list[list[int]]] = {
-            "q": [],
-            "k": [],
-        }  # per shard: where its questions' tokens begin
+        self.starts: list[list[int]] = []  # per shard: where its questions' tokens begin
         self.open: list[Any] = []
         for name, first, count, _ in self.shards:
-            for kind, tokens in (("q", self.query_tokens), ("k", self.lengths)):
-                self.starts[kind].append([0, *itertools.accumulate(tokens[first : first + count])])
-            totals = (self.starts[kind][-1][-1] for kind in ("k", "q"))
-            self.open.append(self._checked(safe_join(self.folder, name), self.kept.shapes(*totals, count)))
+            self.starts.append([0, *itertools.accumulate(self.lengths[first : first + count])])
+            shapes = self.kept.shapes(self.starts[-1][-1], count)
+            self.open.append(self._checked(safe_join(self.folder, name), shapes))
 
     def _checked(self, file: Path, shapes: Mapping[str, tuple[int | None, ...]]) -> Any:
         """The shard, open; LaidError where its header does not fit the index."""
@@ -433,7 +416,7 @@ class TeacherCache:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(q, k) of an absolute teacher layer, padded right, in the format they are kept in (float8: bfloat16).
 
-        q: (B, heads, tokens, head_dim), zeros where a token's queries are not kept; k: (B, kv_heads, tokens, head_dim).
+        q: (B, heads, tokens, head_dim); k: (B, kv_heads, tokens, head_dim).
         Raises LaidError for a layer not kept.
         """
         if layer not in self.layers:
@@ -450,8 +433,8 @@ class TeacherCache:
                     found = from_float8(found, self._rows(k, f"{name}.{layer}.exponent"))
                 parts.append(found)
             padded = torch.zeros(len(indices), tokens, heads, self.head_dim, dtype=parts[0].dtype)
-            for row, (k, found) in enumerate(zip(indices, parts, strict=True)):
-                padded[row, self.lengths[k] - len(found) : self.lengths[k]] = found
+            for row, found in enumerate(parts):
+                padded[row, : len(found)] = found
             out.append(padded.transpose(1, 2))
         return out[0], out[1]
 
@@ -469,5 +452,5 @@ class TeacherCache:
         tensor = self.open[shard].get_slice(name)
         if name == "logits":
             return tensor[at : at + 1][0]
-        starts = self.starts[name[0]][shard]
+        starts = self.starts[shard]
         return tensor[starts[at] : starts[at + 1]]
