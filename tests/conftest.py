@@ -10,7 +10,7 @@ import yaml
 
 from laid.settings import Settings, validate
 
-TRAINED = {"alignment": {"pairs": [[-1, -1]], "init": "fit"}, "lr": 0.01}
+TRAINED = {"alignment": {"pairs": [[-1, -1]]}, "lr": 0.01}
 # Everything the tests of models, evaluation and training rely on stands here, so that config.yaml may change.
 MICRO = {
     "scale": "micro",

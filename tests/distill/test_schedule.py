@@ -9,7 +9,6 @@ from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_wi
 from laid.distill.objective import Objective
 from laid.distill.schedule import (
     DistanceSchedule,
-    LambdaSchedule,
     distance_to_answer,
     learning_rate_factor,
     reach,
@@ -86,33 +85,23 @@ def test_learning_rate_after_warm_up_is_transformers(shape, upstream):
     assert [learning_rate_factor(s, 30, 0.05) for s in (0, 1, 2)] == [0.5, 1, 1]  # 1.5 steps are two
 
 
-def test_lambda_schedules():
-    assert [LambdaSchedule(0.3)(p) for p in (0, 0.5, 1)] == [0.3] * 3
-    assert [LambdaSchedule(2.0, "linear")(p) for p in (0, 0.5, 1)] == [2, 1, 0]
-
-
 def test_objective_is_equation_8():
     parts = {"laid": torch.tensor(2.0), "kl": torch.tensor(3.0), "sft": torch.tensor(5.0)}
-    paper = Objective(LambdaSchedule(0.3), LambdaSchedule(0.3), LambdaSchedule(0.7))
+    paper = Objective(0.3, 0.3, 0.7)
     assert paper.total(parts).item() == pytest.approx(0.3 * 2 + 0.3 * 3 + 0.7 * 5)
-    without_kl = Objective(laid=LambdaSchedule(0.3), sft=LambdaSchedule(0.7))
+    without_kl = Objective(laid=0.3, sft=0.7)
     assert without_kl.total({"laid": parts["laid"], "sft": parts["sft"]}).item() == pytest.approx(0.6 + 3.5)
     assert (without_kl.needs("kl"), without_kl.needs("laid")) == (False, True)
-    annealed = Objective(laid=LambdaSchedule(1.0, "linear"))
-    assert annealed.total(parts, 0.5).item() == pytest.approx(1 + 5)
-    assert annealed.total({"sft": parts["sft"]}, 1.0).item() == 5
     with pytest.raises(LaidError, match="'laid' is 0.3 but"):
         paper.total({"sft": parts["sft"], "kl": parts["kl"]})
     with pytest.raises(LaidError, match="every lambda is 0"):
-        Objective(sft=LambdaSchedule(0.0)).total({})
+        Objective(sft=0.0).total({})
 
 
 def test_clear_errors():
     for wrong in (
         lambda: DistanceSchedule(strength=-1),
         lambda: DistanceSchedule().weights(torch.ones(1, 2), 1.1),
-        lambda: LambdaSchedule(1, "steps"),
-        lambda: LambdaSchedule(-1),
         lambda: learning_rate_factor(0, 10, 1.0),
         lambda: learning_rate_factor(0, 10, 0.1, "exp"),
     ):

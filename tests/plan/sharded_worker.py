@@ -42,7 +42,6 @@ def compare(name, dtype, words, checkpointing):
     engine = start(training)
     model = make_trainable(meta_model(student, dtype, device="cpu"), method.lora, training).train()
     lesson = lesson_of(model, method, FixedTeacher(teacher, 2))
-    lesson.to_fit = False
 
     def apart():
         learned = [p for m in lesson.learned.values() for p in m.parameters()]

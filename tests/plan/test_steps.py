@@ -101,7 +101,6 @@ def test_training_step(student, teacher, name, checkpointing, dtype):
     training = settings(checkpointing, dtype=dtype)
     model = make_trainable(meta_model(student, dtype, device="cpu"), method.lora, training).train()
     losses = Losses(model, method, FixedTeacher(teacher, 2))
-    losses.lesson.to_fit = False
     compute_in(losses.lesson.student, number, "cpu")
     tokens, visual = FEW[dtype]
     inputs = steps.meta_batch(student, 2, tokens, visual, number, "cpu")

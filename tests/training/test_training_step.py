@@ -15,7 +15,7 @@ from trainer_runs import CLOSE, Ready, changed
         # eq. 7 as printed, a mean over samples of sums over tokens; the relative error is one ratio for a whole batch
         (
             "laid",
-            {"alignment": {"pairs": [[-1, -1]], "norm": "frobenius", "normalize": False, "init": "uniform"}},
+            {"alignment": {"pairs": [[-1, -1]], "norm": "frobenius", "normalize": False}},
         ),
     ],
 )

@@ -20,7 +20,7 @@ class HeadAlignment(nn.Module):
         picking, for each student frequency, the teacher pair of nearest wavelength.
 
     The paper calls w learnable and says neither how it starts nor that rows sum to one: w is free here. Every w_ij starts
-    at 1/h_t, so that all heads first see the same target; `fit_` starts from the least-squares mixture instead.
+    at 1/h_t, so that all heads first see the same target.
     Passing rotated tensors instead gives the same number when both models share RoPE, because a rotation
     is common to all heads of a token and keeps lengths (not so with a projection, which mixes pairs).
     Parameters: w (student_heads, teacher_heads); w_key if "own"; map_q, map_k (head_dim_s, head_dim_t) if projection.
@@ -106,36 +106,6 @@ class HeadAlignment(nn.Module):
                 term = error / s.shape[0]
             total = total + term
         return total
-
-    @torch.no_grad()
-    def fit_(
-        self,
-        q_s: torch.Tensor,
-        k_s: torch.Tensor,
-        q_t: torch.Tensor,
-        k_t: torch.Tensor,
-        mask: torch.Tensor | None = None,
-        ridge: float = 1e-3,
-    ) -> None:
-        """Set the weights, in place, to the least-squares mixture of teacher heads that comes nearest to the student.
-
-        Starting here, L_LAid pulls only on what the student lacks in the span of the teacher's heads, instead of
-        first pulling every head to one common mean. w is fitted to queries, and w_key, where there is one, to keys.
-        Shapes as in forward. ridge is relative to the mean square of the teacher's heads.
-        """
-        self._check(q_s, k_s, q_t, k_t)
-        weight = _token_weights(q_s, mask, None).double()
-        fits = [(self.w, q_s, q_t, "map_q")]
-        if self.key_weights == "own":
-            fits.append((self.w_key, k_s, k_t, "map_k"))
-        for w, s, t, name in fits:
-            s, t = s.double(), t.double()
-            if hasattr(self, name):
-                t = t @ getattr(self, name).double().T
-            gram = torch.einsum("bjtd,bktd,bt->jk", t, t, weight)
-            cross = torch.einsum("bitd,bjtd,bt->ij", s, t, weight)
-            gram.diagonal().add_(ridge * gram.diagonal().mean())
-            w.copy_(torch.linalg.solve(gram, cross.T).T)
 
     def _check(self, q_s, k_s, q_t, k_t) -> None:
         wanted = {

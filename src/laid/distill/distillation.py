@@ -151,13 +151,6 @@ class Distillation(nn.Module):
             parts["laid"] = parts.get("laid", 0.0) + loss
         return parts
 
-    @torch.no_grad()
-    def fit_(self, student: StudentOutputs, teacher: TeacherOutputs, tokens: Tokens) -> None:
-        """Start every w at the mixture of teacher heads that comes nearest to the student's (HeadAlignment.fit_)."""
-        for pair in self.pairs:
-            compared = self._compared(student.heads[pair[0]], teacher.heads[pair[1]])
-            self.alignments[_key(pair)].fit_(*compared, tokens.real)
-
     def _compared(self, own: LayerQK, theirs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Queries and keys of the student, then of the teacher, before or after rotation."""
         if self.method.alignment.rotation == "after":

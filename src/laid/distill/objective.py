@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
-from laid.distill.schedule import LambdaSchedule
 from laid.errors import LaidError
 
 if TYPE_CHECKING:
@@ -19,37 +18,33 @@ PARTS = ("laid", "kl", "sft")
 
 @dataclass(frozen=True)
 class Objective:
-    """The three lambdas, each a constant or a schedule over progress.
+    """The three lambdas.
 
     A part with lambda 0 is not asked for, so that an ablation is a zero and costs nothing. L_LAid is summed over
     aligned layer pairs by the caller, as eq. 7 sums over layers.
     """
 
-    laid: LambdaSchedule = field(default_factory=lambda: LambdaSchedule(0.0))
-    kl: LambdaSchedule = field(default_factory=lambda: LambdaSchedule(0.0))
-    sft: LambdaSchedule = field(default_factory=lambda: LambdaSchedule(1.0))
+    laid: float = 0.0
+    kl: float = 0.0
+    sft: float = 1.0
 
     @classmethod
     def of(cls, method: TrainedMethod) -> Objective:
-        """The lambdas of a method; alignment.anneal takes that of L_LAid to 0."""
-        return cls(
-            LambdaSchedule(method.lambda_laid, method.alignment.anneal),
-            LambdaSchedule(method.lambda_kl),
-            LambdaSchedule(method.lambda_sft),
-        )
+        """The lambdas of a method."""
+        return cls(method.lambda_laid, method.lambda_kl, method.lambda_sft)
 
     def needs(self, part: str) -> bool:
-        """Whether `part` ever has weight: whether the teacher's tensors for it are needed at all."""
-        return getattr(self, part).value > 0
+        """Whether `part` has weight: whether the teacher's tensors for it are needed at all."""
+        return getattr(self, part) > 0
 
-    def total(self, parts: Mapping[str, torch.Tensor], progress: float = 0.0) -> torch.Tensor:
+    def total(self, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Weighted sum of scalar losses named "laid", "kl", "sft".
 
-        Raises LaidError when a part has weight now and is missing, or when none has weight.
+        Raises LaidError when a part has weight and is missing, or when none has weight.
         """
         total = None
         for part in PARTS:
-            weight = getattr(self, part)(progress)
+            weight = getattr(self, part)
             if weight == 0:
                 continue
             if part not in parts:

@@ -1,4 +1,4 @@
-"""How training changes with progress: distance emphasis, position reach, lambdas and the learning rate.
+"""How training changes with progress: distance emphasis, the reach of gaps and dilution, and the learning rate.
 
 One clock: progress = optimiser step / all steps, in [0, 1]. The paper's abstract says that longer position differences
 are "emphasised more and more"; it gives no formula. Our reading, one rule for every part that knows distance:
@@ -71,26 +71,9 @@ def distance_to_answer(position_ids: torch.Tensor, answer: torch.Tensor) -> torc
 
 
 def reach(progress: float, short: float, long: float, end: float = 1.0) -> float:
-    """The largest span in positions that gapped samples may have now: `short` at the start, `long` from `end` on."""
+    """The largest span in positions, or number of images, that a sample may have now: `short` at the start, `long` from `end` on."""
     share = 1.0 if _progress(progress) >= end else progress / end
     return short + (long - short) * share
-
-
-@dataclass(frozen=True)
-class LambdaSchedule:
-    """A loss weight over progress: `value` throughout ("constant"), or falling to 0 at the end ("linear")."""
-
-    value: float
-    shape: str = "constant"
-
-    def __post_init__(self) -> None:
-        if self.shape not in ("constant", "linear"):
-            raise LaidError(f"lambda schedule: shape is {self.shape!r}, allowed: constant, linear")
-        if self.value < 0:
-            raise LaidError(f"lambda schedule: {self.value}: loss weights cannot be negative")
-
-    def __call__(self, progress: float) -> float:
-        return self.value * _fall(self.shape, _progress(progress))
 
 
 def learning_rate_factor(step: int, steps: int, warmup: float = 0.05, shape: str = "linear") -> float:

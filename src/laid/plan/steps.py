@@ -199,7 +199,6 @@ def _training_step(student, teacher, method, training, tokens, visual, attention
     device = "cpu" if autocast else "meta"
     served = MetaTeacher(teacher, dtype, device)
     lesson = lesson_of(model, method, served)
-    lesson.to_fit = False  # once, in the first step
     compute_in(lesson.student, autocast or torch.float32, device)
     for module in lesson.learned.values():
         module.to("meta")

@@ -47,12 +47,8 @@ class Alignment(Section):
     """mean: the mean square over tokens, heads and dimensions; frobenius: the sum, as eq. 7 prints it."""
     normalize: bool = True
     """Divide by the teacher's own mean square: the loss is then a relative error, and lambda means the same at any width."""
-    init: Literal["uniform", "fit"] = "uniform"
-    """How w starts. uniform: all teacher heads alike; fit: the least-squares mixture on the first batch."""
     projection: bool = False
     """Learn a map from the teacher's head_dim to the student's, where they differ."""
-    anneal: Literal["constant", "linear"] = "constant"
-    """lambda_laid over training. constant: as it is; linear: falling to 0."""
 
 
 class Distance(Section):

@@ -28,7 +28,6 @@ from accelerate.utils import (
     DistributedDataParallelKwargs,
     DistributedType,
     InitProcessGroupKwargs,
-    broadcast,
     broadcast_object_list,
     patch_environment,
 )
@@ -186,13 +185,6 @@ class Engine:
         """What `value` gives in the main process, which alone calls it."""
         found = [value() if self.main else None]
         return broadcast_object_list(found)[0] if self.world > 1 else found[0]
-
-    @torch.no_grad()
-    def agree_on(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Set weights that lie whole everywhere to those of the main process."""
-        if self.world > 1:
-            for parameter in parameters:
-                parameter.copy_(broadcast(parameter.detach().clone()))
 
     # ---------------------------------------------------------------- whole tensors, for checkpoints
 

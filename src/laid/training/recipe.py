@@ -332,7 +332,6 @@ def _restore(run: Run, state: State | None, t: Training, model: nn.Module) -> tu
     t.engine.restore_optimizer(t.optimizer, _below("optimizer/", state.tensors))
     for name, parameter in _parameters(t, model).items():
         t.engine.set_(parameter, state.tensors[f"weights/{name}"])
-    t.lesson.to_fit = False
     t.engine.accelerator.print(f"{run}: goes on after step {state.step} of {t.steps}")
     return state.step, state.log
 

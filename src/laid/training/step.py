@@ -26,15 +26,13 @@ from laid.training.teacher import Teacher
 class Lesson:
     """A student and what it learns from.
 
-    student: the pass, wrapped by whatever lays it out over processes. gain: attached to it by hooks. to_fit: w of eq. 7 has
-    yet to start at its least-squares mixture. every_weight: the wrapper waits for a gradient of every weight.
+    student: the pass, wrapped by whatever lays it out over processes. gain: attached to it by hooks. every_weight: the wrapper waits for a gradient of every weight.
     """
 
     student: nn.Module
     distillation: Distillation
     teacher: Teacher | None = None
     gain: RopeGain | None = None
-    to_fit: bool = False
     every_weight: bool = False
 
     @property
@@ -57,8 +55,7 @@ def lesson_of(model: nn.Module, method: TrainedMethod, teacher: Teacher | None) 
         gain = RopeGain(model, method.gain.length_aware, method.gain.reference, method.gain.exponent)
         gain.to(device).attach(model)
     distillation = Distillation(method, shape, teacher).to(device)
-    to_fit = method.alignment.init == "fit" and distillation.needs("laid")
-    return Lesson(Student(model, distillation.student_layers), distillation, teacher, gain, to_fit)
+    return Lesson(Student(model, distillation.student_layers), distillation, teacher, gain)
 
 
 def forward_backward(
@@ -74,13 +71,8 @@ def forward_backward(
     if lesson.teacher is not None:
         wanted = (piece.indices, tokens.real.shape[1], distillation.teacher_layers, distillation.needs("kl"))
         taught = lesson.teacher.outputs(*wanted).to(student.logits.device)
-    if lesson.to_fit:
-        distillation.fit_(student, taught, tokens)
-        if engine is not None:
-            engine.agree_on(distillation.parameters())
-        lesson.to_fit = False
     losses = distillation(student, taught, tokens, piece.labels, progress)
-    total = distillation.objective.total(losses, progress)
+    total = distillation.objective.total(losses)
     if lesson.every_weight and not losses.keys() & {"sft", "kl"}:
         total = total + 0.0 * student.logits.float().sum()
     del student, taught  # backward keeps what it needs
@@ -135,14 +127,14 @@ def training_step(t: Training, indices: Sequence[int], step: int) -> dict[str, f
         "grad_norm": round(norm, 6),
         "lr": t.peaks[0] * factor,
         "distance_emphasis": progress,
-        **_weights_now(t.lesson, progress),
+        **_weights_now(t.lesson),
     }
 
 
-def _weights_now(lesson: Lesson, progress: float) -> dict[str, float]:
-    """The lambdas at this moment, and how far the gains have moved."""
+def _weights_now(lesson: Lesson) -> dict[str, float]:
+    """The lambdas, and how far the gains have moved."""
     objective, gain = lesson.distillation.objective, lesson.gain
-    line = {f"lambda_{part}": getattr(objective, part)(progress) for part in PARTS if objective.needs(part)}
+    line = {f"lambda_{part}": getattr(objective, part) for part in PARTS if objective.needs(part)}
     if gain is not None:
         gains = gain.gains().detach()
         line |= {f"gain_{name}": float(getattr(gains, name)()) for name in ("min", "mean", "max")}
