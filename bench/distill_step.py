@@ -54,7 +54,7 @@ SHAPES = {
 }  # fmt: skip
 
 LAST = {"lambda_laid": 0.3, "alignment": {"pairs": [[-1, -1]]}, "distance": {"strength": 4.0}}
-GAIN = {"gain": {"length_aware": True}, "alignment": {"pairs": [[0, 0], [-1, -1]]}}
+GAIN = {"gain": True, "alignment": {"pairs": [[0, 0], [-1, -1]]}}
 METHODS = {  # name -> (what it is, settings, teacher)
     "sft": ("SFT", {}, None),
     "kd": ("KD, cached teacher", {"lambda_kl": 1.0}, "cache"),

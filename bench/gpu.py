@@ -57,7 +57,7 @@ LAID = {  # the weights and the alignment of configs/paper.yaml
     "lambda_laid": 0.3,
     "alignment": {"pairs": [[-1, -1]]},
     "distance": {"strength": 4.0},
-    "gain": {},
+    "gain": True,
 }
 # The paper's work: questions, epochs, haystack sizes in training; questions per test size; models that are evaluated.
 QUESTIONS, EPOCHS, TRAIN_SIZES = 5_000, 10, range(2, 21)
@@ -102,7 +102,7 @@ class Bench:
         self.kinds = ("train", "lora") if importlib.util.find_spec("peft") else ("train",)
         self.methods = {
             "train": TrainedMethod(**LAID),
-            "lora": TrainedMethod(**LAID | {"gain": None, "lora": {"rank": 8}}),
+            "lora": TrainedMethod(**LAID | {"gain": False, "lora": {"rank": 8}}),
         }
         self.training = TrainingSettings(
             dtype=self.dtype, per_device_batch=1, batch_size=BATCH, gradient_checkpointing=True

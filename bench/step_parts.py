@@ -3,8 +3,8 @@
     python bench/step_parts.py                                CPU, small width, 1k to 16k tokens: half a minute
     python bench/step_parts.py --tokens 4096 --write          into bench/RESULTS.md
 
-Parts: eq. 7 of one pair of layers, forward and backward; reading its teacher's heads from the cache; the length-aware gain of
-one layer, forward and backward, as q_proj with it less q_proj without. CPU time of one thread, medians of nine (SFT:
+Parts: eq. 7 of one pair of layers, forward and backward; reading its teacher's heads from the cache; the gain of one
+layer, forward and backward, as q_proj with it less q_proj without. CPU time of one thread, medians of nine (SFT:
 of three up to 4,096 tokens, one step above). bench/distill_step.py measures whole steps, which take minutes; on a busy
 machine the difference of two of them is within its noise.
 """
@@ -107,8 +107,7 @@ def gain_of_a_layer(tokens: int) -> float:
     text = model.model.language_model
     projection, hidden = text.layers[0].self_attn.q_proj, torch.randn(1, tokens, SHAPE["student"]["hidden"])
     bare = spent(lambda: projection(hidden).sum().backward())
-    gain = RopeGain(model, length_aware=True).attach(model)
-    gain._counts[0] = torch.arange(1, tokens + 1)[None]
+    RopeGain(model).attach(model)  # its hooks hold it
     return spent(lambda: projection(hidden).sum().backward()) - bare
 
 

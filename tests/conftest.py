@@ -60,10 +60,10 @@ MICRO = {
             "lambda_laid": 0.3,
             "distance": {"strength": 4.0},
             "gaps": {"reach": 120},
-            "gain": {"length_aware": True, "reference": 20, "exponent": 0.2},
+            "gain": True,
         },
         "laid_wo_kl": {"extends": "laid", "lambda_kl": 0.0},
-        "laid_wo_laid": {"extends": "laid", "lambda_laid": 0.0, "gain": {"length_aware": False}},
+        "laid_wo_laid": {"extends": "laid", "lambda_laid": 0.0},
         "laid_plus": {
             "lambda_kl": 0.7, "lr": 0.01, "gaps": {"reach": 120}, "dilution": {"reach": 60, "end": 0.5},
         },

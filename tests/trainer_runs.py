@@ -10,7 +10,7 @@ from laid.training import engine, recipe
 from laid.training.data import Piece
 from laid.training.step import forward_backward, lesson_of, training_step
 
-METHODS = ("sft", "kd", "laid", "laid_wo_kl", "laid_wo_laid")
+METHODS = ("sft", "kd", "laid", "laid_wo_kl", "laid_wo_laid", "laid_plus")
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
 

@@ -30,7 +30,7 @@ METHODS = {
         "lambda_kl": 1.0,
         "lambda_laid": 0.3,
         "distance": {"strength": 4.0},
-        "gain": {"length_aware": True},
+        "gain": True,
     },
     "dilution": {"lambda_kl": 1.0, "dilution": {"reach": 300}},
 }

@@ -176,9 +176,7 @@ def test_learned_gains_and_weights_are_drawn_as_they_are(tmp_path):
     log_gain, w = rng.standard_normal((3, 2, 8)) / 5, rng.random((2, 4))
     path = tmp_path / "small" / "laid" / "seed0" / "learned.json"
     path.parent.mkdir(parents=True)
-    path.write_text(
-        json.dumps({"gain.log_gain": log_gain.tolist(), "alignment.2-2.w": w.tolist(), "gain.exponent": []})
-    )
+    path.write_text(json.dumps({"gain.log_gain": log_gain.tolist(), "alignment.2-2.w": w.tolist()}))
     found = training_figures.load_learned(tmp_path, ["medium", "small"], "laid")
     drawing = training_figures.learned(found, "laid", "LAid")
     values = {(row.kind, row.row, row.column): float(row.value) for row in drawing.data.itertuples()}

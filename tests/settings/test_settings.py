@@ -351,7 +351,7 @@ tune:
   pretrained: 3
   methods:
     sft: [{lr: 1e-5, lora: null}, {lora: {rank: 4}, epochs: 0.5}]
-    laid: [{alignment: {pairs: [[0, -1]], norm: frobenius}, gain: null}]
+    laid: [{alignment: {pairs: [[0, -1]], norm: frobenius}, gain: false}]
     yarn: [{factor: 1.25, axes: time}]
 sweep: {seeds: 1}
 """
@@ -359,7 +359,7 @@ sweep: {seeds: 1}
     names = [
         "sft_lr1em05_lora_null",
         "sft_lora_rank4_epochs0p5",
-        "laid_alignment_pairs_0_m1_norm_frobenius_gain_null",
+        "laid_alignment_pairs_0_m1_norm_frobenius_gain_false",
         "yarn_factor1p25_axes_time",
     ]
     assert list(full.methods) == [*base.methods, *names]

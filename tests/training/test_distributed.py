@@ -53,7 +53,7 @@ def paths(family, coco_root, haystacks, cache, tmp_path_factory):
     return {k: str(v) for k, v in (found | {"questions": haystacks / "train.json"}).items()}
 
 
-TEACHER_ALONE = {"lambda_sft": 0.0, "lambda_kl": 0.0, "gain": None}
+TEACHER_ALONE = {"lambda_sft": 0.0, "lambda_kl": 0.0, "gain": False}
 CASES = {
     "ddp": {
         "pieces": ("laid", {}),

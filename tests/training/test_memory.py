@@ -18,7 +18,7 @@ LAID = {
     "lambda_laid": 0.3,
     "alignment": {"pairs": [[0, 0], [-1, -1]]},
     "distance": {"strength": 4.0},
-    "gain": {"length_aware": True},
+    "gain": True,
 }
 
 

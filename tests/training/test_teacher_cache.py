@@ -96,7 +96,7 @@ def test_losses_from_the_cache_are_those_of_the_teacher_at_hand(
 ):
     """Values and gradients of all of equation 8's parts; bfloat16 changes L_LAid by its 8 bits, float8 by its 4."""
     build_cache(with_cache(micro, layers=[-1], dtype=dtype), *inputs, tmp_path / "c")
-    settings = micro.methods["laid"].changed({"gain": None})
+    settings = micro.methods["laid"].changed({"gain": False})
     indices = [3, 1, 20, 8]
     found = []
     for source in (TeacherCache(tmp_path / "c"), OnlineTeacher(teacher.model, teacher.batch)):

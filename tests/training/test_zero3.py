@@ -24,7 +24,7 @@ def both(micro, paths, tmp_path_factory):  # noqa: F811
 
 
 def made(micro, paths, root):  # noqa: F811
-    teacher_alone = {"lambda_sft": 0.0, "lambda_kl": 0.0, "gain": None}
+    teacher_alone = {"lambda_sft": 0.0, "lambda_kl": 0.0, "gain": False}
     kinds = {
         "laid": ("laid", {"gradient_checkpointing": True}),
         "tied": ("kd", {"student": "tied"}),

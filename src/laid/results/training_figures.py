@@ -23,7 +23,7 @@ from laid.settings.methods import Gaps, TrainedMethod
 
 POINTS = 80  # a curve is drawn as the means of at most this many equal stretches of steps
 # Keys of a log line that follow a plan or describe the model, rather than measure an error.
-SCHEDULES = ("lr", "lambda", "gain", "gap", "weight", "distance", "progress", "span", "exponent")
+SCHEDULES = ("lr", "lambda", "gain", "gap", "weight", "distance", "progress", "span")
 # What the keys of a log line mean; a key that is not here is printed as it is.
 PARTS = {
     "loss": "whole",
@@ -38,7 +38,6 @@ PARTS = {
     "gain_mean": "gain, mean",
     "gain_min": "gain, smallest",
     "gain_max": "gain, largest",
-    "exponent_mean": "gain exponent, mean",
 }
 DASHES = ["-", (0, (4, 1.5)), (0, (1, 1)), (0, (6, 1, 1, 1)), (0, (3, 1, 1, 1, 1, 1))]
 RUN = ["student", "method", "seed"]

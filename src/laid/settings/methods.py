@@ -80,17 +80,6 @@ class Dilution(Section):
     """Progress at which they reach their full number."""
 
 
-class Gain(Section):
-    """Learnable RoPE gain, folded into the weights on export; null is off."""
-
-    length_aware: bool = False
-    """Also learn a factor (visible keys / reference)^b per head."""
-    reference: Annotated[float, Field(ge=1)] = 1.0
-    """Visible keys at which that factor is 1."""
-    exponent: Annotated[float, Field(ge=-2, le=2)] = 0.0
-    """Value that b starts from."""
-
-
 class Method(Section):
     """What all methods have."""
 
@@ -148,7 +137,8 @@ class TrainedMethod(Method):
     distance: Distance = Distance()
     gaps: Gaps = Gaps()
     dilution: Dilution = Dilution()
-    gain: Gain | None = None
+    gain: bool = False
+    """Learn a gain of RoPE frequencies per query head (laid.distill.gain); folded into the weights on export."""
 
 
 MethodName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]

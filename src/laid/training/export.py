@@ -21,7 +21,7 @@ def write_run(
     learned: Mapping[str, nn.Module],
     record: Mapping[str, Any],
 ) -> None:
-    """log.jsonl, learned.json (w, gains, exponents by name) and run.json."""
+    """log.jsonl, learned.json (w and gains by name) and run.json."""
     values = {
         f"{name}.{key}": parameter.detach().cpu().tolist()
         for name, module in learned.items()
@@ -43,20 +43,16 @@ def export_adapter(model: nn.Module, base: str, folder: Path) -> None:
 def export_checkpoint(
     model: nn.Module,
     gain: RopeGain | None,
-    tokens: int,
     dtype: torch.dtype,
     processor: Processor,
     folder: Path,
 ) -> None:
-    """A plain checkpoint, adapter merged and gain folded in.
-
-    tokens: the one length for which a length-aware gain is folded: that of the longest prompt it was trained on.
-    """
+    """A plain checkpoint, adapter merged and gain folded in."""
     if gain is not None:
         gain.detach()
     if hasattr(model, "merge_and_unload"):
         model = model.merge_and_unload()
     if gain is not None:
-        gain.fold_(model, tokens)
+        gain.fold_(model)
     model.to(dtype).save_pretrained(str(folder))
     processor.save(folder)

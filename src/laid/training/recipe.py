@@ -370,6 +370,6 @@ def _export(run: Run, t: Training, model: nn.Module, log: list[dict]) -> dict[st
             export_adapter(model, run.name if Path(base).exists() else base, folder / "model")
         else:
             dtype, processor = getattr(torch, run.settings.training.dtype), t.data.features.processor
-            export_checkpoint(model, t.lesson.gain, max(t.data.lengths), dtype, processor, folder / "model")
+            export_checkpoint(model, t.lesson.gain, dtype, processor, folder / "model")
         write_run(folder, log, t.lesson.learned, record)
     return record

@@ -12,7 +12,6 @@ from laid.distill.distillation import Distillation, TeacherOutputs
 from laid.distill.gain import RopeGain
 from laid.distill.objective import PARTS
 from laid.distill.schedule import learning_rate_factor
-from laid.errors import LaidError
 from laid.models.decoder import geometry
 from laid.settings import TrainedMethod
 from laid.settings.training import Training as TrainingSettings
@@ -46,14 +45,8 @@ def lesson_of(model: nn.Module, method: TrainedMethod, teacher: Teacher | None) 
     """A model, its adapter in place, under a method. Raises LaidError where layers or heads do not fit."""
     device, shape = next(model.parameters()).device, geometry(model)
     gain = None
-    if method.gain is not None:
-        if shape.query_norm and method.gain.length_aware:
-            raise LaidError(
-                "gain.length_aware: such a gain cannot fold into this student, whose heads share one norm of their"
-                " queries: set it to false"
-            )
-        gain = RopeGain(model, method.gain.length_aware, method.gain.reference, method.gain.exponent)
-        gain.to(device).attach(model)
+    if method.gain:
+        gain = RopeGain(model).to(device).attach(model)
     distillation = Distillation(method, shape, teacher).to(device)
     return Lesson(Student(model, distillation.student_layers), distillation, teacher, gain)
 
@@ -138,6 +131,4 @@ def _weights_now(lesson: Lesson) -> dict[str, float]:
     if gain is not None:
         gains = gain.gains().detach()
         line |= {f"gain_{name}": float(getattr(gains, name)()) for name in ("min", "mean", "max")}
-        if gain.length_aware:
-            line["exponent_mean"] = float(gain.exponent.detach().mean())
     return line
