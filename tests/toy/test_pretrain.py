@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from laid.data.coco import load_coco
+from laid.data.coco import annotation_file, load_coco
 from laid.data.haystacks import Haystack, HaystackSampler
 from laid.data.questions import question_text
 from laid.errors import LaidError
@@ -11,7 +11,13 @@ from laid.models.decoder import text_model
 from laid.models.loading import load_model, parameters
 from laid.models.prompts import OFFICIAL_PROMPT, PromptEncoder
 from laid.toy.family import LIST_QUESTION, build_config, build_model, build_processor
-from laid.toy.pretrain import Curriculum, Pretraining, QuestionTree, make_member
+from laid.toy.pretrain import (
+    Curriculum,
+    Pretraining,
+    QuestionTree,
+    image_grid,
+    make_member,
+)
 
 
 @pytest.fixture(scope="module")
@@ -39,16 +45,19 @@ def model(processor, micro):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("grid", [(1, 1), (2, 2), (1, 3)])
 @pytest.mark.parametrize("images", [1, 2, 5])
-def test_each_branch_is_the_single_question_asked_alone(processor, model, coco, images):
-    """Logits at every token of every branch, against a plain causal pass over prefix, images and that one question."""
-    tree, text = QuestionTree(processor, coco.categories), text_model(model)
+def test_each_branch_is_the_single_question_asked_alone(processor, model, coco, images, grid):
+    """Positions, and the output at every token of every branch, against a plain causal pass over prefix, images and
+    that one question."""
+    tree, text = QuestionTree(processor, coco.categories, grid), text_model(model)
     sampler = HaystackSampler(coco.labels, coco.categories, 0.8, [images, 1])
     haystack = sampler.sample(images, 4)
     asked = len(haystack.targets)
     assert asked >= 2
     layout = tree.layout(images, asked)
-    bags = torch.randn(1, images, text.config.hidden_size, generator=torch.Generator().manual_seed(1))
+    visual = images * grid[0] * grid[1]
+    bags = torch.randn(1, visual, text.config.hidden_size, generator=torch.Generator().manual_seed(1))
     embeds = text.embed_tokens(torch.from_numpy(tree.fill(layout, haystack))[None]).clone()
     embeds[:, layout.image] = bags
     together = text(
@@ -59,32 +68,38 @@ def test_each_branch_is_the_single_question_asked_alone(processor, model, coco, 
     ).last_hidden_state[0]
 
     def alone(question, answer=None):
-        prompt = processor.encoder.encode(question, [(1, 1)] * images)
+        prompt = processor.encoder.encode(question, [grid] * images)
+        assert prompt.block_starts.tolist() == layout.blocks.tolist()
         ids = torch.from_numpy(prompt.ids if answer is None else np.append(prompt.ids, answer))[None]
         positions = torch.from_numpy(prompt.positions)
         if answer is not None:
             positions = torch.cat([positions, positions[:, -1:] + 1], 1)
         embeds = text.embed_tokens(ids).clone()
         embeds[0, torch.from_numpy(np.flatnonzero(prompt.image_mask))] = bags[0]
-        return text(inputs_embeds=embeds, position_ids=positions[:, None], use_cache=False).last_hidden_state[
-            0
-        ], ids[0]
+        output = text(inputs_embeds=embeds, position_ids=positions[:, None], use_cache=False)
+        return output.last_hidden_state[0], ids[0], positions
 
     close = {"rtol": 1e-4, "atol": 1e-4}
     for part, (target, answer), at, end in zip(
         layout.branches, haystack.targets, layout.answers, layout.ends
     ):
-        single, ids = alone(question_text("single", haystack.anchor, target), tree.yes if answer else tree.no)
+        single, ids, positions = alone(
+            question_text("single", haystack.anchor, target), tree.yes if answer else tree.no
+        )
+        before = torch.arange(layout.stem.stop)
+        assert torch.equal(layout.positions[:, 0, [*before, *range(part.start, part.stop)]], positions)
         torch.testing.assert_close(together[part], single[-(part.stop - part.start) :], **close)
         torch.testing.assert_close(together[at], single[-2], **close)
         torch.testing.assert_close(together[end], single[-1], **close)
         assert tree.fill(layout, haystack)[part].tolist() == ids[-(part.stop - part.start) :].tolist()
-    single, ids = alone(
+    single, ids, positions = alone(
         LIST_QUESTION.format(
             anchor="an " + haystack.anchor if haystack.anchor[0] in "aeiou" else "a " + haystack.anchor
         )
     )
     torch.testing.assert_close(together[layout.answers[-1]], single[-1], **close)
+    length = layout.listing.stop - layout.listing.start
+    assert torch.equal(layout.positions[:, 0, layout.listing], positions[:, -length:])
     name = processor.tokenizer.decode(tree.fill(layout, haystack)[layout.anchor])
     assert name == " " + haystack.anchor
 
@@ -110,6 +125,65 @@ def test_supervised_places(processor, coco):
 def test_names_of_several_tokens_are_refused(processor, coco):
     with pytest.raises(LaidError, match="splits ' fire hydrant' into"):
         QuestionTree(processor, (*coco.categories, "fire hydrant"))
+
+
+# ------------------------------------------------------------------ images of several tokens
+
+
+@torch.no_grad()
+def test_every_token_of_an_image_stands_for_all_of_its_objects(micro, coco, coco_root, monkeypatch):
+    """What the language model is given, without noise, against a sum over all annotations, one at a time."""
+    settings = {"image_pixels": 56 * 56, "pretrain": {"noise": 0.0}}
+    family = micro.family.changed(settings)
+    processor = build_processor(coco.categories, family.image_pixels)
+    training = Pretraining(processor, coco, family, family.members["small"], "small")
+    haystack = training.sampler.sample(3, 2)
+    monkeypatch.setattr(training.sampler, "sample", lambda size, targets: haystack)
+    given = {}
+    training.text.register_forward_pre_hook(lambda _m, _a, kw: given.update(kw), with_kwargs=True)
+    heads = (torch.nn.Linear(32, len(coco.categories)), torch.nn.Linear(32, 1))
+    layers = {k: torch.zeros(4, 400, 32) for k in (0, 1)}
+    training._language_step(3, 0.0, layers, *heads)
+
+    data = read_json(annotation_file(coco_root, "train2017"))
+    names = {entry["id"]: entry["name"] for entry in data["categories"]}
+    weight = training.text.embed_tokens.weight
+    pad, at = processor.encoder.pad_id, 0
+    prompt = processor.encoder.encode("?", [(2, 2)] * 3)
+    blocks = np.flatnonzero(prompt.ids == pad).reshape(3, 4)
+    for number, tokens in zip(haystack.images, blocks):
+        image = coco.images[training.sampler.paths[number]]
+        wanted = torch.zeros(32)
+        for entry in data["annotations"]:
+            if entry["image_id"] == image.id:
+                wanted += weight[
+                    processor.tokenizer.convert_tokens_to_ids("\u0120" + names[entry["category_id"]])
+                ]
+                at += 1
+        for token in tokens:
+            torch.testing.assert_close(given["inputs_embeds"][0, token], wanted)
+    assert at >= 3
+
+
+def test_four_tokens_an_image_are_trained(micro, coco_root, coco, tmp_path):
+    """Both phases run, and the tower comes nearer to what the language model was taught."""
+    config = micro.changed(
+        {"family": {"image_pixels": 56 * 56, "pretrain": {"reach": 60, "vision": {"steps": 40}}}}
+    )
+    make_member(config, "small", coco_root, tmp_path / "small")
+    log = read_json(tmp_path / "small/pretrain.json")
+    errors = [line["error"] for line in log if line["phase"] == "vision"]
+    assert errors[-1] < errors[0]
+
+
+def test_images_of_different_grids_are_refused(coco):
+    import dataclasses
+
+    path = min(coco.images)
+    wide = dataclasses.replace(coco.images[path], width=336)
+    odd = dataclasses.replace(coco, images={**coco.images, path: wide})
+    with pytest.raises(LaidError, match=r"makes 1 x 4 visual tokens, .* 2 x 2: .* crop them"):
+        image_grid(build_processor(coco.categories, 56 * 56), odd)
 
 
 # ------------------------------------------------------------------ the curriculum

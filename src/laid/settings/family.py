@@ -109,7 +109,7 @@ class Family(Section):
     mrope_section: Annotated[list[Natural], Field(min_length=3, max_length=3)] = [4, 6, 6]
     """Frequencies for time, height and width; they add up to head_dim / 2."""
     image_pixels: Annotated[int, Field(ge=784)] = 784
-    """Pixels of an image as the Qwen image processor resizes it; 784 = 28 x 28 makes one visual token."""
+    """Pixels of an image as the Qwen image processor resizes it; 784 = 28 x 28 makes one visual token, 3136 = 56 x 56 makes 2 x 2."""
     vision: Vision = Vision()
     pretrain: Pretrain = Pretrain()
     members: dict[str, Member] = {}

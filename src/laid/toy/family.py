@@ -21,7 +21,7 @@ LIST_QUESTION = "For the image with {anchor}, what is there?"
 def build_processor(categories: Sequence[str], image_pixels: int) -> Processor:
     """Tokenizer over the words that questions about `categories` use, and Qwen's image processor.
 
-    image_pixels: pixels an image is resized to; 784 = 28 x 28 gives one visual token of 2 x 2 patches.
+    image_pixels: pixels an image is resized to; 784 = 28 x 28 gives one visual token of 2 x 2 patches, 3136 gives 2 x 2 tokens.
     """
     sentences = [
         OFFICIAL_PROMPT,

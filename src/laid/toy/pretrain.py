@@ -1,11 +1,11 @@
 """Training a member of the small-scale family from nothing, until it reads as many images as its window.
 
-Two phases. First the language model, in embedding space: an image's visual token is the sum of the embeddings
-of the objects in it. Then the vision tower, on pixels, is aligned to those sums. Pixels first, or plain
-yes/no questions alone, stay at chance for thousands of steps; what breaks the plateau is hard negatives,
-several targets per haystack, a question that lists the needle's objects, Muon, and supervision of the two
-intermediate steps: which objects stand beside the anchor (read at the anchor's token) and whether the target
-is one of them (at the target's).
+Two phases. First the language model, in embedding space: each visual token of an image is the sum of the
+embeddings of the objects in it. Then the vision tower, on pixels, is aligned to those sums; its last block sees the
+whole image. Pixels first, plain yes/no questions alone, or tokens that hold only the objects of their own part of the
+image, stay on a plateau for more steps than the family has; what breaks it is hard negatives, several targets per
+haystack, a question that lists the needle's objects, Muon, and supervision of the two intermediate steps: which
+objects stand beside the anchor (read at the anchor's token) and whether the target is one of them (at the target's).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from laid.io import atomic_path, write_json
 from laid.models.decoder import text_model
 from laid.models.loading import parameters
 from laid.models.processing import Processor
-from laid.models.prompts import OFFICIAL_PROMPT
+from laid.models.prompts import OFFICIAL_PROMPT, mrope_positions
 from laid.progress import Progress
 from laid.settings import Settings
 from laid.settings.family import Family, Member
@@ -47,13 +47,15 @@ class Layout:
 
     All branches continue one stem, "... For the image with {anchor}, is there", at the same positions; the
     list question leaves it after the anchor. ids: (T,) template; positions: (3, 1, T); mask: (1, 1, T, T)
-    additive; image, anchor, target, answers, ends: token indices; at `answers` the answer is predicted (the
-    last one is the list's), at `ends`, the given answers, the end of the turn.
+    additive; blocks: the token index of each image's <|vision_start|>; image (images * tokens an image,),
+    anchor, target, answers, ends: token indices; at `answers` the answer is predicted (the last one is the
+    list's), at `ends`, the given answers, the end of the turn.
     """
 
     ids: np.ndarray
     positions: Tensor
     mask: Tensor
+    blocks: np.ndarray
     image: np.ndarray
     stem: slice
     branches: list[slice]
@@ -65,10 +67,14 @@ class Layout:
 
 
 class QuestionTree:
-    """Builds layouts for one tokenizer; texts of all categories must have the same number of tokens."""
+    """Builds layouts for one tokenizer and images of one merged grid (height, width), in visual tokens.
 
-    def __init__(self, processor: Processor, categories: tuple[str, ...]):
+    Texts of all categories must have the same number of tokens.
+    """
+
+    def __init__(self, processor: Processor, categories: tuple[str, ...], grid: tuple[int, int] = (1, 1)):
         self.encoder, self.categories = processor.encoder, categories
+        self.grid, self.tokens = grid, grid[0] * grid[1]
         self.yes, self.no = (self._one(word) for word in ("yes", "no"))
         self.category_ids = np.array([self._one(" " + name) for name in categories])
         first, second = categories[:2]
@@ -95,36 +101,40 @@ class QuestionTree:
 
     @lru_cache(maxsize=256)  # noqa: B019 - one tree lives as long as its training
     def layout(self, images: int, questions: int) -> Layout:
-        """The layout of `images` one-token images, `questions` yes/no questions and the list question."""
+        """The layout of `images` images, `questions` yes/no questions and the list question."""
         head, stem, branch, listing = (
             len(self.prefix),
             self.stem_length,
             self.branch_length,
             self.listing_length,
         )
-        start = head + 3 * images
+        block = [self.encoder.start_id, *[self.encoder.pad_id] * self.tokens, self.encoder.end_id]
+        blocks = head + len(block) * np.arange(images)
+        start = head + len(block) * images
         total = start + stem + questions * branch + listing
         ids = np.zeros(total, dtype=np.int64)
         ids[:head] = self.prefix
-        ids[head:start] = np.tile([self.encoder.start_id, self.encoder.pad_id, self.encoder.end_id], images)
-        positions = np.arange(total)
+        ids[head:start] = np.tile(block, images)
+        place = np.arange(total)  # where each token stands in the prompt of its own question
         mask = np.tril(np.ones((total, total), dtype=bool))
         branches = [slice(at, at + branch) for at in range(start + stem, total - listing, branch)]
         for part in branches:
-            positions[part] = start + stem + np.arange(branch)
+            place[part] = start + stem + np.arange(branch)
             mask[part, start + stem : part.start] = False
         tail = slice(total - listing, total)
         cut = start + self.anchor + 1
-        positions[tail] = cut + np.arange(listing)
+        place[tail] = cut + np.arange(listing)
         mask[tail, cut : tail.start] = False
         additive = torch.zeros(total, total).masked_fill(
             ~torch.from_numpy(mask), torch.finfo(torch.float32).min
         )
+        positions = mrope_positions(head, [self.grid] * images, total - start)[:, place]
         return Layout(
             ids=ids,
-            positions=torch.from_numpy(positions)[None, None].expand(3, 1, -1),
+            positions=torch.from_numpy(positions)[:, None],
             mask=additive[None, None],
-            image=head + 1 + 3 * np.arange(images),
+            blocks=blocks,
+            image=(blocks[:, None] + 1 + np.arange(self.tokens)).ravel(),
             stem=slice(start, start + stem),
             branches=branches,
             listing=tail,
@@ -171,6 +181,18 @@ class Curriculum:
             self.accuracy = min(self.accuracy, self.threshold - 0.02)
 
 
+def image_grid(processor: Processor, coco: CocoSplit) -> tuple[int, int]:
+    """The merged grid (height, width), in visual tokens, of all images. Raises LaidError where they differ."""
+    grids = {processor.grid(coco.images[p].width, coco.images[p].height, p): p for p in coco.labels}
+    if len(grids) > 1:
+        (a, first), (b, second) = list(grids.items())[:2]
+        raise LaidError(
+            f"{coco.root}: {first} makes {a[0]} x {a[1]} visual tokens, {second} {b[0]} x {b[1]}: pretraining takes images"
+            " of one grid, crop them or lower family.image_pixels"
+        )
+    return grids.popitem()[0]
+
+
 class Pretraining:
     """One member's training: `language`, then `vision`; `log` holds a line of numbers every so often."""
 
@@ -187,7 +209,7 @@ class Pretraining:
         )  # fmt: skip
         self.model = build_model(build_config(processor, family, member), member.seed)
         self.text = text_model(self.model)
-        self.tree = QuestionTree(processor, coco.categories)
+        self.tree = QuestionTree(processor, coco.categories, image_grid(processor, coco))
         self.sampler = HaystackSampler(
             coco.labels, coco.categories, self.settings.hard_negatives, [member.seed, 1]
         )
@@ -201,7 +223,7 @@ class Pretraining:
         self.log: list[dict[str, float]] = []
 
     def bags(self) -> Tensor:
-        """(categories, hidden): what one object adds to its image's visual token."""
+        """(categories, hidden): what one object adds to each visual token of its image."""
         return self.text.embed_tokens.weight[torch.from_numpy(self.tree.category_ids)]
 
     def language(self) -> None:
@@ -266,7 +288,7 @@ class Pretraining:
     def positions(self, layout: Layout, batch: int, gapped: float) -> Tensor:
         """(3, batch, T): the layout's positions, in a share `gapped` of the haystacks with gaps that span up to `reach`."""
         s, plain = self.settings, layout.positions[:, 0]
-        starts, text = (layout.image - 1).tolist(), layout.stem.start
+        starts, text = layout.blocks.tolist(), layout.stem.start
         return torch.stack(
             [
                 open_gaps(plain, starts, text, s.reach, self.gaps)
@@ -291,7 +313,7 @@ class Pretraining:
         layout = self.tree.layout(size, questions)
         ids = torch.from_numpy(np.stack([self.tree.fill(layout, h) for h in haystacks]))
         held = torch.from_numpy(self.holds[np.stack([h.images for h in haystacks])])
-        bags = held @ self.bags()
+        bags = (held @ self.bags()).repeat_interleave(self.tree.tokens, 1)
         noise = torch.randn(bags.shape, generator=self.generator)
         bags = bags + s.noise * bags.detach().std() * noise
         embeds = self.text.embed_tokens(ids).clone()
@@ -352,12 +374,7 @@ class Pretraining:
         spread = wanted.var()
         pixels = [self.processor.pixels([self.coco.file(path)])[0] for path in paths]
         merge = self.processor.image_processor.merge_size
-        grid = torch.tensor([[1, merge, merge]])
-        if pixels[0].shape[0] != merge * merge:
-            raise LaidError(
-                f"{self.name}: an image has {pixels[0].shape[0]} patches, expected {merge * merge}"
-                " (family.image_pixels)"
-            )
+        grid = torch.tensor([[1, merge * self.tree.grid[0], merge * self.tree.grid[1]]])
         optimizer = torch.optim.AdamW(
             visual.parameters(), lr=s.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True
         )
@@ -372,7 +389,8 @@ class Pretraining:
                 output = visual(
                     torch.cat([pixels[r] for r in rows]), grid_thw=grid.expand(len(rows), -1)
                 ).pooler_output
-                loss = F.mse_loss(output, wanted[torch.from_numpy(rows)]) / spread
+                bags = wanted[torch.from_numpy(rows)].repeat_interleave(self.tree.tokens, 0)
+                loss = F.mse_loss(output, bags) / spread
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 nn.utils.clip_grad_norm_(visual.parameters(), 1.0)
