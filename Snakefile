@@ -46,7 +46,6 @@ rule page:
 rule dataset:
     input:
         rules.haystacks.output,
-        [LAYOUT.training_questions(name) for name in ASKED],
         images("haystacks"),
         rules.haystacks_beyond.output if config.beyond.table else [],
         images("beyond") if config.beyond.table else [],
@@ -55,7 +54,7 @@ rule dataset:
 rule family:
     input:
         [checkpoint_files(member) for member in MEMBERS],
-        [LAYOUT.teacher_cache(name) for name in LAYOUT.asked(heard=True)],
+        LAYOUT.teacher_cache if LAYOUT.needs_cache() else [],
 
 
 rule cells:

@@ -17,7 +17,6 @@ MICRO = {
     "haystacks": {
         "hard_negatives": 0.8,
         "train": {"questions": 24, "min_size": 2, "max_size": 4},
-        "long": {"questions": 8, "min_size": 4, "max_size": 6},
         "validation": {"questions": 4, "sizes": [2]},
         "test": {"questions": 10, "sizes": [1, 2, 5]},
     },

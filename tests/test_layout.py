@@ -8,14 +8,12 @@ from laid.data.questions import haystack_file
 from laid.layout import Layout
 from laid.settings import load
 
-LONG = {"extends": "kd", "questions": "long", "lambda_sft": 0.0}
-
 
 @pytest.fixture
 def layout(tmp_path):
     overlay = {
         "models": {"checkpoints": {"teacher": "owner/name"}},
-        "methods": {"mine": LONG},
+        "methods": {"mine": {"extends": "laid_plus"}},
         "tables": {"methods": ["base", "yarn", "sft", "mine"], "ablations": ["base", "laid"]},
     }
     (tmp_path / "over.yaml").write_text(yaml.safe_dump(overlay))
@@ -45,11 +43,12 @@ def test_home_is_spelt_out(layout, monkeypatch):
     assert (Layout(ours).checkpoint("small"), Layout(ours).coco) == ("/home/me/small", "/home/me/coco")
 
 
-def test_long_haystacks_are_asked_for_by_the_sweep_too():
-    settings = load(["config.yaml"])
-    assert Layout(settings).asked() == ["train"]
-    swept = settings.changed({"methods": {"mine": LONG}, "sweep": {"methods": ["mine"]}})
-    assert Layout(swept).asked() == ["train", "long"]
+def test_the_teacher_is_asked_where_a_method_of_tables_or_sweep_hears_it():
+    alone = {"tables": {"methods": ["base", "sft"], "ablations": ["base"]}, "sweep": {"against": ["sft"]}}
+    settings = load(["config.yaml"]).changed(alone)
+    assert not Layout(settings).needs_cache()
+    assert Layout(settings.changed({"sweep": {"methods": ["kd"]}})).needs_cache()
+    assert Layout(settings.changed({"tables": {"ablations": ["base", "laid"]}})).needs_cache()
 
 
 def test_what_tuning_asks_for():
@@ -58,7 +57,6 @@ def test_what_tuning_asks_for():
     settings = load(["config.yaml"]).changed({"tune": tune, "haystacks": {"validation": {"sizes": [50, 5]}}})
     layout = Layout(settings)
     assert layout.members == ["teacher", "medium", "small"] and layout.known == [*layout.members, "small_1"]
-    assert layout.asked() == ["train"]
     assert layout.needed_by_tune() == [
         layout.cell("validation", student, method, size)
         for student in ("small", "small_1")
@@ -68,8 +66,7 @@ def test_what_tuning_asks_for():
     assert not [cell for cell in layout.needed() if "small_1" in cell or "lr0p5" in cell]
 
 
-def test_what_a_method_learns_from(layout):
-    assert [layout.learns_from(m) for m in ("sft", "laid", "mine")] == ["train", "train", "long"]
+def test_which_methods_are_trained_and_hear_the_teacher(layout):
     assert [layout.hears_teacher(m) for m in ("sft", "kd", "laid", "mine")] == [False, True, True, True]
     assert [layout.is_trained(m) for m in ("base", "yarn", "self_extend", "sft", "mine")] == [False] * 3 + [
         True
@@ -99,15 +96,11 @@ def test_what_the_tables_ask_for(layout):
     ]
     off = Layout(layout.settings.changed({"beyond": {"table": False}}))
     assert off.needed() == cells[: 8 * (1 + 2 * 4 + 1)]
-    assert layout.asked() == ["train", "long"]
     assert layout.chosen("pope", "small") == ["base", "sft"] and layout.chosen("pope", "medium") == [
         "base",
         "sft",
         "laid",
     ]
     files = layout.question_files("haystacks")
-    assert (
-        files[:2] == [layout.training_questions(name) for name in ("train", "long")]
-        and len(files) == 2 + 8 + 4
-    )
+    assert files[0] == layout.training_questions and len(files) == 1 + 8 + 4
     assert len(layout.question_files("beyond")) == len(layout.question_files("pope")) == 3

@@ -115,12 +115,9 @@ class Layout:
     def is_trained(self, method: str) -> bool:
         return isinstance(self.settings.methods.get(method), TrainedMethod)
 
-    def learns_from(self, method: str) -> str:
-        """Which training questions a method learns from: train, or long (without labels)."""
-        return self.settings.methods[method].questions
-
-    def training_questions(self, name: str) -> str:
-        return f"{self.root}/haystacks/{name}.json"
+    @property
+    def training_questions(self) -> str:
+        return f"{self.root}/haystacks/train.json"
 
     def hears_teacher(self, method: str) -> bool:
         """Whether one of a method's losses needs what the teacher said."""
@@ -139,25 +136,23 @@ class Layout:
             )
         ]
 
-    def teacher_cache(self, questions: str) -> str:
-        """The index of what the teacher said of these training questions: names every shard and its hash."""
-        return f"{self.root}/teacher_cache/{questions}/index.json"
+    @property
+    def teacher_cache(self) -> str:
+        """The index of what the teacher said of the training questions: names every shard and its hash."""
+        return f"{self.root}/teacher_cache/train/index.json"
 
-    def asked(self, heard: bool = False) -> list[str]:
-        """The training questions, train first, that the methods of tables, sweep and tune learn from; `heard`: with a teacher's cache."""
+    def needs_cache(self) -> bool:
+        """Whether a method of tables, sweep or tune learns from what the teacher said."""
         sweep, tune = self.settings.sweep, variants(self.settings.tune.methods)
-        named = [*(method for _, method, _ in needed(self.settings)), *sweep.against, *sweep.methods, *tune]
-        methods = [method for method in dict.fromkeys(named) if self.is_trained(method)]
-        names = {self.learns_from(m) for m in methods if not heard or self.hears_teacher(m)}
-        return [name for name in ("train", "long") if name in names]
+        named = {*(method for _, method, _ in needed(self.settings)), *sweep.against, *sweep.methods, *tune}
+        return any(self.is_trained(method) and self.hears_teacher(method) for method in named)
 
     def question_files(self, folder: str) -> list[str]:
-        """All question files below a folder (haystacks, beyond, pope), in the order of making; long where it is asked."""
+        """All question files below a folder (haystacks, beyond, pope), in the order of making."""
         asked = [
             self.questions(suite.name, size)
             for suite in self.suites.values()
             if suite.folder == folder
             for size in suite.sizes
         ]
-        training = [self.training_questions(name) for name in dict.fromkeys(["train", *self.asked()])]
-        return [*(training if folder == "haystacks" else ()), *asked]
+        return [*([self.training_questions] if folder == "haystacks" else ()), *asked]

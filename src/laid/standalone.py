@@ -124,18 +124,16 @@ def _cache(run: Run, device: str) -> Path:
     """The teacher's cache beside `out`, made unless the same one is there; it keeps the layers that are aligned."""
     layers = {layer for _, layer in run.how.alignment.pairs} if "laid" in run.from_teacher else ()
     settings = run.settings.changed({"teacher_cache": {"layers": sorted(layers)}})
-    labelled = run.how.questions == "train"
     key = sha256_json(
         [
             provenance.fingerprint(source_of(run.teacher)),
             sha256_file(run.questions),
             slice_for("teacher_cache", settings),
-            labelled,
         ]
     )
     folder = run.out.parent / f".{run.out.name}.teacher-{key[:12]}"
     if not (folder / "index.json").is_file():
-        build_cache(settings, run.teacher, run.coco, run.questions, folder, device, labelled)
+        build_cache(settings, run.teacher, run.coco, run.questions, folder, device)
     return folder
 
 

@@ -132,7 +132,6 @@ def test_a_comment_and_an_unrelated_key_change_nothing(tree, capsys):
     values = yaml.safe_load(Path("config.yaml").read_text())
     values |= {"seeds": 3, "resources": {"evaluate": {"mem_mb": 9999}}}
     values["methods"]["sft"]["lr"] = 0.5
-    values["haystacks"]["long"]["questions"] = 9
     Path("config.yaml").write_text("# another comment\n" + yaml.safe_dump(values))
     assert main(["verify", CELL]) == 0
     values["methods"]["laid"]["lambda_laid"] = 0.25
@@ -151,7 +150,6 @@ def test_a_comment_and_an_unrelated_key_change_nothing(tree, capsys):
         {"validation": {"share": 0.4}},
         {"validation": {"questions": 6}},
         {"test": {"sizes": [1, 2, 3]}},
-        {"long": {"questions": 7}},
     ],
 )
 def test_a_setting_of_the_questions_makes_stale_just_what_it_changes(tree, capsys, changes):

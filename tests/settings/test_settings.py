@@ -226,7 +226,6 @@ def wildcards_for(step, full):
         ("evaluate", "evaluation.shard", "cell", False),
         ("evaluate", "resources.evaluate.mem_mb", 999, False),
         ("train", "methods.laid.label", "ours", False),
-        ("train", "methods.laid.questions", "train", False),
         ("tables", "tables.threshold", 0.5, True),
         ("tables", "methods.laid.label", "ours", True),
         ("tables", "methods.laid.lr", 0.5, False),

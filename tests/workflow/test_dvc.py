@@ -107,7 +107,7 @@ def colleague(origin, name):
 
 # stage -> the steps of laid.settings.SLICES that it runs.
 STEPS = {
-    "data": ["data", "haystacks", "haystacks_long", "beyond_haystacks"],
+    "data": ["data", "haystacks", "beyond_haystacks"],
     "family": ["pretrain", "teacher_cache"],
     "cells": ["train", "evaluate"],
     "tables": ["alignability", "analyse", "evaluate", "pope", "tables"],

@@ -108,26 +108,19 @@ def test_the_claims_rest_on_the_same_cells_whatever_was_made_before(workdir):
 
 
 def test_a_method_of_an_overlay_is_a_method_like_any_other(workdir):
-    """Named in tables.methods it is trained, evaluated and a row; extending one without labels, it learns from long."""
+    """Named in tables.methods it is trained, evaluated and a row, and reads the teacher's cache where a loss needs it."""
     (workdir.path / "mine.yaml").write_text(
-        "methods:\n  mine_2: {extends: laid, lambda_kl: 0.1}\n  apart: {extends: kd, questions: long, lambda_sft: 0.0}\n"
+        "methods:\n  mine_2: {extends: laid, lambda_kl: 0.1}\n  apart: {extends: kd, lambda_kl: 0.0}\n"
         "tables: {methods: [base, mine_2, apart], ablations: [base]}\n"
     )
     overlays = ["--configfile", "micro.yaml", "mine.yaml"]
     jobs = workdir.planned(*overlays, overlay=None)
-    assert (jobs["train"], jobs["evaluate_test"], jobs["teacher_cache"], jobs["haystacks_long"]) == (
-        4,
-        7,
-        2,
-        1,
-    )
+    assert (jobs["train"], jobs["evaluate_test"], jobs["teacher_cache"]) == (4, 7, 1)
     plan = workdir.snakemake("--dry-run", "--printshellcmds", *overlays, overlay=None)
     (trained,) = re.findall(r" train .*--method mine_2 .*--student-name small .*", plan)
     assert "teacher_cache/train " in trained and "haystacks/train.json" in trained
     (trained,) = re.findall(r" train .*--method apart .*--student-name small .*", plan)
-    assert "teacher_cache/long " in trained and "haystacks/long.json" in trained
-    (asked,) = re.findall(r"laid teacher-cache .*haystacks/long.json.*", plan)
-    assert " --without-labels " in asked and plan.count("--without-labels") == 1
+    assert "--teacher-cache" not in trained and "haystacks/train.json" in trained
 
 
 def test_tuning_trains_every_setting_on_every_pretrained_student(workdir):

@@ -65,7 +65,7 @@ rule alignability:
         teacher=checkpoint_files(TEACHER),
         student=student_files,
         images=images("haystacks"),
-        questions=LAYOUT.training_questions("train"),
+        questions=LAYOUT.training_questions,
     output:
         f"{ROOT}/alignability/{{student}}.json",
         multiext(f"{ROOT}/alignability/{{student}}", ".md", ".csv", ".svg", ".png"),

@@ -36,15 +36,12 @@ ROOT, COCO, SUITES = LAYOUT.root, LAYOUT.coco, LAYOUT.suites
 MEMBERS = LAYOUT.members
 TEACHER, STUDENTS = MEMBERS[0], MEMBERS[1:]
 TEST = SUITES["test"].sizes
-# The training questions, train or long, that the tables' methods learn from.
-ASKED = LAYOUT.asked()
 
 
 wildcard_constraints:
     member="|".join(LAYOUT.known),
     student="|".join(LAYOUT.known),
     method="|".join(config.methods),
-    questions="train|long",
     asked="haystacks|beyond|pope",
     seed=r"\d+",
     size=r"\d+",
@@ -131,11 +128,10 @@ def cells_of(suite, section):
 
 
 def training_inputs(wildcards):
-    """input: the questions that a method learns from, and what the teacher said of them where a loss needs it."""
-    questions = LAYOUT.learns_from(wildcards.method)
-    found = {"questions": LAYOUT.training_questions(questions)}
+    """input: the training questions, and what the teacher said of them where a loss of the method needs it."""
+    found = {"questions": LAYOUT.training_questions}
     if LAYOUT.hears_teacher(wildcards.method):
-        found["cache"] = LAYOUT.teacher_cache(questions)
+        found["cache"] = LAYOUT.teacher_cache
     return found
 
 

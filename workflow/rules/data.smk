@@ -28,7 +28,7 @@ rule haystacks:
         train=f"{COCO}/annotations/instances_train2017.json",
         val=f"{COCO}/annotations/instances_val2017.json",
     output:
-        train=LAYOUT.training_questions("train"),
+        train=LAYOUT.training_questions,
         test=test_questions(),
         validation=[
             LAYOUT.questions("validation", size) for size in SUITES["validation"].sizes
@@ -48,21 +48,6 @@ rule haystacks:
         out=lambda wildcards, output: above(output.train),
     shell:
         "laid haystacks --config $CONFIG --coco {params.coco:q} {params.kind} {params.out:q} 2>&1 | tee {log:q}"
-
-
-use rule haystacks as haystacks_long with:
-    input:
-        train=f"{COCO}/annotations/instances_train2017.json",
-        # Built second: `laid haystacks --out` replaces the folder.
-        first=LAYOUT.training_questions("train"),
-    output:
-        LAYOUT.training_questions("long"),
-    log:
-        f"{ROOT}/logs/haystacks_long.log",
-    params:
-        relevant=relevant("haystacks_long"),
-        coco=lambda wildcards, input: above(input.train, 2),
-        out=lambda wildcards, output: f"--long {output}",
 
 
 use rule haystacks as haystacks_beyond with:

@@ -28,15 +28,15 @@ rule pretrain:
 rule teacher_cache:
     input:
         teacher=checkpoint_files(TEACHER),
-        questions=LAYOUT.training_questions("{questions}"),
+        questions=LAYOUT.training_questions,
         images=images("haystacks"),
     output:
         # Names every shard and its hash: as long as it stays the same, nothing that reads the cache runs again.
-        index=LAYOUT.teacher_cache("{questions}"),
+        index=LAYOUT.teacher_cache,
     log:
-        f"{ROOT}/logs/teacher_cache/{{questions}}.log",
+        f"{ROOT}/logs/teacher_cache.log",
     benchmark:
-        f"{ROOT}/benchmarks/teacher_cache/{{questions}}.tsv"
+        f"{ROOT}/benchmarks/teacher_cache.tsv"
     priority: 80
     conda:
         "../../envs/laid.yaml"
@@ -47,10 +47,7 @@ rule teacher_cache:
         relevant=relevant("teacher_cache"),
         teacher=lambda wildcards: LAYOUT.checkpoint(TEACHER),
         coco=COCO,
-        labels=lambda wildcards: (
-            "--without-labels" if wildcards.questions == "long" else ""
-        ),
         out=lambda wildcards, output: above(output.index),
     shell:
-        "laid teacher-cache --config $CONFIG --teacher {params.teacher:q} --coco {params.coco:q} {params.labels}"
+        "laid teacher-cache --config $CONFIG --teacher {params.teacher:q} --coco {params.coco:q}"
         " --questions {input.questions:q} --out {params.out:q} --threads {resources.cpus_per_task} 2>&1 | tee {log:q}"

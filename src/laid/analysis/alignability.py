@@ -242,7 +242,7 @@ def measure(
         )
     readers = [Reader(settings, source, coco_root, device) for source in (teacher, student)]
     order = settings.evaluation.order_seed
-    theirs, own = (build_samples(entries, r.features, order, labelled=False, ahead=False) for r in readers)
+    theirs, own = (build_samples(entries, r.features, order, ahead=False) for r in readers)
     lengths = [[len(s.prompt.ids) for s in samples] for samples in (own, theirs)]
     require_same_tokens(*lengths, str(questions))
     shapes = [reader.shape for reader in readers]

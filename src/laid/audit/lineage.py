@@ -81,14 +81,8 @@ class Lineage:
             return None
         return Step("pretrain", (("member", name),), Path(self.layout.checkpoint(name)) / "laid.json")
 
-    def teacher_cache(self, questions: str) -> Step:
-        return Step("teacher_cache", (("questions", questions),), Path(self.layout.teacher_cache(questions)))
-
-    def _training_questions(self, step: Step) -> str:
-        """Which training questions a step learns from: those of its method, or of the cache that it is."""
-        wildcards = dict(step.wildcards)
-        method = self.config.methods.get(wildcards.get("method"))  # the configuration may have it no longer
-        return wildcards.get("questions") or getattr(method, "questions", "train")
+    def teacher_cache(self) -> Step:
+        return Step("teacher_cache", (), Path(self.layout.teacher_cache))
 
     def inputs_of(self, step: Step, name: str) -> tuple[Any, Step | None]:
         """(what to hash, the step that made it) for the input that a record calls `name`.
@@ -104,9 +98,7 @@ class Lineage:
             maker = self.haystacks(suite) if suite in ("test", "validation") else None
             return Path(self.layout.questions(suite, wildcards["size"])), maker
         if name == "questions":
-            asked = self._training_questions(step)
-            maker = self.haystacks(asked) if asked == "train" else None
-            return Path(self.layout.training_questions(asked)), maker
+            return Path(self.layout.training_questions), self.haystacks("train")
         if name == "images":
             return (self.coco, self.images(self.inputs_of(step, "questions")[0])), None
         if name in ("model", "student", "teacher"):
@@ -119,7 +111,7 @@ class Lineage:
             run = self.run(wildcards["student"], wildcards["method"], int(name[8:]))
             return run.record.parent / "model", run
         if name == "teacher_cache":
-            cache = self.teacher_cache(self._training_questions(step))
+            cache = self.teacher_cache()
             return cache.record, cache
         raise LaidError(f"{step.record}: names an input {name!r} that a {step.name} step does not have")
 

@@ -16,12 +16,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     target = parser.add_mutually_exclusive_group(required=True)
     target.add_argument("--out", type=Path, help="folder for train.json, validation/, test/, shortcuts.*")
     target.add_argument("--beyond", type=Path, help="folder for the haystacks of beyond.sizes alone")
-    target.add_argument("--long", type=Path, help="file for the long haystacks (haystacks.long) alone")
 
 
 def run(args: argparse.Namespace) -> int:
     from laid import provenance
-    from laid.data.haystacks import build_beyond, build_haystacks, build_long
+    from laid.data.haystacks import build_beyond, build_haystacks
     from laid.data.shortcuts import markdown
     from laid.io import write_json
     from laid.settings import load
@@ -31,10 +30,6 @@ def run(args: argparse.Namespace) -> int:
     labels = {
         f"annotations_{split}": args.coco / "annotations" / f"instances_{split}.json" for split in splits
     }
-    if args.long is not None:
-        questions = build_long(settings, args.coco, args.long)
-        print(f"{args.long}: {len(questions)} long haystacks, {sum(q.size for q in questions)} images in all")
-        return 0
     if args.beyond is not None:
         questions = build_beyond(settings, args.coco, args.beyond)
         sizes = sorted({question.size for question in questions})

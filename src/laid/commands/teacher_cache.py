@@ -16,11 +16,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--coco", type=Path, required=True, help="COCO folder that the questions' image paths start from"
     )
     parser.add_argument("--questions", type=Path, required=True, help="training questions, VHs JSON")
-    parser.add_argument(
-        "--without-labels",
-        action="store_true",
-        help="do not read the questions' answers (for laid_plus_long)",
-    )
     parser.add_argument("--out", type=Path, help="folder for the cache")
     parser.add_argument("--size", action="store_true", help="only tell how large the cache would be")
     features_argument(parser)
@@ -38,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     start = time.perf_counter()
     settings = load(args.config)
     if args.size:
-        print(cache_size(settings, args.teacher, args.coco, args.questions, labelled=not args.without_labels))
+        print(cache_size(settings, args.teacher, args.coco, args.questions))
         return 0
     if args.out is None:
         raise LaidError("give --out, a folder for the cache, or --size to learn how large it would be")
@@ -46,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     with alone(args.out):
         index = build_cache(
             settings, args.teacher, args.coco, args.questions, args.out, pick_device(args.device),
-            labelled=not args.without_labels, features_folder=args.features,
+            features_folder=args.features,
         )  # fmt: skip
     write_json(args.out / "cost.json", provenance.cost(start))
     print(

@@ -358,21 +358,6 @@ def build_haystacks(config: Settings, coco_root: str | Path, out: str | Path) ->
     return scores
 
 
-def build_long(config: Settings, coco_root: str | Path, out: str | Path) -> list[Question]:
-    """Write one file of long haystacks from the training images, as `config.haystacks.long` asks; returns them.
-
-    The images are those of train.json: no validation image is among them. The file has the form of all question files,
-    answers and all, but what it is for does without them (methods with questions: long).
-    Raises LaidError as `synthesise` does.
-    """
-    train = load_coco(coco_root, "train2017")
-    questions = _from_training_images(config.haystacks, train, "long", 3, Path(out).name)
-    if problems := check_haystacks(questions, train.labels):
-        raise AssertionError(f"{out}: {problems[0]}")
-    write_questions(out, questions)
-    return questions
-
-
 def build_beyond(config: Settings, coco_root: str | Path, out: str | Path) -> list[Question]:
     """Write visual_haystack_<size>.json below `out` for `config.beyond.sizes`, from the test images; returns all.
 
@@ -394,14 +379,14 @@ def build_beyond(config: Settings, coco_root: str | Path, out: str | Path) -> li
 
 
 _OURS = re.compile(
-    r"(train|long|laid)\.json|shortcuts\.(json|md)|(validation|test)/visual_haystack_\d+\.json|images\.checked"
+    r"(train|laid)\.json|shortcuts\.(json|md)|(validation|test)/visual_haystack_\d+\.json|images\.checked"
 )
 
 
 def _synthesise_all(settings: Haystacks, train: CocoSplit, test: CocoSplit) -> dict[str, list[Question]]:
     seed, common = settings.seed, _common(settings)
     choose = split_paths(train, settings.validation.share, seed)[1]
-    files = {"train.json": _from_training_images(settings, train, "train", 0, "train.json")}
+    files = {"train.json": _from_training_images(settings, train)}
     held_out = {path: train.labels[path] for path in choose}
     for size in settings.validation.sizes:
         name = f"validation/visual_haystack_{size}.json"
@@ -436,13 +421,10 @@ def _common(settings: Haystacks) -> dict[str, Any]:
     }
 
 
-def _from_training_images(
-    settings: Haystacks, train: CocoSplit, part: str, code: int, name: str
-) -> list[Question]:
-    """Questions of the part "train" or "long", every size from min_size to max_size as often, in a random order."""
-    seed = settings.seed
-    asked = getattr(settings, part)
+def _from_training_images(settings: Haystacks, train: CocoSplit) -> list[Question]:
+    """The training questions, every size from min_size to max_size as often, in a random order."""
+    seed, asked = settings.seed, settings.train
     sizes = np.resize(np.arange(asked.min_size, asked.max_size + 1), asked.questions)
-    sizes = np.random.default_rng([seed, 8, *([code] if code else [])]).permutation(sizes).tolist()
+    sizes = np.random.default_rng([seed, 8]).permutation(sizes).tolist()
     labels = {path: train.labels[path] for path in split_paths(train, settings.validation.share, seed)[0]}
-    return synthesise(labels, train.categories, sizes, seed=[seed, code], name=name, **_common(settings))
+    return synthesise(labels, train.categories, sizes, seed=[seed, 0], name="train.json", **_common(settings))

@@ -125,19 +125,17 @@ class Distillation(nn.Module):
         student: StudentOutputs,
         teacher: TeacherOutputs,
         tokens: Tokens,
-        labels: Tensor | None,
+        labels: Tensor,
         progress: float,
     ) -> dict[str, Tensor]:
         """The parts of eq. 8 that ever have weight, scalars; L_LAid is summed over pairs of layers.
 
-        labels: (B, 2) token ids; None where "sft" has no weight. progress: in [0, 1].
+        labels: (B, 2) token ids. progress: in [0, 1].
         """
         logits = student.logits
         method = self.method
         parts: dict[str, Tensor] = {}
         if self.needs("sft"):
-            if labels is None:
-                raise LaidError("lambda_sft has weight, but these samples have no labels")
             parts["sft"] = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
         if self.needs("kl"):
             parts["kl"] = forward_kl(logits, teacher.logits, method.temperature)

@@ -129,9 +129,9 @@ class Estimator:
         need.flops, need.disk = about.steps * cost.flops, member.parameters * 4
         return need
 
-    def teacher_cache(self, kind: str) -> Need:
-        """The teacher's pass over the questions of a kind: "train" or "long"."""
-        c, settings, asked = self.config, self.config.teacher_cache, getattr(self.config.haystacks, kind)
+    def teacher_cache(self) -> Need:
+        """The teacher's pass over the training questions."""
+        c, settings, asked = self.config, self.config.teacher_cache, self.config.haystacks.train
         name, dtype = c.models.teacher, c.training.dtype
         member, layers = self.members[name], tuple(settings.layers)
         longest, visual = self.lengths.longest(asked.max_size)
@@ -156,7 +156,7 @@ class Estimator:
         """One training run of a student."""
         c, m, member = self.config, self.config.methods[method], self.members[student]
         teacher, settings = self.members[c.models.teacher], c.training
-        asked, objective = getattr(c.haystacks, m.questions), Objective.of(m)
+        asked, objective = c.haystacks.train, Objective.of(m)
         batch = min(settings.per_device_batch, settings.batch_size)
         settings = settings.changed({"per_device_batch": batch})
         longest, visual = self.lengths.longest(asked.max_size)

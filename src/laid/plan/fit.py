@@ -75,11 +75,10 @@ def _candidates(estimator: Estimator, job: Job) -> Iterator[tuple[str, dict[str,
         if c.methods[job.method].lora is None:
             yield f"methods.{job.method}.lora: {{rank: 8}}", {"methods": {job.method: {"lora": {"rank": 8}}}}
     if job.rule in ("train", "teacher_cache"):
-        kind = job.method if job.rule == "teacher_cache" else c.methods[job.method].questions
-        asked = getattr(c.haystacks, kind)
+        asked = c.haystacks.train
         for size in (asked.max_size // 2, asked.max_size // 4):
             if size >= asked.min_size:
-                yield f"haystacks.{kind}.max_size: {size}", {"haystacks": {kind: {"max_size": size}}}
+                yield f"haystacks.train.max_size: {size}", {"haystacks": {"train": {"max_size": size}}}
 
 
 def _sizes(job: Job) -> str:

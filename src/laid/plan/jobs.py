@@ -61,9 +61,8 @@ def jobs_of(estimator: Estimator, gpu: Gpu) -> Iterator[Job]:
     if not config.models.checkpoints:
         for member in order:
             yield _job(estimator, gpu, "pretrain", member, "", (), 1)
-    for kind in ("train", "long"):
-        if any(methods[m].questions == kind and _taught(methods[m]) for _, m in trained):
-            yield _job(estimator, gpu, "teacher_cache", names.teacher, kind, (), 1)
+    if any(_taught(methods[m]) for _, m in trained):
+        yield _job(estimator, gpu, "teacher_cache", names.teacher, "", (), 1)
     for student, method in trained:
         yield _job(estimator, gpu, "train", student, method, (), config.seeds)
     for student, method in dict.fromkeys((s, m) for s, m, _ in cells):
@@ -89,7 +88,7 @@ def need_of(
     if rule == "pretrain":
         return estimator.pretrain(student)
     if rule == "teacher_cache":
-        need = estimator.teacher_cache(method)
+        need = estimator.teacher_cache()
     else:
         need = estimator.evaluate(student, method, sizes)
         # A cell of a trained method answers with one model per seed, one after the other.

@@ -61,17 +61,6 @@ class TrainQuestions(Section):
     """Most images in a haystack."""
 
 
-class LongQuestions(Section):
-    """Long haystacks of training images, for methods with `questions: long`. Their answers are never read."""
-
-    questions: Annotated[int, Field(ge=2)] = 3000
-    """Number of questions."""
-    min_size: Count = 2
-    """Fewest images in a haystack."""
-    max_size: Count = 100
-    """Most images in a haystack."""
-
-
 class ValidationQuestions(Section):
     """Validation questions, for choosing hyper-parameters, on images of train2017 that no training question uses."""
 
@@ -106,6 +95,5 @@ class Haystacks(Section):
     min_needles: Count = 1
     """A pair of anchor and target is used only where at least this many images answer yes, and as many no."""
     train: TrainQuestions = TrainQuestions()
-    long: LongQuestions = LongQuestions()
     validation: ValidationQuestions = ValidationQuestions()
     test: TestQuestions = TestQuestions()

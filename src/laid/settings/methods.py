@@ -118,8 +118,6 @@ class SelfExtend(Method):
 class TrainedMethod(Method):
     """A trained method: the lambdas of eq. 8, and what each of its parts needs."""
 
-    questions: Literal["train", "long"] = "train"
-    """train: the training questions with their labels; long: the long haystacks (haystacks.long), whose labels are never read, so lambda_sft must be 0."""
     lora: Lora | None = None
     lr: Positive | None = None
     """Peak learning rate; null takes training.lr."""

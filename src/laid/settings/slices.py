@@ -21,14 +21,7 @@ UNTRAINED = [f"methods.*.{key}" for key in ("factor", "original_positions", "axe
 # Keys that change no result (results, resources, how work is sharded) stand nowhere, nor does what only chooses inputs.
 SLICES: dict[str, list[str]] = {
     "data": ["data", "-data.download"],
-    "haystacks": ["haystacks", "-haystacks.long"],
-    "haystacks_long": [
-        "haystacks",
-        "-haystacks.train",
-        "-haystacks.validation",
-        "-haystacks.test",
-        "haystacks.validation.share",
-    ],
+    "haystacks": ["haystacks"],
     "pretrain": [
         "family",
         "-family.members",
@@ -43,7 +36,7 @@ SLICES: dict[str, list[str]] = {
         "-training.parallel",
         "-training.trackers",
         "methods.{method}",
-        *(f"-methods.{{method}}.{key}" for key in ("questions", "extends", "label")),
+        *(f"-methods.{{method}}.{key}" for key in ("extends", "label")),
         "evaluation.order_seed",
         "evaluation.attention",
     ],
@@ -52,7 +45,7 @@ SLICES: dict[str, list[str]] = {
         "-evaluation.shard",
         "-evaluation.feature_cache_gb",
         "methods.{method}",
-        *(f"-methods.{{method}}.{key}" for key in ("questions", "extends", "label")),
+        *(f"-methods.{{method}}.{key}" for key in ("extends", "label")),
     ],
     "analyse": [
         "analysis.questions",

@@ -138,10 +138,9 @@ def contradictions(settings: Settings) -> Iterator[tuple[Path, str]]:
             ("data", "root"),
             "data.source is 'local', so this must name the folder with annotations/ and the images",
         )
-    for part in ("train", "long"):
-        sizes = getattr(settings.haystacks, part)
-        if sizes.min_size > sizes.max_size:
-            yield ("haystacks", part, "min_size"), f"{sizes.min_size} is above max_size {sizes.max_size}"
+    sizes = settings.haystacks.train
+    if sizes.min_size > sizes.max_size:
+        yield ("haystacks", "train", "min_size"), f"{sizes.min_size} is above max_size {sizes.max_size}"
     pope = settings.pope
     if pope.wording == "haystack" and pope.objects < 2:
         yield (
@@ -154,7 +153,6 @@ def contradictions(settings: Settings) -> Iterator[tuple[Path, str]]:
             ("beyond", "sizes"),
             f"{min(settings.beyond.sizes)} is not above the largest test size, {largest} (haystacks.test.sizes)",
         )
-    trained = [name for name, method in methods.items() if isinstance(method, TrainedMethod)]
     for key in ("methods", "ablations"):
         first = getattr(settings.tables, key)[:1]
         if first != ["base"]:
@@ -190,13 +188,6 @@ def contradictions(settings: Settings) -> Iterator[tuple[Path, str]]:
     for section in ("analysis", "beyond", "pope"):
         if "base" not in getattr(settings, section).methods:
             yield (section, "methods"), "base is missing: the others are held against it"
-    for name in trained:
-        method = methods[name]
-        if method.questions == "long" and method.lambda_sft > 0:
-            yield (
-                ("methods", name, "lambda_sft"),
-                f"{method.lambda_sft:g} weighs labels, which questions: long does without; set it to 0",
-            )
     if models.teacher in models.students:
         yield ("models", "students"), f"{models.teacher!r} is the teacher and cannot be a student of itself"
 

@@ -28,15 +28,15 @@ from laid.training.samples import Sample, batches_of, build_samples
 
 @dataclass
 class Piece:
-    """Samples of one forward pass. labels: (B, 2) token ids; None where answers are not read."""
+    """Samples of one forward pass. labels: (B, 2) token ids."""
 
     indices: Sequence[int]
     inputs: Batch
     tokens: Tokens
-    labels: Tensor | None = None
+    labels: Tensor
 
     @classmethod
-    def of(cls, indices: Sequence[int], inputs: Batch, labels: Tensor | None = None) -> Piece:
+    def of(cls, indices: Sequence[int], inputs: Batch, labels: Tensor) -> Piece:
         """inputs: whose last two tokens predict the answer and the end of the turn."""
         tokens = Tokens(inputs.positions, inputs.token_mask, inputs.lengths - 2)
         return cls(indices, inputs, tokens, labels)
@@ -91,9 +91,8 @@ class Data:
             for row, sample in enumerate(self.samples[k] for k in indices):
                 rng = np.random.default_rng([self.seed, 5, step, sample.index])
                 inputs.score_bias[row, : len(sample.prompt.ids)] = self._diluted(sample, step / steps, rng)
-        labels = [self.samples[k].labels for k in indices]
-        known = None if labels[0] is None else torch.from_numpy(np.stack(labels)).to(self.device)
-        return Piece.of(indices, inputs.to(self.device), known)
+        labels = torch.from_numpy(np.stack([self.samples[k].labels for k in indices]))
+        return Piece.of(indices, inputs.to(self.device), labels.to(self.device))
 
     def _stretched(self, sample: Sample, progress: float, rng: np.random.Generator) -> Tensor:
         positions = torch.from_numpy(sample.prompt.positions)
@@ -140,8 +139,7 @@ def read_data(
         limit_bytes=int(evaluation.feature_cache_gb * 2**30),
         store=store,
     )
-    labelled = method.questions == "train"
-    samples = build_samples(read_questions(questions), features, evaluation.order_seed, labelled, ahead)
+    samples = build_samples(read_questions(questions), features, evaluation.order_seed, ahead)
     return Data(samples, features, method.gaps, method.dilution, **how)
 
 

@@ -232,15 +232,7 @@ def _teacher(run: Run, engine: Engine) -> Teacher | None:
         )
         place = next(model.parameters()).device
         return OnlineTeacher(model, lambda indices: read.inputs(indices).to(place), read.lengths)
-    cache = TeacherCache(run.teacher_cache, run.questions)
-    labelled = method.questions == "train"
-    if cache.labelled != labelled:
-        has, wanted = ("without", "with") if labelled else ("with", "without")
-        raise LaidError(
-            f"{cache.folder}: was made {has} labels, method {run.method} learns {wanted} them:"
-            f" make the cache {'without' if labelled else 'with'} --without-labels"
-        )
-    return cache
+    return TeacherCache(run.teacher_cache, run.questions)
 
 
 def _groups(run: Run, model: nn.Module, lesson: Lesson) -> list[tuple[list[nn.Parameter], float]]:

@@ -19,15 +19,14 @@ class Sample:
 
     index: the question's place in its file. paths: its images, in the order shown. prompt: the encoded prompt
     with the answer token appended, T tokens. labels: (2,) token ids, the answer and the end of the turn,
-    predicted at the last two tokens; None for a sample without labels, which carries yes and no in turn, so
-    that the teacher still shows how a turn ends. text_start: index of the first text token after the last
+    predicted at the last two tokens. text_start: index of the first text token after the last
     image. needles: places of the needles among the images.
     """
 
     index: int
     paths: list[str]
     prompt: EncodedPrompt
-    labels: np.ndarray | None
+    labels: np.ndarray
     text_start: int
     needles: list[int]
 
@@ -41,12 +40,11 @@ def build_samples(
     questions: Sequence[Question],
     features: ImageFeatures,
     order_seed: int,
-    labelled: bool = True,
     ahead: bool = True,
 ) -> list[Sample]:
     """Encode questions and compute the features of their images ahead, as far as memory allows.
 
-    labelled=False reads no answer: the samples have no labels. ahead=False leaves features to when they are asked for.
+    ahead=False leaves features to when they are asked for.
     Raises LaidError where an answer is not one token, or an image is missing or broken.
     """
     tokenizer, encoder = features.processor.tokenizer, features.processor.encoder
@@ -57,11 +55,10 @@ def build_samples(
     samples = []
     for index, (question, (paths, needles)) in enumerate(zip(questions, ordered, strict=True)):
         prompt = encoder.encode(question.text, features.grids(paths))
-        word = question.answer if labelled else ("yes", "no")[index % 2]
-        answer = tokenizer(word, add_special_tokens=False)["input_ids"]
+        answer = tokenizer(question.answer, add_special_tokens=False)["input_ids"]
         if len(answer) != 1:
             raise LaidError(
-                f"the tokenizer splits the answer {word!r} into {len(answer)} tokens, expected 1:"
+                f"the tokenizer splits the answer {question.answer!r} into {len(answer)} tokens, expected 1:"
                 " use the tokenizer of a Qwen vision-language model"
             )
         last = prompt.positions[:, -1:] + 1
@@ -72,8 +69,7 @@ def build_samples(
             prompt.block_starts,
             np.append(prompt.image_mask, False),
         )
-        labels = np.array([answer[0], end]) if labelled else None
-        samples.append(Sample(index, paths, full, labels, text_start, needles))
+        samples.append(Sample(index, paths, full, np.array([answer[0], end]), text_start, needles))
     return samples
 
 

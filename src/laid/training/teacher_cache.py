@@ -107,13 +107,12 @@ def cache_size(
     teacher: str | Path,
     coco_root: str | Path,
     questions: str | Path,
-    labelled: bool = True,
 ) -> str:
     """What `build_cache` would write, in a line, without running or even loading the teacher's weights."""
     model = empty_model(teacher)
     features = ImageFeatures(model, Processor.load(teacher), lambda path: safe_join(coco_root, path))
     order = settings.evaluation.order_seed
-    samples = build_samples(read_questions(questions), features, order, labelled, ahead=False)
+    samples = build_samples(read_questions(questions), features, order, ahead=False)
     return _size_line(_kept(settings, model), samples)
 
 
@@ -148,13 +147,11 @@ def build_cache(
     questions: str | Path,
     out: str | Path,
     device: str = "cpu",
-    labelled: bool = True,
     features_folder: str | Path | None = None,
 ) -> dict[str, Any]:
     """Run the teacher once over `questions` and write the cache to folder `out`; returns its index.
 
-    labelled=False: the questions' answers are not read (see laid.training.samples); the cache serves methods with
-    questions: long. features_folder: keeps visual features for other runs (laid.models.feature_store). Finished
+    features_folder: keeps visual features for other runs (laid.models.feature_store). Finished
     shards of a pass that was killed (same teacher, questions, settings and code) are taken up, not computed again.
     Raises LaidError for inputs that are missing or wrong.
     """
@@ -173,7 +170,7 @@ def build_cache(
         store=features_folder,
     )
     order = settings.evaluation.order_seed
-    samples = build_samples(read_questions(questions), features, order, labelled, ahead=False)
+    samples = build_samples(read_questions(questions), features, order, ahead=False)
     kept = _kept(settings, model)
     print(_size_line(kept, samples), flush=True)
     images = {path for sample in samples for path in sample.paths}
@@ -184,7 +181,6 @@ def build_cache(
             "settings": record["settings"],
             "code": record["code"].get("source"),
             "libraries": record["libraries"],
-            "labelled": labelled,
         }
     )
     parent = Path(out).parent
@@ -215,7 +211,6 @@ def build_cache(
             bar.update(len(part))
     index = {
         "format": FORMAT,
-        "labelled": labelled,
         "layers": list(kept.layers),
         "model_layers": geometry(model).layers,
         "heads": kept.heads,
@@ -366,7 +361,7 @@ class TeacherCache:
         self.index = index
         try:
             self.layers, self.lengths = index["layers"], index["lengths"]
-            self.depth, self.labelled = index["model_layers"], index.get("labelled", True)
+            self.depth = index["model_layers"]
             self.heads, self.kv_heads, self.head_dim = (index[k] for k in ("heads", "kv_heads", "head_dim"))
             self.shards = [(s["file"], s["first"], s["questions"], s["sha256"]) for s in index["shards"]]
             made_from = index["provenance"]["data"]["questions"]
