@@ -86,10 +86,11 @@ def origin(tmp_path_factory):
     few = {"train: 3000": "train: 240", "val: 1500": "val: 160", "questions: 5000": "questions: 40"}
     few |= {
         "questions: 200": "questions: 10",
-        "sizes: [5, 20, 50, 100]": "sizes: [5]",
+        "sizes: [5, 20, 100, 300]": "sizes: [5]",
         "questions: 300": "questions: 10",
     }
     few |= {"sizes: [1, 2, 5, 10, 20, 50, 100, 150]": "sizes: [1, 2, 5, 50, 100]"}
+    few |= {"sizes: [200, 300, 500]": "sizes: [110]", "questions: 100 ": "questions: 10 "}
     for old, new in few.items():
         work.edit(old, new)
     work.commit()
@@ -182,7 +183,7 @@ def test_a_mistake_in_the_configuration_is_said_and_leaves_nothing(old, new, sai
 
 
 def test_a_second_repro_does_nothing(origin):
-    assert "3 of 3 steps" in origin.made  # data, haystacks, and the target that names them
+    assert "4 of 4 steps" in origin.made  # data, haystacks, those beyond, and the target that names them
     again = origin.run("dvc", "repro", "data")
     assert "didn't change, skipping" in again and "steps" not in again
 
