@@ -96,7 +96,7 @@ def test_the_paper_offline_as_typed(plan):
     assert teacher["memory"]["cache"] == pytest.approx(
         2 * 64 * 8 * 128 * 2 * teacher["longest_tokens"], rel=0.1
     )
-    cache = jobs["teacher_cache", "qwen32b", "train"]
+    cache = jobs["teacher_cache", "qwen32b", ""]
     assert cache["disk_bytes"] == pytest.approx(cache["tokens"] * 48 * 128 * 2 + 5000 * 2 * 152064 * 4)
 
 
