@@ -82,7 +82,11 @@ def test_an_image_of_no_split_is_told(coco_root, haystacks, tmp_path, capsys):
 
 
 def test_haystacks_error_is_one_line_and_leaves_nothing(coco_root, tmp_path, capsys):
-    config = overlay(tmp_path, haystacks={"test": {"sizes": [1000]}, "validation": {"sizes": [5]}})
+    config = overlay(
+        tmp_path,
+        haystacks={"test": {"sizes": [1000]}, "validation": {"sizes": [5]}},
+        beyond={"sizes": [2000]},
+    )
     out = tmp_path / "haystacks"
     assert main(["haystacks", *config, "--coco", str(coco_root), "--out", str(out)]) == 2
     error = capsys.readouterr().err
