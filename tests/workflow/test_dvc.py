@@ -278,6 +278,7 @@ haystacks:
   train: {questions: 16}
   validation: {questions: 4}
   test: {questions: 4, sizes: [1, 5, 50]}
+beyond: {sizes: [100], questions: 4}
 family:
   pretrain: {vision: {steps: 2}}
   members: {teacher: {window: 5, steps: 12}, medium: {steps: 12}, small: {steps: 12}}
