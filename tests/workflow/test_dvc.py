@@ -86,10 +86,11 @@ def origin(tmp_path_factory):
     few = {"train: 3000": "train: 240", "val: 1500": "val: 160", "questions: 5000": "questions: 40"}
     few |= {
         "questions: 200": "questions: 10",
-        "sizes: [5, 20, 50, 100]": "sizes: [5]",
+        "sizes: [5, 20, 100, 300]": "sizes: [5]",
         "questions: 300": "questions: 10",
     }
     few |= {"sizes: [1, 2, 5, 10, 20, 50, 100, 150]": "sizes: [1, 2, 5, 50, 100]"}
+    few |= {"sizes: [200, 300, 500]": "sizes: [110]", "questions: 100 ": "questions: 10 "}
     for old, new in few.items():
         work.edit(old, new)
     work.commit()
