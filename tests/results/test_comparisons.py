@@ -98,7 +98,7 @@ def test_table1_stars_are_against_the_own_base(fading):
     column = table.header.index("150")
     stars = {(row[0].text, row[1].text): row[column].stars for row in table.rows}
     assert stars["7B", "LAid"] == stars["3B", "LAid"] == "*"
-    assert stars["7B", "base"] == stars["7B", "SFT (LoRA)"] == stars["32B", "base"] == ""
+    assert stars["7B", "base"] == stars["7B", "SFT"] == stars["32B", "base"] == ""
     assert any(
         "Holm's correction over 12 window means and over 30 sizes, each apart" in note for note in table.notes
     )  # 2 x 3 methods x (2 + 5)
@@ -133,7 +133,7 @@ def test_window_tables_hold_windows_ratios_and_tokens(fading):
             images, there = float(row[f"ci_{end}"]), float(row[f"tokens_ci_{end}"])
             assert there == pytest.approx(40 + 350 * images if 0 < images < math.inf else images, rel=1e-4)
     assert [r[1].text for r in in_images.rows if r[0].text == "7B"] == [
-        "base", "SFT (LoRA)", "KD (ours)", "LAid", "LAid w/o KL",
+        "base", "SFT", "KD (ours)", "LAid", "LAid w/o KL",
     ]  # fmt: skip
     assert ratios.rows[0][2].text == "1x" and len(tokens.rows) == len(in_images.rows) == 10
 

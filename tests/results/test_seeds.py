@@ -59,7 +59,7 @@ def test_stars_stand_for_the_seeds_that_agree_and_not_for_those_that_do_not(root
     ]
     starred = {line.split("|")[2].strip(): line.count("\\*") for line in rows}
     # All three sizes and both gains for what gains 30 points with every seed, or with one answer a question.
-    assert starred == {"base": 0, "YaRN": 5, "SFT (LoRA)": 5, "LAid": 0}
+    assert starred == {"base": 0, "YaRN": 5, "SFT": 5, "LAid": 0}
 
 
 def test_every_text_says_three_seeds(root):

@@ -103,9 +103,9 @@ def test_best_and_second_best_are_marked_within_each_student(built):
     column = table.header.index("20")
     marks = [(row[0].text, row[1].text, row[column].mark) for row in table.rows if row[column].mark]
     assert marks == [
-        ("7B", "SFT (LoRA)", "best"),
+        ("7B", "SFT", "best"),
         ("7B", "LAid", "second"),
-        ("3B", "SFT (LoRA)", "best"),
+        ("3B", "SFT", "best"),
         ("3B", "LAid", "second"),
     ]
     text = render.markdown(table)
@@ -345,3 +345,12 @@ def test_a_narrow_terminal_gets_parts_with_every_number_whole(built, width):
         ]
         names = [entry.text for entry in row[:2]]
         assert [text for text in told if text not in names] == [entry.text + entry.stars for entry in row[2:]]
+
+
+def test_sft_says_whether_it_trains_an_adapter():
+    from laid.results.names import method_names
+    from laid.settings import Settings
+
+    plain, adapter = ({"lambda_sft": 1.0}, {"lora": {"rank": 8}})
+    assert method_names(Settings.of({"methods": {"sft": plain}}))["sft"] == "SFT"
+    assert method_names(Settings.of({"methods": {"sft": adapter}}))["sft"] == "SFT (LoRA)"

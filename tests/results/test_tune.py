@@ -81,7 +81,7 @@ def test_the_table_says_what_was_tried_and_what_is_chosen():
     text = markdown(table)
     bold = [re.split(r" *\| *", line)[1:3] for line in text.splitlines() if "**" in line and "|" in line]
     assert bold == [
-        ["SFT (LoRA)", "**lr 0.001, 2 epochs, all weights**"],
+        ["SFT", "**lr 0.001, 2 epochs, all weights**"],
         ["KD (ours)", f"**lr 0.002, {found.settings.training.epochs:g} epochs, all weights**"],
         ["YaRN", "**factor 2.0**"],
     ]

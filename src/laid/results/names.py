@@ -13,7 +13,7 @@ SHIPPED = {
     "base": "base",
     "yarn": "YaRN",
     "self_extend": "SelfExtend",
-    "sft": "SFT (LoRA)",
+    "sft": "SFT",
     "kd": "KD (ours)",
     "laid": "LAid",
     "laid_plus": "LAid+",
@@ -43,10 +43,16 @@ class Names(dict[str, str]):
 
 
 def method_names(settings: Settings) -> Names:
-    """The shipped methods first, then the configuration's own in its order; `methods.<name>.label` counts most."""
+    """The shipped methods first, then the configuration's own in its order; `methods.<name>.label` counts most.
+
+    SFT says whether it trains an adapter, as the paper's does.
+    """
     labels = {
         name: method.label or SHIPPED.get(name) or _without(name) for name, method in settings.methods.items()
     }
+    sft = settings.methods.get("sft")
+    if sft is not None and sft.label is None and sft.lora is not None:
+        labels["sft"] = f"{SHIPPED['sft']} (LoRA)"
     return Names({name: labels.get(name, SHIPPED.get(name)) for name in (*SHIPPED, *labels)})
 
 
