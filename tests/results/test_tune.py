@@ -61,12 +61,32 @@ def test_scores_errors_and_the_choice_by_hand():
     assert (first["7B_short"], first["7B_long"], first["7B_score"]) == pytest.approx((90, 50, 70))
     # 70 and 60: mean 65, standard deviation 50 ** 0.5, over two students
     assert (first["mean"], first["error"]) == pytest.approx((65, 5))
-    # three equal ones: the lower learning rate, then the fewer epochs; of YaRN the lower factor
+    # three equal ones: fewer epochs, then the lower learning rate; of YaRN the lower factor
     chosen = ["sft_lr0p001_epochs2_lora_null", "kd_lr0p002", "yarn_factor2"]
     assert list(frame.index[frame["chosen"]]) == chosen
     assert frame.loc["yarn_factor4", "mean"] == pytest.approx(frame.loc["yarn_factor2", "mean"])
     # kd at 0.001 is 6 points behind on the one student, none on the other
     assert frame.loc["kd_lr0p001", ["to_chosen", "to_chosen_error"]].tolist() == pytest.approx([-3, 3])
+
+
+@pytest.mark.parametrize(
+    ("of_two", "of_five", "chosen"),
+    [
+        # behind nine epochs by 2 and 6 points, 4 with a standard error of 2, and by 1 and 5, 3 with one of 2
+        ((0.68, 0.64), (0.69, 0.65), 9),
+        # by 0 and 4, 2 with one of 2
+        ((0.68, 0.64), (0.70, 0.66), 5),
+        ((0.70, 0.66), (0.72, 0.66), 2),
+    ],
+)
+def test_fewer_epochs_are_chosen_within_one_standard_error_of_the_best(of_two, of_five, chosen):
+    tried = {"sft": [{"epochs": 9}, {"epochs": 5}, {"epochs": 2}]}
+    curves = {(student, "base"): (0.5, 0.5) for student in ("7B", "3B")}
+    for epochs, accuracies in ((2, of_two), (5, of_five), (9, (0.70, 0.70))):
+        for student, accuracy in zip(("7B", "3B"), accuracies, strict=True):
+            curves[student, f"sft_epochs{epochs}"] = (accuracy, accuracy)
+    frame = scores(results(settings([5, 50], tried), [5, 50], curves))
+    assert list(frame.index[frame["chosen"]]) == [f"sft_epochs{chosen}"]
 
 
 def test_the_table_says_what_was_tried_and_what_is_chosen():

@@ -2,8 +2,10 @@
 
 The rule, one for all methods: a setting's score on a student is the mean of its short and its long window, each the
 mean accuracy over its sizes (tables.short_max parts them). The setting with the highest mean score over the students
-is chosen; of equal ones that which changes the student least: lower learning rate, fewer epochs (YaRN: the lower factor;
-SelfExtend: smaller groups, then the larger window), then the first written.
+is the best. The one with the fewest epochs is chosen among those that are not more than one standard error behind it,
+student by student (the one-standard-error rule of Breiman et al., Classification and Regression Trees, 1984), then the
+highest score; of equal ones that which changes the student least: lower learning rate (YaRN: the lower factor; SelfExtend:
+smaller groups, then the larger window), then the first written.
 """
 
 from __future__ import annotations
@@ -21,16 +23,20 @@ from laid.evaluation.cells import Cells
 from laid.results.answers import Model, Results
 from laid.results.needed import needed_by_tune
 from laid.results.render import BEST, Entry, Table
-from laid.settings import SelfExtend, Yarn, plain
+from laid.settings import plain
 from laid.settings.tune import variants
 
 if TYPE_CHECKING:
     from laid.settings import Method, Settings
 
 RULE = (
-    "Chosen (bold): the highest mean over students of (short + long) / 2; of equal ones the lower learning rate, the"
-    " fewer epochs, the lower factor, the smaller group."
+    "Chosen (bold): the highest mean over students of (short + long) / 2, or fewer epochs within one standard error of"
+    " it; of equal ones the lower learning rate, the lower factor, the smaller group."
 )
+
+
+# Means of the same accuracies added up in another order are equal.
+ROUNDING = 1e-6
 
 
 def read(cells: Cells, settings: Settings, folder: str | Path) -> Results:
@@ -57,7 +63,11 @@ def scores(results: Results) -> pd.DataFrame:
     frame["chosen"] = False
     for method in results.settings.tune.methods:
         own = frame[frame["method"] == method]
-        best = min(own.index, key=lambda name: _order(own.loc[name], results.settings.methods[name]))
+        best = own["mean"].idxmax()
+        behind = each.loc[own.index] - each.loc[best]
+        # Of one student there is no standard error: only equal settings are within it.
+        near = own[behind.mean(axis=1) >= -behind.sem(axis=1).fillna(0) - ROUNDING]
+        best = min(near.index, key=lambda name: _order(near.loc[name], results))
         frame.loc[best, "chosen"] = True
         behind = each.loc[own.index] - each.loc[best]
         frame.loc[own.index, "to_chosen"] = behind.mean(axis=1)
@@ -141,19 +151,12 @@ def _windows(results: Results, model: Model) -> dict[str, float]:
     return {"short": short, "long": long, "score": float(np.nanmean([short, long]))}
 
 
-def _order(line: pd.Series, method: Method) -> tuple:
+def _order(line: pd.Series, results: Results) -> tuple:
     """The first in this order is chosen."""
-    # Means of the same accuracies added up in another order are equal.
-    return (-round(line["mean"], 6), *_change(method), line["place"])
-
-
-def _change(method: Method) -> tuple:
-    """How much a setting changes the student, to decide between equals."""
-    if isinstance(method, Yarn):
-        return (method.factor,)
-    if isinstance(method, SelfExtend):
-        return (method.group, -method.window)
-    return (method.lr or 0, method.epochs or 0)
+    values = _values(results.settings.methods[line["variant"]], results.settings)
+    change = (values.get("lr"), values.get("factor"), values.get("group"), -values.get("window", 0))
+    epochs = values.get("epochs", 0)
+    return (epochs, -round(line["mean"], 6), *(value or 0 for value in change), line["place"])
 
 
 def _values(method: Method, settings: Settings) -> dict[str, Any]:
