@@ -9,7 +9,7 @@ from laid.results.training_figures import distance_schedule
 from laid.settings import TrainedMethod
 
 DISTANCE = {"strength": 4.0}
-GAPS = {"share": 1.0, "reach": 500, "end": 0.5}
+GAPS = {"reach": 500, "end": 0.5}
 
 
 def method(**values):

@@ -163,7 +163,10 @@ def test_empty_overlay_changes_nothing(tmp_path):
             "haystacks: {train: {min_size: 30}}\n",
             ["line 1: haystacks.train.min_size: 30 is above max_size 20"],
         ),
-        ("models: {students: [teacher]}\n", ["models.students: 'teacher' is the teacher"]),
+        (
+            "models: {students: [teacher]}\ntables: {table3_students: null}\n",
+            ["models.students: 'teacher' is the teacher"],
+        ),
         ("seeds: 1\nseeds: 2\n", ["overlay.yaml: line 2: key 'seeds' stands here and on line 1"]),
         ("- 1\n- 2\n", ["expected `key: value` lines at the top, found a list"]),
         ("a: [1\n", ["not valid YAML, line"]),

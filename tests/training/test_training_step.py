@@ -1,5 +1,7 @@
 """One step: batches, memory and arithmetic."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -151,6 +153,23 @@ def test_dilution_grows_with_progress_and_spares_the_needle(micro, start, tmp_pa
             weights.append(sum(by_image))
         heaviest.append(max(weights))
     assert heaviest[0] <= 4 + 1e-3 < heaviest[2] <= micro.methods["laid_plus"].dilution.reach + 1e-3
+
+
+def test_a_share_of_the_samples_gets_neither_gaps_nor_dilution(micro, start, tmp_path):
+    run = Ready(start(micro, "laid_plus", tmp_path / "seed0"))
+    data = dataclasses.replace(run.data, ordinary=0.25)
+    indices = list(range(len(data.samples)))
+    plain, changed, steps = data.inputs(indices).positions, [], 40
+    for step in range(steps, 2 * steps):  # all that may be long is long by then
+        inputs = data.piece(indices, step, 2 * steps).inputs
+        moved = (inputs.positions != plain).any(0).any(1)
+        diluted = (inputs.score_bias != 0).any(1)
+        # A drawn span or weight may by chance be the sample's own; a sample left alone has both.
+        assert (moved | diluted).eq(moved & diluted).float().mean() > 0.9
+        changed.append(moved | diluted)
+    left = 1 - torch.stack(changed).float().mean()
+    expected, error = 0.25, (0.25 * 0.75 / (steps * len(indices))) ** 0.5
+    assert abs(left - expected) < 4 * error + 0.02
 
 
 @torch.no_grad()

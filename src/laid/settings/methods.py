@@ -61,8 +61,6 @@ class Distance(Section):
 class Gaps(Section):
     """Progressive position gaps between images."""
 
-    share: Share = 1.0
-    """Share of samples that get gaps; the others keep their positions, so that short inputs stay in practice."""
     draw: Literal["uniform", "log"] = "uniform"
     """How a sample's span is drawn, from its own to the present reach: uniform, or log, every doubling equally likely, which keeps short distances in practice."""
     reach: Natural = 0
@@ -135,6 +133,8 @@ class TrainedMethod(Method):
     distance: Distance = Distance()
     gaps: Gaps = Gaps()
     dilution: Dilution = Dilution()
+    ordinary: Share = 0.0
+    """Share of samples without gaps and dilution, so that short haystacks as they are stay in practice."""
     gain: bool = False
     """Learn a gain of RoPE frequencies per query head (laid.distill.gain); folded into the weights on export."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,7 +47,7 @@ class Piece:
 class Data:
     """Samples of a question file, as a student (or a teacher that answers as training goes) reads them.
 
-    features: of the model that reads; in_step: features are computed in the step instead, as a trained vision tower needs.
+    ordinary: share of samples that gaps and dilution pass over. features: of the model that reads; in_step: features are computed in the step instead, as a trained vision tower needs.
     seed: of order and gaps.
     """
 
@@ -54,6 +55,7 @@ class Data:
     features: ImageFeatures
     gaps: Gaps
     dilution: Dilution
+    ordinary: float = 0.0
     seed: int = 0
     device: str | torch.device = "cpu"
     in_step: bool = False
@@ -80,35 +82,37 @@ class Data:
     def piece(self, indices: Sequence[int], step: int, steps: int) -> Piece:
         """What a pass over `indices` needs, gapped and diluted as far as `step` of `steps` allows."""
         inputs = self.inputs(indices)
-        if self.gaps.reach:
+        if self.gaps.reach or self.dilution.reach:
+            inputs.score_bias = torch.zeros(inputs.ids.shape) if self.dilution.reach else None
             for row, sample in enumerate(self.samples[k] for k in indices):
-                rng = np.random.default_rng([self.seed, 3, step, sample.index])
-                inputs.positions[:, row, : len(sample.prompt.ids)] = self._stretched(
-                    sample, step / steps, rng
-                )
-        if self.dilution.reach:
-            inputs.score_bias = torch.zeros(inputs.ids.shape)
-            for row, sample in enumerate(self.samples[k] for k in indices):
-                rng = np.random.default_rng([self.seed, 5, step, sample.index])
-                inputs.score_bias[row, : len(sample.prompt.ids)] = self._diluted(sample, step / steps, rng)
+                if self._rng(7, step, sample).random() >= self.ordinary:
+                    self._lengthen(inputs, row, sample, step, step / steps)
         labels = torch.from_numpy(np.stack([self.samples[k].labels for k in indices]))
         return Piece.of(indices, inputs.to(self.device), labels.to(self.device))
 
-    def _stretched(self, sample: Sample, progress: float, rng: np.random.Generator) -> Tensor:
-        positions = torch.from_numpy(sample.prompt.positions)
-        if rng.random() >= self.gaps.share:
-            return positions
-        span = sample.prompt.span
-        far = reach(progress, span, max(span, self.gaps.reach), self.gaps.end)
-        starts = sample.prompt.block_starts.tolist()
-        return open_gaps(positions, starts, sample.text_start, far, rng, draw=self.gaps.draw)
+    def _rng(self, purpose: int, step: int, sample: Sample) -> np.random.Generator:
+        return np.random.default_rng([self.seed, purpose, step, sample.index])
 
-    def _diluted(self, sample: Sample, progress: float, rng: np.random.Generator) -> Tensor:
-        images = len(sample.paths)
-        far = reach(progress, images, max(images, self.dilution.reach), self.dilution.end)
-        stands_for = copies(images, len(sample.needles), far, rng)
+    def _lengthen(self, inputs: Batch, row: int, sample: Sample, step: int, progress: float) -> None:
+        """Open the sample's gaps and dilute its needles, in place."""
+        tokens, images, span = len(sample.prompt.ids), len(sample.paths), sample.prompt.span
         starts = sample.prompt.block_starts.tolist()
-        return score_bias(len(sample.prompt.ids), starts, sample.text_start, sample.needles, stands_for)
+        if self.gaps.reach:
+            far = reach(progress, span, max(span, self.gaps.reach), self.gaps.end)
+            inputs.positions[:, row, :tokens] = open_gaps(
+                torch.from_numpy(sample.prompt.positions),
+                starts,
+                sample.text_start,
+                far,
+                self._rng(3, step, sample),
+                draw=self.gaps.draw,
+            )
+        if self.dilution.reach:
+            far = reach(progress, images, max(images, self.dilution.reach), self.dilution.end)
+            stands_for = copies(images, len(sample.needles), far, self._rng(5, step, sample))
+            inputs.score_bias[row, :tokens] = score_bias(
+                tokens, starts, sample.text_start, sample.needles, stands_for
+            )
 
     def _images(self, paths: list[str]) -> tuple[Tensor, Tensor, Tensor]:
         """(pixels, grid_thw, order) of laid.models.forward.Batch.images: what features are made from in the step."""
@@ -135,12 +139,12 @@ def read_data(
     features = ImageFeatures(
         model,
         processor,
-        lambda path: safe_join(coco, path),
+        functools.cache(functools.partial(safe_join, coco)),
         limit_bytes=int(evaluation.feature_cache_gb * 2**30),
         store=store,
     )
     samples = build_samples(read_questions(questions), features, evaluation.order_seed, ahead)
-    return Data(samples, features, method.gaps, method.dilution, **how)
+    return Data(samples, features, method.gaps, method.dilution, method.ordinary, **how)
 
 
 def require_same_tokens(lengths: Sequence[int], teacher: Sequence[int], whose: str) -> None:
