@@ -68,18 +68,18 @@ distclean: clean
 
 # The stamps: an environment is made again when its lock (or what pyproject.toml asks for) changes. The locks pin every
 # package but those that one build of torch alone needs (CUDA), which pip therefore resolves itself.
-PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+INSTALL := bash tools/install.sh $(BIN)/python
 
 $(VENV)/.demo: envs/requirements.lock pyproject.toml
 	@set -eu; python=$$(bash tools/find_python.sh "$(PYTHON)"); \
 	echo "Installing the pinned packages into $(VENV) with $$("$$python" --version) ..."; \
 	rm -rf $(VENV); \
 	"$$python" -m venv $(VENV); \
-	$(PIP_INSTALL) -r envs/requirements.lock; \
-	$(PIP_INSTALL) --no-deps --no-build-isolation -e .; \
+	$(INSTALL) -r envs/requirements.lock; \
+	$(INSTALL) --no-deps --no-build-isolation -e .; \
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.demo envs/requirements-dev.lock
 	@set -eu; echo "Installing the test tools into $(VENV) ..."; \
-	$(PIP_INSTALL) -r envs/requirements.lock -r envs/requirements-dev.lock; \
+	$(INSTALL) -r envs/requirements.lock -r envs/requirements-dev.lock; \
 	touch $@

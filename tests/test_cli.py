@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from laid import __version__, cli
+from laid import __version__, cli, provenance
 from laid.io import read_json
 
 TOP = Path(__file__).resolve().parents[1]
@@ -178,7 +178,9 @@ def test_unknown_verbs_version_and_help(capsys):
             cli.main(words)
         assert caught.value.code == code
     out = capsys.readouterr().out
-    assert f"laid {__version__}" in out and all(verb in out for verb in cli.VERBS)
+    assert all(verb in out for verb in cli.VERBS)
+    commit = provenance.code()["commit"]
+    assert f"laid {__version__}" + (f" ({commit[:12]}" if commit else "\n") in out
 
 
 @pytest.mark.parametrize("verb", cli.VERBS)

@@ -39,10 +39,20 @@ VERBS = {
 }
 
 
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from laid import provenance
+
+        found = provenance.code()
+        commit = found["commit"] and f" ({found['commit'][:12]}{', changed' if found['dirty'] else ''})"
+        print(f"laid {__version__}{commit or ''}")
+        parser.exit()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(prog="laid", description=__doc__)
-    parser.add_argument("--version", action="version", version=f"laid {__version__}")
+    parser.add_argument("--version", action=_Version, nargs=0, help="version, and the commit in a checkout")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     wanted = next((word for word in argv if word in VERBS), None)
     for verb, text in VERBS.items():
