@@ -1,5 +1,6 @@
 """Every verb: a wrong input is exit status 2 and one clear line, never a traceback, and nothing half-written is left."""
 
+import io
 import json
 import os
 import subprocess
@@ -200,6 +201,35 @@ def test_a_folder_that_cannot_be_written_is_one_line(places, capsys, tmp_path, m
     assert cli.main(command(places, "evaluate")) == 2
     lines = capsys.readouterr().err.splitlines()
     assert lines[-1] == f"laid evaluate: error: {tmp_path / 'made/out'}: No space left on device"
+
+
+def test_home_is_meant_by_a_tilde_wherever_it_stands(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "x.yaml").write_text(
+        "results: ~/r\ndata: {source: local, root: ~/coco}\nmodels: {checkpoints: {small: ~/small}}\n"
+    )
+    assert cli.main(["config", "--json", "--config", "~/x.yaml", "--out=~/whole.json"]) == 0
+    full = json.loads((tmp_path / "whole.json").read_text())
+    found = [full["results"], full["data"]["root"], full["models"]["checkpoints"]["small"]]
+    assert found == [f"{tmp_path}/{name}" for name in ("r", "coco", "small")]
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii"])
+def test_no_verb_ends_because_a_character_cannot_be_printed(tmp_path, monkeypatch, encoding):
+    (tmp_path / "x.yaml").write_text("results: π\n", encoding="utf-8")
+    out = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", out)
+    assert cli.main(["config", "--config", str(tmp_path / "x.yaml")]) == 0
+    out.flush()
+    assert b"results: \\u03c0" in out.buffer.getvalue()
+
+
+def test_a_line_is_a_line_whatever_it_names(tmp_path, capsys):
+    """A path may hold what no terminal shows, and be longer than anyone reads."""
+    for name in ("a\nb.yaml", "\x1b[31m.yaml", "\u202e.yaml", "x" * 5000):
+        assert cli.main(["config", "--config", str(tmp_path / name)]) == 2
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and said[:-1].isprintable() and len(said) < 1000
 
 
 def test_interrupted_by_hand(places, capsys, monkeypatch):

@@ -107,6 +107,32 @@ def test_broken_json_is_one_line(tmp_path, content, said):
     assert isinstance(path, Path)
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("pipe", "is a pipe, expected a file"),
+        ("zero", "is a device, expected a file"),
+        ("loop", "cannot be read: Too many levels of symbolic links"),
+        (".", "is a folder, expected a file"),
+        ("x" * 300, "cannot be read: File name too long"),
+        ("a\0b", "holds a character that no name has"),
+    ],
+)
+def test_what_is_no_file_is_one_line_at_once(tmp_path, name, said):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(LaidError, match=said):
+        io.read_text(tmp_path / name)
+
+
+def test_a_link_below_a_folder_is_the_users_own(tmp_path):
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root/val2017").symlink_to(tmp_path / "shared")
+    assert io.safe_join(tmp_path / "root", "val2017/1.jpg") == tmp_path / "root/val2017/1.jpg"
+
+
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640)])
 def test_what_is_made_can_be_read_by_whom_the_umask_says(tmp_path, umask, mode):
     """safetensors makes its files for their owner alone; on a cluster others are to read checkpoints."""

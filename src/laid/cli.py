@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -50,7 +51,9 @@ class _Version(argparse.Action):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    argv = list(sys.argv[1:] if argv is None else argv)
+    if hasattr(sys.stdout, "reconfigure"):  # no verb ends because the locale cannot print a character
+        sys.stdout.reconfigure(errors="backslashreplace")
+    argv = [_expanded(word) for word in (sys.argv[1:] if argv is None else argv)]
     parser = argparse.ArgumentParser(prog="laid", description=__doc__)
     parser.add_argument("--version", action=_Version, nargs=0, help="version, and the commit in a checkout")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
@@ -69,8 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return args.run(args) or 0
     except LaidError as error:
-        print(f"laid {args.verb}: error: {error}", file=sys.stderr)
-        return 2
+        return _refused(args.verb, str(error))
     except KeyboardInterrupt:
         print(f"laid {args.verb}: interrupted", file=sys.stderr)
         return 130
@@ -78,8 +80,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 141
     except OSError as error:  # a folder that cannot be written, a full disk
         where = f"{error.filename}: " if error.filename else ""
-        print(f"laid {args.verb}: error: {where}{error.strerror or error}", file=sys.stderr)
-        return 2
+        return _refused(args.verb, f"{where}{error.strerror or error}")
+
+
+def _expanded(word: str) -> str:
+    """~ as the shell expands it, also behind `--out=`, where the shell leaves it."""
+    option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    return option + equals + os.path.expanduser(value)
+
+
+def _refused(verb: str, reason: str) -> int:
+    """Say, in one line that any terminal shows, what is wrong; returns the exit status."""
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in reason)
+    line = line if len(line) < 900 else f"{line[:600]} ... {line[-200:]}"
+    print(f"laid {verb}: error: {line}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

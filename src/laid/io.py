@@ -1,4 +1,4 @@
-"""Reading and writing files: JSON only, written beside and renamed, paths kept inside their root."""
+"""Reading and writing files: text and JSON only, written beside and renamed, paths kept inside their root."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
+import stat
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -90,17 +92,32 @@ def write_json(path: str | Path, value: Any, indent: int | None = 1) -> None:
     write_text(path, dumps(value, indent) + "\n")
 
 
-def read_json(path: str | Path) -> Any:
-    """Read a JSON file; a byte-order mark is skipped. Raises LaidError where it is missing, broken or cut short."""
+def read_text(path: str | Path, what: str = "file") -> str:
+    """The UTF-8 text of a file that comes from outside; a byte-order mark is skipped. what: the file, in messages.
+
+    Raises LaidError where there is none, where it is no regular file (a pipe would be waited for), or not UTF-8.
+    """
     path = Path(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
+        mode = path.stat().st_mode
+        if not stat.S_ISREG(mode):
+            found = "folder" if stat.S_ISDIR(mode) else "pipe" if stat.S_ISFIFO(mode) else "device"
+            raise LaidError(f"{path}: is a {found}, expected a {what}")
+        return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise LaidError(f"{path}: no such file") from None
-    except IsADirectoryError:
-        raise LaidError(f"{path}: is a folder, expected a JSON file") from None
+        raise LaidError(f"{path}: no such {what}") from None
     except UnicodeDecodeError as error:
         raise LaidError(f"{path}: not UTF-8 text (byte {error.start})") from None
+    except OSError as error:
+        raise LaidError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValueError:
+        raise LaidError(f"{path}: {UNPRINTABLE}") from None
+
+
+def read_json(path: str | Path) -> Any:
+    """Read a JSON file; a byte-order mark is skipped. Raises LaidError where it is missing, broken or cut short."""
+    try:
+        return json.loads(read_text(path))
     except RecursionError:
         raise LaidError(f"{path}: not JSON that laid writes: nested too deep") from None
     except json.JSONDecodeError as error:
@@ -134,12 +151,39 @@ def sha256_folder(path: str | Path) -> str:
     return digest.hexdigest()
 
 
+UNPRINTABLE = "holds a character that no name has"
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+
+
+def unprintable(text: str) -> bool:
+    """Whether a text has control characters, line separators or halves of characters: nothing that a name has."""
+    return _UNPRINTABLE.search(text) is not None
+
+
+def path_problem(name: str) -> str | None:
+    """Why the path `name` in a data file cannot be one of a file below a folder, or None.
+
+    By its text alone: links below the folder are the user's own, and resolving 118,000 paths on a network disk takes
+    minutes.
+    """
+    parts = name.split("/")
+    if ".." in parts or name.startswith("/"):
+        return "leaves its folder"
+    if "\\" in name:
+        return "has backslashes: use /"
+    if "" in parts or "." in parts:
+        return "names no file"
+    if unprintable(name):
+        return UNPRINTABLE
+    if len(name) > 63 and (len(name) > 4000 or any(len(part.encode()) > 255 for part in parts)):
+        return f"is {len(name):,} characters long"
+    return None
+
+
 def safe_join(root: str | Path, name: str) -> Path:
-    """`root`/`name`, where `name` comes from a data file. Raises LaidError if it leaves `root`."""
-    base = Path(root).resolve()
-    path = (base / name).resolve()
-    if path != base and base not in path.parents:
-        raise LaidError(f"{name!r} leaves its folder {root}: paths in data files must stay inside it")
+    """`root`/`name`, where `name` comes from a data file. Raises LaidError if it leaves `root` or names no file."""
+    if problem := path_problem(name):
+        raise LaidError(f"{name!r:.80} {problem}: paths in data files must stay inside their folder {root}")
     return Path(root) / name
 
 

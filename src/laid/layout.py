@@ -5,7 +5,6 @@ The rules, the audit and the results share this. It names files and opens none.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,7 +62,7 @@ class Layout:
         self.settings = settings
         self.root = str(root or Path(settings.results) / settings.scale)
         local = settings.data.source == "local"
-        self.coco: str = os.path.expanduser(settings.data.root) if local else f"{self.root}/coco"
+        self.coco: str = settings.data.root if local else f"{self.root}/coco"
         self.suites = suites(settings)
         self.models = settings.models
         self.members: list[str] = [self.models.teacher, *self.models.students]
@@ -97,8 +96,7 @@ class Layout:
 
     def given(self, member: str) -> str | None:
         """A checkpoint of the user's own, a folder or a hub id; None for a member that is made here."""
-        given = self.models.checkpoints.get(member)
-        return os.path.expanduser(given) if given else None
+        return self.models.checkpoints.get(member)
 
     def checkpoint(self, member: str) -> str:
         """Where a member's checkpoint is: a folder made here, a folder of the user's, or a hub id."""

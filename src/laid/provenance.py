@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -22,7 +23,7 @@ from typing import Any
 
 from laid import __version__
 from laid.errors import LaidError
-from laid.io import safe_join, sha256_file, sha256_json
+from laid.io import read_json, safe_join, sha256_file, sha256_json, write_json
 from laid.settings import Settings, slice_for
 
 PACKAGE = Path(__file__).resolve().parent
@@ -45,7 +46,7 @@ def collect(step: str, config: Settings, inputs: Mapping[str, Input], **wildcard
     that is missing.
     """
     settings = slice_for(step, config, **wildcards)
-    data = {name: fingerprint(value) for name, value in sorted(inputs.items())}
+    data = {name: fingerprint(value, kept=True) for name, value in sorted(inputs.items())}
     return {
         "step": step,
         "wildcards": {key: value for key, value in sorted(wildcards.items())},
@@ -58,8 +59,10 @@ def collect(step: str, config: Settings, inputs: Mapping[str, Input], **wildcard
     }
 
 
-def fingerprint(value: Input) -> str:
+def fingerprint(value: Input, kept: bool = False) -> str:
     """Hex SHA-256 of a file, of a folder's names and contents, or of the named files; "hub:..." stands for itself.
+
+    kept: of many large named files (a training's photographs), hashes of earlier runs hold while size and time of change do.
 
     A folder's own records (RECORDS) and hidden files are left out: the same weights made by another commit, or with
     another log, are the same model.
@@ -67,7 +70,7 @@ def fingerprint(value: Input) -> str:
     if isinstance(value, str) and value.startswith("hub:"):
         return value
     if isinstance(value, tuple):
-        return sha256_json({name: fingerprint(safe_join(value[0], name)) for name in sorted(value[1])})
+        return sha256_json(_hashes(Path(value[0]), sorted(value[1]), kept))
     path = Path(value)
     if path.is_file():
         return _file_hash(path)
@@ -81,14 +84,44 @@ def fingerprint(value: Input) -> str:
     raise LaidError(f"{path}: no such file or folder, needed as an input")
 
 
+LARGE = 256 << 20  # bytes of named files from which on their hashes are kept
+
+
+def _hashes(root: Path, names: Sequence[str], kept: bool) -> dict[str, str]:
+    """The hash of each named file below `root`; those of many large files stay in the user's cache folder."""
+    files = {name: safe_join(root, name) for name in names}
+    missing = next((file for file in files.values() if not file.is_file()), None)
+    if missing is not None:
+        raise LaidError(f"{missing}: no such file, needed as an input")
+    stamps = {name: [(s := file.stat()).st_size, s.st_mtime_ns] for name, file in files.items()}
+    if not kept or sum(size for size, _ in stamps.values()) < LARGE:
+        return {name: _file_hash(file) for name, file in files.items()}
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    store = Path(cache, "laid", "hashes", f"{sha256_json(os.path.realpath(root))[:24]}.json")
+    try:
+        known = read_json(store)
+    except LaidError:
+        known = {}
+    known = known if isinstance(known, dict) else {}
+    fresh = {
+        name: [*stamp, _file_hash(files[name])]
+        for name, stamp in stamps.items()
+        if not isinstance(known.get(name), list) or known[name][:2] != stamp
+    }
+    if fresh:
+        with suppress(OSError):  # a home that cannot be written costs time alone
+            write_json(store, known | fresh, indent=None)
+    return {name: (known | fresh)[name][2] for name in names}
+
+
 def _file_hash(path: Path) -> str:
     """sha256_file, read once per process while size and time of change stay as they are (checkpoints are large)."""
     found = path.stat()
-    return _hash_at(path.resolve(), found.st_size, found.st_mtime_ns)
+    return _hash_at(os.path.realpath(path), found.st_size, found.st_mtime_ns)
 
 
 @cache
-def _hash_at(path: Path, size: int, changed: int) -> str:
+def _hash_at(path: str, size: int, changed: int) -> str:
     return sha256_file(path)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from laid import provenance
+from laid.data.images import require_images
 from laid.data.questions import Question, read_questions
 from laid.errors import LaidError
 from laid.evaluation.evaluate import Evaluator
@@ -41,6 +42,7 @@ def distill(run: Run, held_out: str | Path | None = None, device: str = "cpu") -
             f"{out}: exists and is not an earlier result of `laid distill`: choose another folder for --out"
         )
     questions = read_questions(run.questions)
+    require_images(run.coco, run.images, [run.questions])
     asked = read_questions(held_out) if held_out else []
     sizes = {}
     for role, source in (
@@ -128,6 +130,7 @@ def _cache(run: Run, device: str) -> Path:
         [
             provenance.fingerprint(source_of(run.teacher)),
             sha256_file(run.questions),
+            provenance.fingerprint((run.coco, run.images), kept=True),
             slice_for("teacher_cache", settings),
         ]
     )

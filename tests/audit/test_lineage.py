@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -79,7 +80,11 @@ def make_results(tmp_path):
         for k, answer in enumerate(("yes", "no"))
     ]
     write_questions(haystack_file(root / "haystacks/test", 2), asked)
-    write_questions(root / "haystacks/train.json", asked)
+    trained = [
+        replace(q, needles=(f"train2017/{k}.png",), distractors=("train2017/2.png",))
+        for k, q in enumerate(asked)
+    ]
+    write_questions(root / "haystacks/train.json", trained)
 
     def record(step, names, **wildcards):
         where = {"train": lineage.run, "evaluate": partial(lineage.cell, "test")}
@@ -92,12 +97,12 @@ def make_results(tmp_path):
         (root / f"models/{member}/model.safetensors").write_bytes(member.encode())
         write_json(
             root / f"models/{member}/laid.json",
-            {"window": 4, "provenance": record("pretrain", ["annotations"], member=member)},
+            {"window": 4, "provenance": record("pretrain", ["annotations", "images"], member=member)},
         )
     run = root / LINK["run"]
     (run / "model").mkdir(parents=True)
     (run / "model/adapter.safetensors").write_bytes(b"adapter")
-    trained = record("train", ["questions", "student"], student="small", method="sft", seed=0)
+    trained = record("train", ["questions", "images", "student"], student="small", method="sft", seed=0)
     write_json(run / "run.json", {"steps": 7, "final": {"loss": 0.25}, "provenance": trained})
     for student, method in (("teacher", "base"), ("small", "base"), ("small", "sft")):
         names = ["questions", "images", "model", "annotations_val2017"] + ["run_seed0"] * (method == "sft")
@@ -137,6 +142,8 @@ def test_untouched_results_are_sound(tree, capsys):
         ("models/small/model.safetensors", 1, "input model (results/mini/models/small) is"),
         ("runs/small/sft/seed0/model/adapter.safetensors", 2, "input run_seed0 (results/mini/runs/small/sft/seed0/model)"),
         ("haystacks/train.json", 2, "stale: results/mini/cells/test/small/sft/2.json: results/mini/runs/small/sft/seed0: input questions"),
+        ("coco/train2017/1.png", 0, "results/mini/models/small: input images (results/mini/coco) is"),  # pretraining's
+        ("coco/train2017/0.png", 2, "results/mini/runs/small/sft/seed0: input images (results/mini/coco) is"),  # not its
         ("coco/annotations/instances_train2017.json", 0, "results/mini/models/small: input annotations"),
     ],
 )  # fmt: skip

@@ -12,8 +12,9 @@ import zlib
 import pytest
 from PIL import Image
 
-from laid.data.coco import load_coco, load_labels
+from laid.data.coco import SPLITS, image_problem, load_both, load_coco, load_labels
 from laid.errors import LaidError
+from laid.provenance import fingerprint
 
 GOOD = {
     "images": [
@@ -72,8 +73,24 @@ def without(group, at, key):
         (change("annotations", 2, image_id=8), "annotation 2 names image 8"),
         (change("annotations", 1, category_id=2), "annotation 1 names category 2"),
         (change("categories", 1, id=90), "category 1 repeats id 90"),
-        (change("categories", 1, name=" "), r"category 1 \(id 1\) has a blank name"),
-        (change("images", 0, file_name="images\\b.png"), "has backslashes in file_name: use /"),
+        (change("categories", 1, name=" "), r"category 1 \(id 1\) has a name that is blank"),
+        (change("images", 0, file_name="images\\b.png"), "has backslashes: use /"),
+        *(
+            (change("images", 0, file_name=name), f"image 0: file_name .* {says}")
+            for name, says in {
+                "": "names no file",
+                ".": "names no file",
+                "a//b.png": "names no file",
+                "/b.png": "leaves its folder",
+                "b\0.png": "holds a character that no name has",
+                "b\ud800.png": "holds a character that no name has",
+                "x" * 5000: "is 5,000 characters long",
+                "é" * 200: "is 200 characters long",
+            }.items()
+        ),
+        (change("categories", 1, name="a <|vision_start|>"), r"holds the special token <\|vision_start\|>"),
+        (change("categories", 1, name="x" * 300), "is 300 characters long, more than 200"),
+        (change("categories", 1, name="cup\0"), "holds a character that no name has"),
         (without("annotations", 0, "image_id"), r"annotations\[0\] has no image_id"),
         (without("images", 1, "file_name"), r"images\[1\] has no file_name"),
     ],
@@ -142,9 +159,7 @@ def test_image_too_large_to_open_is_one_line(copy):
 
     header = chunk(b"IHDR", struct.pack(">II5B", 20_000, 10_000, 8, 2, 0, 0, 0))
     victim.write_bytes(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"")))
-    with pytest.raises(
-        LaidError, match=f"{victim.name}: .* more than the 178,956,970 pixels that are opened"
-    ):
+    with pytest.raises(LaidError, match=f"{victim.name}: .*200000000 pixels.* exceeds limit of 178956970"):
         load_coco(copy, "val2017", check="sizes")
 
 
@@ -163,29 +178,60 @@ def test_splits_that_overlap_or_disagree_are_refused(tmp_path):
     put(tmp_path, change("categories", 0, name="comb"), "train2017")
     with pytest.raises(LaidError, match="categories .* differ: 'comb' is in one of them only"):
         load_labels(tmp_path)
-    swapped = json.loads(json.dumps(GOOD))
-    swapped["categories"] = [{"id": 1, "name": "toothbrush"}, {"id": 90, "name": "person"}]
-    put(tmp_path, swapped, "train2017")
-    with pytest.raises(LaidError, match="categories .* differ: their ids give them different orders"):
-        load_labels(tmp_path)
 
 
 def test_what_other_tools_write_is_read(tmp_path):
-    """Ids counted anew in each file, a root category of a class's name, blanks, a byte-order mark, empty addresses."""
+    """Ids and order of categories of each file's own, image ids too, a root category of a class's name, blanks, a
+    byte-order mark, empty addresses."""
     data = change("images", 0, coco_url=None)
     data["categories"].insert(0, {"id": 0, "name": "person", "supercategory": "none"})
     data["categories"][1]["name"] = "toothbrush "
     put(tmp_path, "\ufeff" + json.dumps(data))
     data["images"][0]["file_name"], data["images"][1]["file_name"] = "c.png", "d.png"
+    for entry in (
+        data["categories"] + data["annotations"]
+    ):  # 90 toothbrush, 1 person becomes the other way round
+        key = "id" if "name" in entry else "category_id"
+        entry[key] = {90: 1, 1: 90}.get(entry[key], entry[key])
+    data["categories"][0]["name"] = "toothbrush"
     put(tmp_path, data, "train2017")
-    labels, categories = load_labels(tmp_path)
-    assert categories == ("person", "toothbrush")
+    train, test = load_both(tmp_path)
+    assert train.categories == test.categories == ("toothbrush", "person")
+    labels, _ = load_labels(tmp_path)
     assert labels == {
         f"{split}2017/{name}.png": held
         for split, names in {"train": "dc", "val": "ab"}.items()
         for name, held in zip(names, (frozenset(), {"person", "toothbrush"}))
     }
     assert load_coco(tmp_path, "val2017").images["val2017/b.png"].url == ""
+
+
+@pytest.mark.parametrize("kind", ["files", "folders", "root"])
+def test_links_of_the_users_are_read(coco_root, tmp_path, kind):
+    """As clusters lay shared data out, and DVC's cache.type symlink."""
+    root = tmp_path / "coco"
+    if kind == "root":
+        root.symlink_to(coco_root)
+    else:
+        root.mkdir()
+        (root / "annotations").symlink_to(coco_root / "annotations")
+        for split in SPLITS:
+            if kind == "folders":
+                (root / split).symlink_to(coco_root / split)
+            else:
+                (root / split).mkdir()
+                for file in (coco_root / split).iterdir():
+                    (root / split / file.name).symlink_to(file)
+    coco = load_coco(root, "val2017", check="files")
+    paths = sorted(coco.images)
+    assert fingerprint((root, paths)) == fingerprint((coco_root, paths))
+    assert image_problem(coco.file(paths[0]), coco.images[paths[0]]) is None
+
+
+@pytest.mark.parametrize(("given", "says"), [("coco/train2017", "coco has it"), (".", "coco has it")])
+def test_a_root_one_folder_off_is_told(copy, given, says):
+    with pytest.raises(LaidError, match=f"instances_val2017.json: no such file; .*{says}: give that folder"):
+        load_coco(copy.parent / given, "val2017")
 
 
 def test_real_slice_against_pycocotools(shared):

@@ -78,7 +78,7 @@ def test_an_image_of_no_split_is_told(coco_root, haystacks, tmp_path, capsys):
     (tmp_path / "q.json").write_text(questions)
     words = ["--out", str(tmp_path / "coco"), "--questions", str(tmp_path / "q.json")]
     assert main(["data", *config, *words]) == 2
-    assert "are not annotated, first TRAIN2017/" in capsys.readouterr().err
+    assert f"are not annotated in {tmp_path}/coco, first TRAIN2017/" in capsys.readouterr().err
 
 
 def test_haystacks_error_is_one_line_and_leaves_nothing(coco_root, tmp_path, capsys):

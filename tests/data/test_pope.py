@@ -176,6 +176,12 @@ GOOD = {"question_id": 1, "image": "val2017/1.jpg", "text": "Is there a dog in t
         ),
         (json.dumps(GOOD | {"label": "maybe"}), "line 1: the label is 'maybe', not yes or no"),
         (json.dumps(GOOD | {"text": "A dog?"}), "line 1: 'A dog\\?' asks in none of the known forms"),
+        (
+            json.dumps(GOOD | {"text": "Is there a <|image_pad|> in the image?"}),
+            "line 1: asks about a name that holds",
+        ),
+        (json.dumps(GOOD | {"image": "val2017/\0.jpg"}), "line 1: 'val2017/.*' is not an image of COCO"),
+        ("[" * 100_000, "line 1: not valid JSON"),
         (json.dumps(GOOD | {"image": "../1.jpg"}), "line 1: '../1.jpg' is not an image of COCO"),
         (json.dumps(GOOD | {"image": 7}), "line 1: expected an object with the texts image, text and label"),
     ],
@@ -186,6 +192,16 @@ def test_broken_files_are_one_line(tmp_path, text, says):
     with pytest.raises(LaidError, match=says) as caught:
         read_pope(file, tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_older_releases_are_read(tmp_path):
+    """A line of one reads "imange"; Windows tools put a byte-order mark before the first."""
+    file = tmp_path / "coco_pope_random.json"
+    older = GOOD | {"text": "Is there a dog in the imange?", "image": "val2017/2.jpg"}
+    file.write_text("\ufeff" + json.dumps(GOOD) + "\r\n" + json.dumps(older) + "\n")
+    assert is_pope(file)
+    one, two = read_pope(file, tmp_path)
+    assert (one.target, two.target, two.text) == ("dog", "dog", older["text"])
 
 
 def test_one_object_has_no_anchor():
@@ -207,4 +223,7 @@ def test_images_of_the_questions_are_checked(coco_root, tmp_path, capsys):
     file.write_text(json.dumps(GOOD | {"image": "val2017/none.jpg"}))
     capsys.readouterr()
     assert main(["data", *words, "--out", str(tmp_path / "coco"), "--questions", str(file)]) == 2
-    assert "1 images of the questions are not annotated, first val2017/none.jpg" in capsys.readouterr().err
+    assert (
+        f"{file}: 1 images of the questions are not annotated in {tmp_path}/coco, first val2017/none.jpg"
+        in capsys.readouterr().err
+    )

@@ -99,8 +99,16 @@ def said(question=None, answer=None, asker="human"):
         (changed(SINGLE, "target", "a cow"), "not a question about needle 'orange' and target 'cow'"),
         (changed(SINGLE, "target", 7), "target is '7', not a name"),
         (changed(SINGLE, "id", ""), "id is '', not a text"),
-        (changed(SINGLE, "id", "a\ud800"), "id is .*, not a text of printable characters"),
+        (changed(SINGLE, "id", "a\ud800"), "id is .*, not a text of 1 to 200 printable"),
         (changed(SINGLE, "neg_image", ["val2017/\0.jpg"]), "not a path below"),
+        (changed(SINGLE, "neg_image", ["val2017/./1.jpg"]), "names no file: not a path below"),
+        (changed(SINGLE, "neg_image", ["val2017/" + "x" * 300]), "is 308 characters long"),
+        (changed(SINGLE, "id", "x" * 200_000), "not a text of 1 to 200"),
+        (
+            changed(SINGLE, "needle", "a <|image_pad|>"),
+            r"needle is .* holds the special token <\|image_pad\|>",
+        ),
+        (changed(SINGLE, "target", "a c\0w"), "target is .* holds a character that no name has"),
         (changed(SINGLE, "pos_image", []), "pos_image is empty"),
         (changed(SINGLE, "pos_image", "train2017/1.jpg"), "pos_image is not a list"),
         (changed(SINGLE, "pos_image", MULTI["pos_image"]), "asks about one image and has 2"),
@@ -159,7 +167,7 @@ def test_what_could_not_be_read_back_is_not_written(tmp_path):
     good = read_questions(put(tmp_path / "q.json", SINGLE))[0]
     for bad, says in (
         (replace(good, anchor="orange  "), "not a question about needle|is another"),
-        (replace(good, needles=("1.jpg",)), "cannot be written: pos_image: '1.jpg' is not a path"),
+        (replace(good, needles=("1.jpg",)), "cannot be written: pos_image: '1.jpg' has no folder"),
     ):
         with pytest.raises(LaidError, match=says):
             write_questions(tmp_path / "out.json", [good, bad])

@@ -6,9 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from laid.data.images import image_size, open_image
 from laid.errors import LaidError
 from laid.io import read_json, write_json
-from laid.models.processing import Processor, image_size, open_image
+from laid.models.processing import Processor
 
 
 @pytest.fixture(scope="module")

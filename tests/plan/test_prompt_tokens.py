@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
+from laid.data.images import image_size
 from laid.data.questions import haystack_file, read_questions
-from laid.models.processing import Processor, image_size
+from laid.models.processing import Processor
 from laid.plan.tokens import SPREAD, TEXT, VISUAL, lengths_of
 from laid.settings import validate
 

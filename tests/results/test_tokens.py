@@ -9,7 +9,8 @@ import pytest
 from laid.cli import main
 from laid.data.coco import load_coco
 from laid.data.haystacks import haystack_file, questions_of_size, read_questions
-from laid.models.processing import Processor, image_size
+from laid.data.images import image_size
+from laid.models.processing import Processor
 from laid.models.prompts import OFFICIAL_PROMPT
 from laid.results import tokens
 from laid.settings import validate

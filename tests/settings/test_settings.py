@@ -486,12 +486,15 @@ def test_mistakes_in_methods_and_their_names(tmp_path, text, said):
         ("seeds: !!binary aGk=", "not valid YAML, line 1"),
         ("seeds: " + "9" * 5000, "no whole number that fits 64 bits"),
         ("training: {lr: .nan}", "line 1: training.lr = .nan: must be a finite number"),
+        ('results: "a\\0b"', "line 1: 'a\\x00b' holds a character that no name has"),
+        ('results: "\\ud800"', "line 1: '\\ud800' holds a character that no name has"),
+        ("family: {members: {../x: {}}}", "family.members: '../x': must match"),
         ("training: {lr: .inf}", "line 1: training.lr = .inf: must be a finite number"),
         ("scale: 2024-13-45x!", "line 1: scale = '2024-13-45x!': must match"),
         ("a: " * 60 + "1", "line 1"),
         ("a: " + "[" * 3000 + "]" * 3000, "nested more than 40 levels deep"),
         ("a: &a [*a]", "line 1: nested more than 40 levels deep"),
-        ('"a\\nb": 1', "'a\\nb': unknown key"),
+        ('"a\\nb": 1', "line 1: 'a\\nb' holds a character that no name has"),
         (
             "a0: &a0 [1,1,1,1,1,1,1,1]\n"
             + "".join(f"a{k}: &a{k} [{', '.join([f'*a{k - 1}'] * 8)}]\n" for k in range(1, 9)),

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from laid import provenance
+from laid.data.coco import load_coco
+from laid.data.haystacks import training_paths
 from laid.data.pope import is_pope, read_pope
 from laid.data.questions import Question, read_questions
 from laid.errors import LaidError
@@ -99,6 +101,9 @@ class Lineage:
             return Path(self.layout.questions(suite, wildcards["size"])), maker
         if name == "questions":
             return Path(self.layout.training_questions), self.haystacks("train")
+        if name == "images" and step.name == "pretrain":
+            train = load_coco(self.coco, "train2017")
+            return (self.coco, training_paths(self.config.haystacks, train)), None
         if name == "images":
             return (self.coco, self.images(self.inputs_of(step, "questions")[0])), None
         if name in ("model", "student", "teacher"):

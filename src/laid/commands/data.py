@@ -63,10 +63,12 @@ def _make(args: argparse.Namespace, everything: Settings) -> int:
 
         source = CocoDownload(out, **settings.download.model_dump())
         source.annotations()  # first: POPE's own files are read by them
-    read = [read_pope(file, out) if is_pope(file) else read_questions(file) for file in args.questions]
-    named = sorted({path for questions in read for q in questions for path in q.needles + q.distractors})
+    named: dict[str, Path] = {}  # image -> the first question file that names it
+    for file in args.questions:
+        for question in read_pope(file, out) if is_pope(file) else read_questions(file):
+            named |= {path: named.get(path, file) for path in question.needles + question.distractors}
     if source is not None:
-        source.images(named)
+        source.images(sorted(named))
         if args.all_images:
             source.all_images()
     elif settings.source == "rendered" and not named:
@@ -74,10 +76,10 @@ def _make(args: argparse.Namespace, everything: Settings) -> int:
 
         render(out, **settings.rendered.model_dump())
     elif settings.source == "local":
-        root = Path(settings.root).expanduser().absolute()
+        root = Path(settings.root).absolute()
         for split in SPLITS:
             load_coco(root, split, check="sizes")
-        if not (out.exists() and out.resolve() == root.resolve()):
+        if not (out.exists() and out.samefile(root)):
             if out.is_symlink():
                 out.unlink()
             elif out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -90,13 +92,13 @@ def _make(args: argparse.Namespace, everything: Settings) -> int:
             os.symlink(root, out, target_is_directory=True)
     if named:
         splits = [load_coco(out, split) for split in SPLITS]
-        unknown = [path for path in named if not any(path in coco.images for coco in splits)]
+        unknown = [path for path in sorted(named) if not any(path in coco.images for coco in splits)]
         if unknown:
             raise LaidError(
-                f"{out}: {len(unknown)} images of the questions are not annotated, first {unknown[0]}"
+                f"{named[unknown[0]]}: {len(unknown)} images of the questions are not annotated in {out}, first {unknown[0]}"
             )
         for coco in splits:
-            check_images(coco, paths=[path for path in named if path in coco.images])
+            check_images(coco, paths=[path for path in sorted(named) if path in coco.images])
     if settings.source != "local":  # the user's own folder stays as it is
         write_json(out / "laid.json", {"provenance": provenance.collect("data", everything, {})})
     labels, categories = load_labels(out)

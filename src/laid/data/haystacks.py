@@ -327,6 +327,11 @@ def split_paths(train: CocoSplit, share: float, seed: int) -> tuple[list[str], l
     return [p for p in paths if p not in kept], [p for p in paths if p in kept]
 
 
+def training_paths(settings: Haystacks, train: CocoSplit) -> list[str]:
+    """The train2017 images that models are trained on: those not kept for validation."""
+    return split_paths(train, settings.validation.share, settings.seed)[0]
+
+
 def build_haystacks(config: Settings, coco_root: str | Path, out: str | Path) -> dict[str, dict[str, Any]]:
     """Write train.json, validation/, test/ and shortcuts.{json,md} below `out`, as `config.haystacks` asks.
 
@@ -426,5 +431,5 @@ def _from_training_images(settings: Haystacks, train: CocoSplit) -> list[Questio
     seed, asked = settings.seed, settings.train
     sizes = np.resize(np.arange(asked.min_size, asked.max_size + 1), asked.questions)
     sizes = np.random.default_rng([seed, 8]).permutation(sizes).tolist()
-    labels = {path: train.labels[path] for path in split_paths(train, settings.validation.share, seed)[0]}
+    labels = {path: train.labels[path] for path in training_paths(settings, train)}
     return synthesise(labels, train.categories, sizes, seed=[seed, 0], name="train.json", **_common(settings))

@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 
 from laid.data.coco import load_coco
-from laid.data.questions import TEMPLATES, Question, with_article
+from laid.data.questions import TEMPLATES, Question, name_problem, with_article
 from laid.errors import LaidError
-from laid.io import atomic_path
+from laid.io import atomic_path, path_problem, read_text
 from laid.settings import Settings
 
 STRATEGIES = ("random", "popular", "adversarial")
@@ -28,7 +28,9 @@ STRATEGIES = ("random", "popular", "adversarial")
 # the anchor is another object of the image.
 WORDINGS = {"pope": "Is there {target} in the image?", "haystack": TEMPLATES["single"]}
 _ASKED = {
-    "object": re.compile(r"Is there an? (?P<target>.+) in the image\?"),
+    "object": re.compile(
+        r"Is there an? (?P<target>.+) in the i(?:mage|mange)\?"
+    ),  # an older release has both
     "single": re.compile(r"For the image with an? (?P<anchor>.+), is there an? (?P<target>.+)\?"),
 }
 _COCO_2014 = re.compile(r"COCO_(?:train|val)2014_(\d{12}\.jpg)")
@@ -169,10 +171,12 @@ def write_pope(path: Path, questions: Sequence[Question]) -> None:
 
 def is_pope(path: str | Path) -> bool:
     """Whether a file's first line is a question in POPE's format; False where there is no such file."""
+    if not Path(path).is_file():
+        return False
     try:
-        with open(path, encoding="utf-8") as handle:
+        with open(path, encoding="utf-8-sig") as handle:
             first = json.loads(handle.readline())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(first, dict) and "question_id" in first
 
@@ -183,20 +187,15 @@ def read_pope(path: str | Path, coco_root: str | Path) -> list[Question]:
     POPE's own files name images of COCO 2014; the same image lies in COCO 2017 under its number, in the split that the
     val2017 annotations below `coco_root` tell. Ids are "<image>:<object>". Raises LaidError, naming file and line.
     """
-    path = Path(path)
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise LaidError(f"{path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise LaidError(f"{path}: not UTF-8 text (byte {error.start})") from None
+    text = read_text(path)
+    lines = text.removesuffix("\n").split("\n") if text else []
     validation: Mapping[str, Any] | None = None
     questions: dict[str, Question] = {}
     for at, line in enumerate(lines, 1):
         where = f"{path}, line {at}"
         try:
             entry = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise LaidError(f"{where}: not valid JSON (cut short or edited? make it again)") from None
         if not isinstance(entry, dict) or any(
             not isinstance(entry.get(key), str) for key in ("image", "text", "label")
@@ -217,9 +216,11 @@ def read_pope(path: str | Path, coco_root: str | Path) -> list[Question]:
                 validation = load_coco(coco_root, "val2017").images
             name = older[1]
             image = f"val2017/{name}" if f"val2017/{name}" in validation else f"train2017/{name}"
-        elif not re.fullmatch(r"(train|val)2017/[^/\\]+", image):
-            raise LaidError(f"{where}: {image!r} is not an image of COCO, like val2017/000000000139.jpg")
+        elif path_problem(image) or not re.fullmatch(r"(train|val)2017/[^/]+", image):
+            raise LaidError(f"{where}: {image!r:.80} is not an image of COCO, like val2017/000000000139.jpg")
         words = match.groupdict()
+        if problem := next(filter(None, map(name_problem, words.values())), None):
+            raise LaidError(f"{where}: asks about a name that {problem}")
         question = _question(
             image, words["target"], label, words.get("anchor", ""), "pope" if mode == "object" else "haystack"
         )

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from laid.errors import LaidError
-from laid.io import read_json, write_json
+from laid.io import UNPRINTABLE, path_problem, read_json, unprintable, write_json
 
 # mode -> question, with "a {anchor}" / "a {target}" filled in with their articles. As in the official files.
 TEMPLATES = {
@@ -194,8 +194,9 @@ def _parse(entry: Any) -> Question:
     if answer not in ("yes", "no"):
         raise _Wrong(f"the answer is {turns[1]['value'][:40]!r}, not yes or no")
     anchor, target = (_bare(entry[key], key) for key in ("needle", "target"))
-    if not isinstance(entry["id"], str) or not entry["id"].isprintable() or not entry["id"]:
-        raise _Wrong(f"id is {entry['id']!r:.40}, not a text of printable characters")
+    ident = entry["id"]
+    if not isinstance(ident, str) or not ident.isprintable() or not 0 < len(ident) <= LONGEST:
+        raise _Wrong(f"id is {ident!r:.40}, not a text of 1 to {LONGEST} printable characters")
     needles, distractors = (_paths(entry[key], key) for key in ("pos_image", "neg_image"))
     if not needles:
         raise _Wrong("pos_image is empty")
@@ -214,18 +215,37 @@ def _bare(value: Any, key: str) -> str:
     match = re.fullmatch(r"(?:an?\s+)?(\S.*?)\s*", value) if isinstance(value, str) else None
     if not match:
         raise _Wrong(f"{key} is {str(value)[:40]!r}, not a name")
+    if problem := name_problem(match[1]):
+        raise _Wrong(f"{key} is {value[:40]!r}, which {problem}")
     return match[1]
+
+
+LONGEST = 200  # characters of a name or an id
+_SPECIAL = re.compile(r"<\|.*?\|>")
+
+
+def name_problem(name: str) -> str | None:
+    """Why `name` cannot be one of an object in a question, or None. What looks like a tokenizer's special token would be
+    read as one, <|vision_start|> as an image that is not there."""
+    if not name.strip():
+        return "is blank"
+    if unprintable(name):
+        return UNPRINTABLE
+    if len(name) > LONGEST:
+        return f"is {len(name):,} characters long, more than {LONGEST}"
+    if token := _SPECIAL.search(name):
+        return f"holds the special token {token[0]}"
+    return None
 
 
 def _paths(value: Any, key: str) -> tuple[str, ...]:
     if not isinstance(value, list) or not all(isinstance(path, str) for path in value):
         raise _Wrong(f"{key} is not a list of image paths")
     for path in value:
-        left = (
-            path[:1] == "/" or "\\" in path or "/" not in path or (".." in path and ".." in path.split("/"))
-        )
-        if left or not path.isprintable():
-            raise _Wrong(f"{key}: {path!r} is not a path below the COCO root, like val2017/000000000139.jpg")
+        if problem := path_problem(path) or ("has no folder" if "/" not in path else None):
+            raise _Wrong(
+                f"{key}: {path!r:.80} {problem}: not a path below the COCO root, like val2017/000000000139.jpg"
+            )
     if len(set(value)) < len(value):
         twice = next(path for path in value if value.count(path) > 1)
         raise _Wrong(f"{key}: {twice} is there twice")

@@ -12,6 +12,7 @@ import torch
 
 from laid import provenance
 from laid.data.coco import SPLITS, annotation_file
+from laid.data.images import require_images
 from laid.data.pope import is_pope, read_pope
 from laid.data.questions import Question, haystack_file, ordered_images, read_questions
 from laid.errors import LaidError
@@ -224,7 +225,8 @@ def evaluate_cells(
         )
     for run in runs:
         _check_run(run, method)
-    _check_images(sets, coco_root)
+    named = sorted({path for part in sets for path in part.images})
+    require_images(coco_root, named, [part.file for part in sets])
     answers: list[list[dict[str, Any]]] = [[] for _ in sets]
     tokens: list[list[int]] = [[] for _ in sets]
     spans: list[list[int]] = [[] for _ in sets]
@@ -276,19 +278,6 @@ def evaluate_cells(
         cells.append(cell)
     write_json(Path(out) / "cost.json" if cost is None else cost, provenance.cost(start))
     return cells
-
-
-def _check_images(sets: Sequence[QuestionSet], coco_root: str | Path) -> None:
-    """Raise LaidError, before any work is done, where images that the questions name are not there."""
-    named = sorted({path for part in sets for path in part.images})
-    missing = [path for path in named if not safe_join(coco_root, path).is_file()]
-    if missing:
-        files = " ".join(str(part.file) for part in sets)
-        raise LaidError(
-            f"{coco_root}: no such image: {len(missing)} of the {len(named)} images that the questions name are missing,"
-            f" first {missing[0]}; of COCO, just those are fetched with: laid data --config config.yaml configs/paper.yaml"
-            f" --out {coco_root} --questions {files}"
-        )
 
 
 def _check_run(run: str | Path, method: str) -> None:

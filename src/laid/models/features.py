@@ -7,10 +7,11 @@ from pathlib import Path
 
 import torch
 
+from laid.data.images import image_size
 from laid.models.decoder import text_model
 from laid.models.families import family_of
 from laid.models.feature_store import FeatureStore
-from laid.models.processing import Processor, image_size
+from laid.models.processing import Processor
 from laid.progress import Progress
 
 LEAST = 8  # visual tokens in a pass of the vision tower
@@ -50,7 +51,7 @@ class ImageFeatures:
         """Merged grids (height, width) of `paths`, in visual tokens, from the files' headers alone."""
         for path in paths:
             if path not in self._grids:
-                self._grids[path] = self.processor.grid(*image_size(self.file(path)))
+                self._grids[path] = self.processor.grid(*image_size(self.file(path)), self.file(path))
         return [self._grids[path] for path in paths]
 
     def prepare(self, paths: Iterable[str], label: str | None = None) -> None:

@@ -7,15 +7,14 @@ other two parts. Both are loaded from the files a checkpoint carries, by hub id 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from PIL import Image, UnidentifiedImageError
 from transformers import AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
+from laid.data.images import open_image
 from laid.errors import LaidError
 from laid.io import read_json
 from laid.models.loading import require_family, resolve, source_errors
@@ -144,30 +143,6 @@ class Processor:
             self.grid(*image.size, file)
         batch = self.image_processor(images=images, return_tensors="pt")
         return batch["pixel_values"], batch["image_grid_thw"]
-
-
-def open_image(file: str | Path) -> Image.Image:
-    """Decode an image file to RGB. Raises LaidError where it is missing or broken."""
-    with _image(file) as image:
-        return image.convert("RGB")
-
-
-def image_size(file: str | Path) -> tuple[int, int]:
-    """(width, height) in pixels, from the file's header. Raises LaidError where it is missing or broken."""
-    with _image(file) as image:
-        return image.size
-
-
-@contextmanager
-def _image(file: str | Path) -> Iterator[Image.Image]:
-    try:
-        with Image.open(file) as image:
-            yield image
-    except FileNotFoundError:
-        raise LaidError(f"{file}: no such image") from None
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise LaidError(f"{file}: not a whole image ({reason}); get it again") from None
 
 
 def _chat_template(source: str) -> str:

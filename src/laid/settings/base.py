@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Annotated, Any, Self, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic_core import PydanticCustomError
+
+from laid.io import UNPRINTABLE, unprintable
 
 T = TypeVar("T")
 
@@ -17,6 +20,15 @@ NonNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]  # the ends included
 Fraction = Annotated[float, Field(gt=0, lt=1)]  # the ends excluded
 Text = Annotated[str, Field(min_length=1)]
+
+
+def _path(value: str) -> str:
+    if unprintable(value):
+        raise PydanticCustomError("path", UNPRINTABLE)
+    return os.path.expanduser(value)
+
+
+Place = Annotated[Text, AfterValidator(_path)]  # a path, ~ taken for the home folder
 
 
 def _distinct(values: list[T]) -> list[T]:

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from laid.settings.base import Count, Distinct, Fraction, Natural, Positive, Section, Share
+from laid.settings.base import Count, Distinct, Fraction, Natural, Place, Positive, Section, Share
 
 
 class Rendered(Section):
@@ -44,7 +44,7 @@ class Data(Section):
 
     source: Literal["rendered", "local", "download"] = "rendered"
     """rendered: scenes that laid draws; local: a folder laid out like COCO; download: COCO 2017 by HTTP."""
-    root: str | None = None
+    root: Place | None = None
     """With source local: the folder that holds annotations/, train2017/ and val2017/."""
     rendered: Rendered = Rendered()
     download: Download = Download()

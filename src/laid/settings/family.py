@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from laid.settings.base import Count, Distinct, Natural, NonNegative, Positive, Section, Share, Text
+from laid.settings.base import Count, Distinct, Natural, NonNegative, Place, Positive, Section, Share, Text
 
 ModelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 
@@ -16,7 +16,7 @@ class Models(Section):
     """Name of the teacher."""
     students: Annotated[Distinct[ModelName], Field(min_length=1)] = ["medium", "small"]
     """Names of the students."""
-    checkpoints: dict[str, Text] = {}
+    checkpoints: dict[str, Place] = {}
     """Checkpoint of each model: a hub id (owner/name) or a local folder. laid trains a model without one from nothing (family)."""
     labels: dict[str, Text] = {}
     """What tables call a model (at paper scale 32B, 7B, 3B); without a label, its number of weights."""
@@ -112,5 +112,5 @@ class Family(Section):
     """Pixels of an image as the Qwen image processor resizes it; 784 = 28 x 28 makes one visual token, 3136 = 56 x 56 makes 2 x 2."""
     vision: Vision = Vision()
     pretrain: Pretrain = Pretrain()
-    members: dict[str, Member] = {}
+    members: dict[ModelName, Member] = {}
     """Members by name; models.teacher and models.students name the ones in use."""

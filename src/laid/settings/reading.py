@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from laid.errors import LaidError
+from laid.io import UNPRINTABLE, read_text, unprintable
 
 DEEPEST, LARGEST = 40, 100_000  # levels of nesting; values once aliases are written out
 NUMBER = re.compile(
@@ -77,17 +78,7 @@ _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping
 
 def read_yaml(path: str | Path) -> tuple[dict[str, Any], yaml.Node | None]:
     """What a file says, and its nodes, which know the lines. Raises LaidError, one line."""
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise LaidError(f"{path}: no such configuration file") from None
-    except IsADirectoryError:
-        raise LaidError(f"{path}: is a folder, expected a YAML file") from None
-    except UnicodeDecodeError as error:
-        raise LaidError(f"{path}: not UTF-8 text (byte {error.start})") from None
-    except OSError as error:
-        raise LaidError(f"{path}: cannot be read: {error.strerror}") from None
+    text = read_text(path, "configuration file")
     try:
         node = yaml.compose(text, Loader=_Loader)
         if node is not None:
@@ -141,6 +132,8 @@ def _measure(node: yaml.Node, sizes: dict[int, int], depth: int) -> int:
     if depth > DEEPEST:
         raise LaidError(f"line {line}: nested more than {DEEPEST} levels deep")
     if isinstance(node, yaml.ScalarNode):
+        if unprintable(node.value):
+            raise LaidError(f"line {line}: {_cut(node.value)} {UNPRINTABLE}")
         return 1
     if id(node) not in sizes:
         children = [part for pair in node.value for part in (pair if isinstance(pair, tuple) else (pair,))]

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Self
 from pydantic import Field, ValidationError
 
 from laid.errors import LaidError
-from laid.settings.base import Section, Text, merge, plain
+from laid.settings.base import Place, Section, merge, plain
 from laid.settings.data import Data, Haystacks
 from laid.settings.family import Family, Models
 from laid.settings.measuring import Analysis, Beyond, Evaluation, Pope, Sweep, Tables
@@ -36,7 +36,7 @@ class Settings(Section):
 
     scale: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")] = "small"
     """Name of the scale: results are written below `<results>/<scale>/`."""
-    results: Text = "results"
+    results: Place = "results"
     """Folder of all results, seen from the folder that the command runs in."""
     seeds: Annotated[int, Field(ge=1, le=100)] = 1
     """Training runs of each trained method, with seeds 0, 1, ... With one, intervals count questions; with several,

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from laid import provenance
 from laid.data.coco import CocoSplit, annotation_file, load_coco
-from laid.data.haystacks import Haystack, HaystackSampler, split_paths
+from laid.data.haystacks import Haystack, HaystackSampler, training_paths
 from laid.data.questions import question_text, with_article
 from laid.distill.gaps import open_gaps
 from laid.errors import LaidError
@@ -415,7 +415,7 @@ def make_member(config: Settings, name: str, coco_root: str | Path, out: str | P
     if name not in members:
         raise LaidError(f"family.members has no {name!r}; it has {', '.join(members) or 'none'}")
     coco = load_coco(coco_root, "train2017")
-    kept, _ = split_paths(coco, config.haystacks.validation.share, config.haystacks.seed)
+    kept = training_paths(config.haystacks, coco)
     coco = dataclasses.replace(coco, labels={path: coco.labels[path] for path in kept})
     processor = build_processor(coco.categories, config.family.image_pixels)
     training = Pretraining(processor, coco, config.family, members[name], name)
@@ -426,7 +426,10 @@ def make_member(config: Settings, name: str, coco_root: str | Path, out: str | P
         "window": members[name].window,
         "vision_error": round(error, 5),
         "provenance": provenance.collect(
-            "pretrain", config, {"annotations": annotation_file(coco_root, "train2017")}, member=name
+            "pretrain",
+            config,
+            {"annotations": annotation_file(coco_root, "train2017"), "images": (coco_root, kept)},
+            member=name,
         ),
     }
     with atomic_path(out) as folder:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,12 @@ import torch
 from torch import Tensor, nn
 
 from laid import provenance
+from laid.data.images import require_images
+from laid.data.questions import read_questions
 from laid.distill.objective import PARTS, Objective
 from laid.errors import LaidError
 from laid.io import atomic_path, read_json, sha256_json, write_json
-from laid.models.loading import load_model
+from laid.models.loading import load_model, source_of
 from laid.models.processing import Processor
 from laid.progress import Progress
 from laid.settings import Settings, TrainedMethod, slice_for
@@ -82,11 +85,20 @@ class Run:
         """The parts of eq. 8 that the teacher gives."""
         return [part for part in PARTS if part != "sft" and Objective.of(self.how).needs(part)]
 
-    def inputs(self) -> dict[str, Any]:
+    @cached_property
+    def images(self) -> list[str]:
+        """The images that the questions name, sorted."""
+        return sorted({p for q in read_questions(self.questions) for p in (*q.needles, *q.distractors)})
+
+    def inputs(self) -> dict[str, provenance.Input]:
         """What the run is made from, by name, for its record."""
-        found: dict[str, Any] = {"questions": self.questions, "student": self.student}
+        found: dict[str, provenance.Input] = {
+            "questions": self.questions,
+            "images": (self.coco, self.images),
+            "student": source_of(self.student),
+        }
         if self.from_teacher and self.teacher is not None:
-            found["teacher"] = self.teacher
+            found["teacher"] = source_of(self.teacher)
         elif self.from_teacher:
             found["teacher_cache"] = Path(self.teacher_cache or "") / "index.json"
         return found
@@ -148,6 +160,7 @@ def prepare(run: Run, engine: Engine) -> tuple[Training, nn.Module]:
     """All that the steps need, and the student inside it. Raises LaidError for wrong inputs."""
     method, settings = run.how, run.settings.training
     _require_sensible(run)
+    require_images(run.coco, run.images, [run.questions])
     torch.manual_seed(run.seed)
     model = load_student(run, engine.load_device)
     processor = Processor.load(run.student)
@@ -283,15 +296,14 @@ def _trackers(run: Run, engine: Engine) -> Iterator[None]:
 
 def _key(run: Run) -> str:
     """What identifies a run: settings, inputs and seed, but not the number of processes."""
-    inputs = {name: provenance.fingerprint(Path(v)) for name, v in run.inputs().items() if Path(v).exists()}
+    inputs = {name: provenance.fingerprint(value, kept=True) for name, value in run.inputs().items()}
     settings = slice_for("train", run.settings, method=run.method, student=run.name, seed=run.seed)
     return sha256_json({"settings": settings, "inputs": inputs, "seed": run.seed})
 
 
 def _provenance(run: Run) -> dict[str, Any]:
-    inputs = {name: v if Path(v).exists() else f"hub:{v}" for name, v in run.inputs().items()}
     return provenance.collect(
-        "train", run.settings, inputs, student=run.name, method=run.method, seed=run.seed
+        "train", run.settings, run.inputs(), student=run.name, method=run.method, seed=run.seed
     )
 
 
@@ -340,7 +352,7 @@ def _export(run: Run, t: Training, model: nn.Module, log: list[dict]) -> dict[st
         "seed": run.seed,
         "steps": t.steps,
         "final": log[-1],
-        "provenance": _provenance(run),
+        "provenance": t.engine.agree(lambda: _provenance(run)),
     }
     if t.engine.sharded:
         tensors = _trained(t, model)

@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from laid import provenance
+from laid.data.images import require_images
 from laid.data.questions import read_questions
 from laid.distill.distillation import TeacherOutputs
 from laid.errors import LaidError
@@ -155,9 +156,11 @@ def build_cache(
     shards of a pass that was killed (same teacher, questions, settings and code) are taken up, not computed again.
     Raises LaidError for inputs that are missing or wrong.
     """
-    record = provenance.collect(
-        "teacher_cache", settings, {"teacher": source_of(teacher), "questions": questions}
-    )
+    read = read_questions(questions)
+    images = sorted({path for question in read for path in (*question.needles, *question.distractors)})
+    require_images(coco_root, images, [questions])
+    inputs = {"teacher": source_of(teacher), "questions": questions, "images": (coco_root, images)}
+    record = provenance.collect("teacher_cache", settings, inputs)
     model = load_model(
         teacher, getattr(torch, settings.training.dtype), settings.evaluation.attention, device
     )
@@ -170,14 +173,12 @@ def build_cache(
         store=features_folder,
     )
     order = settings.evaluation.order_seed
-    samples = build_samples(read_questions(questions), features, order, ahead=False)
+    samples = build_samples(read, features, order, ahead=False)
     kept = _kept(settings, model)
     print(_size_line(kept, samples), flush=True)
-    images = {path for sample in samples for path in sample.paths}
     key = sha256_json(
         {
             "inputs": record["data"],
-            "images": provenance.fingerprint((coco_root, sorted(images))),
             "settings": record["settings"],
             "code": record["code"].get("source"),
             "libraries": record["libraries"],
