@@ -14,18 +14,18 @@ from laid.data.images import image_size, open_image, require_images
 from laid.errors import LaidError
 
 
-@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "P", "L", "RGB"])
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L", "RGB"])
 def test_transparent_pixels_are_white(tmp_path, mode):
     """Half of the image is transparent, in every way that a PNG can say so; the other half keeps its grey."""
     file = tmp_path / "a.png"
-    if mode in ("RGBA", "LA", "PA"):
+    if mode in ("RGBA", "LA"):
         image = Image.new("RGBA", (8, 4), (90, 90, 90, 255))
         image.paste((0, 0, 0, 0), (0, 0, 4, 4))
-        image.convert("LA" if mode == "LA" else "RGBA").save(file)
+        image.convert(mode).save(file)
     else:  # one colour stands for transparency
         image = Image.new("RGB", (8, 4), (90, 90, 90))
         image.paste((10, 10, 10), (0, 0, 4, 4))
-        image = image.convert(mode)
+        image = image.quantize(2) if mode == "P" else image.convert(mode)
         image.save(file, transparency=image.getpixel((0, 0)))
     seen = np.asarray(open_image(file))
     assert (seen[:, :4] == 255).all() and (abs(seen[:, 4:].astype(int) - 90) < 3).all()
