@@ -28,9 +28,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import DynamicCache, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from laid.distill.distillation import TeacherOutputs
+from laid.models.attention import cache_for
 from laid.models.decoder import geometry
 from laid.models.forward import last_logits
 from laid.plan.gpus import GIB, GPUS, Gpu
@@ -191,7 +192,7 @@ class Pass:
             if self.kind == "teacher":
                 teacher_outputs(self.model, batch, (self.last,))
             else:
-                last_logits(self.model, batch, self.bench.chunk, DynamicCache())
+                last_logits(self.model, batch, self.bench.chunk, cache_for(case.tokens))
 
         case.seconds = self.bench.timed(work)
         case.peak = self.bench.peak(work, [*self.model.parameters(), *self.model.buffers(), *given])

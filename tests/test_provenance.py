@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 import time
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 from laid import provenance
 from laid.errors import LaidError
+from laid.io import sha256_file
 from laid.settings import load
 
 TOP = Path(__file__).resolve().parents[1]
@@ -61,6 +63,34 @@ def test_fingerprint_of_folders_and_hub_models(tmp_path):
     (tmp_path / "m/w.bin").rename(tmp_path / "m/v.bin")
     assert provenance.fingerprint(tmp_path / "m") != before
     assert provenance.fingerprint("hub:Qwen/x@1") == "hub:Qwen/x@1"
+
+
+def test_a_large_file_is_read_once_by_all_processes(tmp_path, monkeypatch):
+    """Until its bytes change, though its size and its time of change are put back."""
+    reads = []
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(provenance, "LARGE", 4)
+    monkeypatch.setattr(provenance, "SETTLED", 0)
+    monkeypatch.setattr(provenance, "sha256_file", lambda p: reads.append(p) or sha256_file(p))
+
+    def new_process(file, **how):
+        provenance._hash_at.cache_clear()
+        return provenance.fingerprint(file, **how)
+
+    file = tmp_path / "w.safetensors"
+    file.write_bytes(b"12345")
+    assert new_process(file) == new_process(file) == hashlib.sha256(b"12345").hexdigest()
+    assert len(reads) == 1
+    before = file.stat()
+    file.write_bytes(b"54321")
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert new_process(file) == hashlib.sha256(b"54321").hexdigest() and len(reads) == 2
+    new_process(file, reread=True)  # what `laid verify` asks for
+    assert len(reads) == 3
+    monkeypatch.setattr(provenance, "SETTLED", 10**12)
+    file.write_bytes(b"43215")  # a moment ago: it may yet change within the same tick
+    new_process(file), new_process(file)
+    assert len(reads) == 5
 
 
 @pytest.mark.parametrize(

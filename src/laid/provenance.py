@@ -28,6 +28,8 @@ from laid.settings import Settings, slice_for
 
 PACKAGE = Path(__file__).resolve().parent
 RECORDS = ("laid.json", "run.json", "pretrain.json", "log.jsonl", "cost.json")
+LARGE = 64 << 20  # bytes from which on a file's hash is kept for other processes
+SETTLED = 2 * 10**9  # nanoseconds
 _WITH_DOCSTRING = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors", "numpy", "pillow")
 
@@ -59,31 +61,42 @@ def collect(step: str, config: Settings, inputs: Mapping[str, Input], **wildcard
     }
 
 
+<<<<<<< HEAD
 def fingerprint(value: Input, kept: bool = False) -> str:
+=======
+def fingerprint(value: Input, reread: bool = False) -> str:
+>>>>>>> 26b533c (Chunks are read without a mask, SelfExtend fused in large blocks, large files hashed once)
     """Hex SHA-256 of a file, of a folder's names and contents, or of the named files; "hub:..." stands for itself.
 
     kept: of many large named files (a training's photographs), hashes of earlier runs hold while size and time of change do.
 
     A folder's own records (RECORDS) and hidden files are left out: the same weights made by another commit, or with
-    another log, are the same model.
+    another log, are the same model. reread: take no hash from an earlier process (large files, `_remembered`).
     """
     if isinstance(value, str) and value.startswith("hub:"):
         return value
     if isinstance(value, tuple):
+<<<<<<< HEAD
         return sha256_json(_hashes(Path(value[0]), sorted(value[1]), kept))
+=======
+        return sha256_json(
+            {name: fingerprint(safe_join(value[0], name), reread) for name in sorted(value[1])}
+        )
+>>>>>>> 26b533c (Chunks are read without a mask, SelfExtend fused in large blocks, large files hashed once)
     path = Path(value)
     if path.is_file():
-        return _file_hash(path)
+        return _file_hash(path, reread)
     if path.is_dir():
         files = (p for p in path.rglob("*") if p.is_file())
         names = sorted(p.relative_to(path).as_posix() for p in files)
         kept = (
             n for n in names if n not in RECORDS and not any(part.startswith(".") for part in n.split("/"))
         )
-        return sha256_json({name: _file_hash(path / name) for name in kept})
+        return sha256_json({name: _file_hash(path / name, reread) for name in kept})
     raise LaidError(f"{path}: no such file or folder, needed as an input")
 
 
+<<<<<<< HEAD
 LARGE = 256 << 20  # bytes of named files from which on their hashes are kept
 
 
@@ -123,6 +136,39 @@ def _file_hash(path: Path) -> str:
 @cache
 def _hash_at(path: str, size: int, changed: int) -> str:
     return sha256_file(path)
+=======
+def _file_hash(path: Path, reread: bool) -> str:
+    """sha256_file, read once while the file stays as it is: in this process, and if it is large, in any."""
+    found = path.stat()
+    state = (found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino)
+    return _hash_at(path.resolve(), state, reread or found.st_size < LARGE)
+
+
+@cache
+def _hash_at(path: Path, state: tuple[int, ...], read: bool) -> str:
+    return sha256_file(path) if read else _remembered(path, state)
+
+
+def _remembered(path: Path, state: tuple[int, ...]) -> str:
+    """The hash of a checkpoint's file, which every job needs, from the first process that read it in this state.
+
+    Size and times alone could be those of other bytes that were put in its place; the time of change of the file's entry
+    (st_ctime) is set by the system at every write, and nothing sets it back. A file changed within the last seconds is
+    not remembered: a clock ticks more coarsely than programs write.
+    """
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "laid" / "sha256"
+    about = folder / f"{sha256_json(str(path))[:32]}.json"
+    if about.is_file():
+        known = read_json(about)
+        if known["state"] == list(state):
+            return known["sha256"]
+    settled = time.time_ns() - state[2] > SETTLED
+    found = sha256_file(path)
+    if settled:
+        with suppress(OSError):  # a home that cannot be written to: read again the next time
+            write_json(about, {"path": str(path), "state": list(state), "sha256": found})
+    return found
+>>>>>>> 26b533c (Chunks are read without a mask, SelfExtend fused in large blocks, large files hashed once)
 
 
 @cache

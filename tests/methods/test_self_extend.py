@@ -7,11 +7,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
 from laid.errors import LaidError
-from laid.methods.merged_attention import merge_by_lse
+from laid.methods.merged_attention import Regrouping, grouped_attention
 from laid.methods.self_extend import apply_self_extend
+from laid.models.attention import cache_for
 from laid.models.capture import QKCapture
 from tiny_vlm import prompt, tiny_model
 
@@ -271,23 +273,54 @@ def test_prefill_in_parts_from_a_cache_equals_one_pass(steps):
     torch.testing.assert_close(torch.cat(parts, 1)[real], whole[real], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", ["blocks", "flash"])
-def test_tokens_one_by_one_from_a_cache_equal_one_pass(backend):
-    """Fused attention too, where the keys before a query's own lie in the cache."""
+@pytest.mark.parametrize(("backend", "steps"), [("blocks", 1), ("flash", 1), ("flash", 7)])
+def test_tokens_from_a_cache_equal_one_pass(backend, steps):
+    """Fused attention too, which takes no mask, where the keys before a query's own lie in the cache."""
     ids, positions, _ = prompt(MODEL, grids=((4, 4), (6, 4)), tail=6)
     with torch.no_grad():
         with apply_self_extend(MODEL, 2, 4, backend="blocks"):
             whole = MODEL(input_ids=ids, position_ids=positions, use_cache=False).logits
         with apply_self_extend(MODEL, 2, 4, backend=backend):
-            cache, cut = DynamicCache(config=MODEL.config), ids.shape[1] - 5
-            MODEL(input_ids=ids[:, :cut], position_ids=positions[:, :, :cut], past_key_values=cache)
-            for n in range(cut, ids.shape[1]):
-                out = MODEL(
-                    input_ids=ids[:, n : n + 1],
-                    position_ids=positions[:, :, n : n + 1],
-                    past_key_values=cache,
-                )
-                torch.testing.assert_close(out.logits[:, 0], whole[:, n], rtol=1e-5, atol=1e-5)
+            cache = cache_for(ids.shape[1])
+            for part in (slice(0, 8), *(slice(n, n + steps) for n in range(8, ids.shape[1], steps))):
+                out = MODEL(input_ids=ids[:, part], position_ids=positions[:, :, part], past_key_values=cache)
+                torch.testing.assert_close(out.logits, whole[:, part], rtol=1e-5, atol=1e-5)
+
+
+class NothingWaits(TorchDispatchMode):
+    """Refuses what makes a GPU wait for Python, and remembers how large a tensor became."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func._overloadpacket not in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero), func
+        out = func(*args, **kwargs or {})
+        for x in out if isinstance(out, (tuple, list)) else [out]:
+            self.largest = max(self.largest, x.numel() if isinstance(x, torch.Tensor) else 0)
+        return out
+
+
+@pytest.mark.parametrize(("past", "rows"), [(0, 1), (0, 2), (700, 2), (999, 1)])
+def test_no_layer_waits_and_none_makes_a_mask(past, rows):
+    """A layer of 1,000 tokens after its Regrouping: no value is read, and nothing is as large as queries x keys."""
+    g = torch.Generator().manual_seed(0)
+    tokens, dim = 1000, 8
+    # Images of 30 tokens and 6 positions; in a batch the second row's begin elsewhere.
+    at = torch.stack([torch.arange(tokens) // 30 * 6, (torch.arange(tokens) + 7) // 30 * 6])[:rows]
+    q, k, v = (torch.randn(rows, h, tokens, dim, generator=g) for h in (4, 2, 2))
+    angle = torch.randn(rows, tokens, dim, generator=g)
+    turn = (angle.cos(), angle.sin())
+    own = tuple(x[:, past:] for x in turn)
+
+    def regrouping(**how):
+        return Regrouping(100, at[:, past:], at, own, turn, **how)
+
+    fused = regrouping(fuse=True, insist=True)
+    with NothingWaits() as mode:
+        found = grouped_attention(q[:, :, past:], k, v, None, fused, 0.3)
+    assert mode.largest < max(0.2 * rows * (tokens - past) * tokens, 1.01 * k.numel() * 2)
+    expected = grouped_attention(q[:, :, past:], k, v, None, regrouping(), 0.3)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_cache_that_was_cut_back_forgets_the_positions_too():
@@ -345,17 +378,6 @@ def test_flash_and_blocks_agree_on_a_long_input_and_refuse_clearly():
         pytest.raises(LaidError, match="padding"),
     ):
         model(input_ids=padded, position_ids=at, attention_mask=mask, use_cache=False)
-
-
-def test_merge_by_log_sum_exp_is_attention_over_the_union():
-    g = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(2, 3, n, 4, generator=g, dtype=torch.float64) for n in (5, 9, 9))
-    parts = []
-    for keys in (slice(0, 2), slice(2, 3), slice(3, 9)):
-        scores = q @ k[:, :, keys].transpose(-1, -2)
-        parts.append((scores.softmax(-1) @ v[:, :, keys], scores.logsumexp(-1)))
-    expected = (q @ k.transpose(-1, -2)).softmax(-1) @ v
-    torch.testing.assert_close(merge_by_lse(parts), expected, rtol=1e-6, atol=1e-6)
 
 
 def test_gradients_through_blocks_are_those_of_small_differences_and_of_checkpointing():

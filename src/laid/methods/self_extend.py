@@ -19,12 +19,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import eager_mask, sdpa_mask
+from transformers.masking_utils import eager_mask
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import eager_attention_forward
 
 from laid.errors import LaidError
 from laid.methods.merged_attention import Regrouping, grouped_attention
+from laid.models.attention import SDPA, attention, mask
 from laid.models.decoder import Applied, geometry, refuse_compiled, text_model
 
 AXES = ("all", "text", "image_base")
@@ -46,12 +46,11 @@ def apply_self_extend(
     axes: "all" merges time, height and width alike (position // G on each). "image_base" merges base positions and
         keeps the offsets inside an image as they are. "text" merges the positions of far text keys only: image keys
         keep ordinary positions at every distance (an image of one token is positioned as text is, and counts as text).
-    backend: "blocks" scores a block of queries against all keys (block_elements floats at a time) and takes one
-        softmax. "flash" runs fused attention on the near and the far part and merges them by log-sum-exp, one pair of
-        calls per run of queries with a common boundary; it needs no padding mask (padding at the right needs none), no
-        gradient, and axes other than "text". "auto" takes flash wherever it can, else blocks. Memory grows linearly with
-        tokens in both; over 5,000 to 20,000 tokens on one CPU thread flash took 1 to 2 times the unmodified
-        attention, blocks 3 to 5 times.
+    backend: "flash" runs fused attention on the far and the near part of a block of queries, takes a softmax of its own over
+        the strip of keys between, and merges the three by log-sum-exp; it needs no padding mask (padding at the right needs
+        none), no gradient, and axes other than "text", whose far keys are no prefix of the sequence. "blocks" scores a
+        block of queries against all keys and takes one softmax. "auto" takes flash wherever it can, else blocks. Either
+        holds block_elements floats of scores at a time, and memory grows linearly with tokens.
     Works with a batch, padding, prefill in parts and a KV cache (the positions of cached keys are kept on the cache).
     Raises LaidError on wrong numbers, an attention other than sdpa or eager, or a cache filled without SelfExtend.
     """
@@ -67,14 +66,14 @@ def apply_self_extend(
     refuse_compiled(model, "self_extend")
     text = text_model(model)
     before = text.config._attn_implementation
-    if before not in ("sdpa", "eager"):
+    if before not in ("sdpa", SDPA, "eager"):
         raise LaidError(
             f"self_extend: the model runs on {before!r} attention; load it with sdpa (whose flash kernels are called for the"
             " near and the far part) or eager"
         )
     settings = _Settings(int(group), int(window), axes, backend, block_elements)
     handle = text.register_forward_pre_hook(settings.before_forward, with_kwargs=True)
-    text.set_attn_implementation(f"laid_self_extend_{before}")
+    text.set_attn_implementation(f"laid_self_extend_{'eager' if before == 'eager' else 'sdpa'}")
 
     def undo():
         handle.remove()
@@ -127,7 +126,7 @@ class _Settings:
             q_turn=_cos_sin(q_turn, axis, inverse),
             k_turn=_cos_sin(k_turn, axis, inverse),
             never_far=_of_images(k_at[0], padding) if self.axes == "text" else None,
-            flash=self.backend != "blocks",
+            fuse=self.backend != "blocks",
             insist=self.backend == "flash",
             block_elements=self.block_elements,
         )
@@ -193,7 +192,7 @@ def _attention(plain):
 
 
 for _name, _plain, _mask in (
-    ("sdpa", sdpa_attention_forward, sdpa_mask),
+    ("sdpa", attention, mask),
     ("eager", eager_attention_forward, eager_mask),
 ):
     AttentionInterface.register(f"laid_self_extend_{_name}", _attention(_plain))

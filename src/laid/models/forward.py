@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch.nn import functional as F
-from transformers import DynamicCache
 
 from laid.errors import LaidError
+from laid.models.attention import cache_for, needs_no_mask
 from laid.models.decoder import text_model
 from laid.models.families import family_of
 from laid.models.prompts import EncodedPrompt
@@ -156,8 +156,9 @@ def last_logits(model, batch: Batch, chunk: int = 0, cache=None) -> torch.Tensor
     total = batch.ids.shape[1]
     if cache is None and not 0 < chunk < total:
         return logits_at(model, hidden_states(model, batch), rows, batch.lengths - 1)
-    cache = DynamicCache() if cache is None else cache
+    cache = cache_for(total) if cache is None else cache
     text, embeds = text_model(model), embed(model, batch)
+    needs_no_mask(text)
     last = torch.zeros(embeds.shape[0], embeds.shape[2], dtype=embeds.dtype, device=embeds.device)
     for start in range(0, total, chunk or total):
         stop = min(total, start + (chunk or total))
@@ -182,7 +183,7 @@ def generate(
     """
     if len(set(batch.lengths.tolist())) != 1:
         raise ValueError("generation takes prompts of one length at a time")
-    cache = DynamicCache()
+    cache = cache_for(batch.ids.shape[1] + max_new_tokens - 1)
     text = text_model(model)
     token = last_logits(model, batch, chunk, cache).argmax(-1)
     position = batch.positions.amax(dim=(0, 2)) + 1

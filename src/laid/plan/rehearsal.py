@@ -30,6 +30,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
+# torch's own kernels, called by laid.models.attention: which argument says that they are causal.
+FUSED = {
+    torch.ops.aten._scaled_dot_product_flash_attention: 4,
+    torch.ops.aten._scaled_dot_product_efficient_attention: 6,
+}
 PARTS = ("weights", "gradients", "optimizer", "activations", "teacher", "cache", "features")
 
 
@@ -96,7 +101,10 @@ class Rehearsal(TorchDispatchMode):
         if packet in (torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_):
             args = (args[0], [number for index in args[1] for number in _numbers(index)], *args[2:])
         out = func(*args, **kwargs)
-        if packet in flop_registry:
+        if packet in FUSED:
+            causal = args[FUSED[packet] :][:1] == (True,)  # left out where it is false
+            self.cost.attention += products(*args[:3], causal)
+        elif packet in flop_registry:
             self.cost.linear += flop_registry[packet](*args, **kwargs, out_val=out)
         part = None
         if packet is torch.ops.aten._to_copy and self.part_of(args[0]) == "weights":
@@ -105,6 +113,13 @@ class Rehearsal(TorchDispatchMode):
             if isinstance(tensor, Tensor):
                 self.add(tensor, part)
         return out
+
+
+def products(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> int:
+    """FLOPs of attention: query (B, H, T, D) over key and value (B, Hkv, S, D); causal: aligned at the lower right."""
+    batch, heads, tokens, dim = query.shape
+    pairs = tokens * (2 * key.shape[2] - tokens) // 2 if causal else tokens * key.shape[2]
+    return 2 * batch * heads * pairs * (dim + value.shape[3])
 
 
 def _numbers(index: Tensor | None) -> list[Tensor | None]:
@@ -119,14 +134,12 @@ class _StandIn(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, query, key, value, mask, causal, rehearsal):
-        batch, heads, tokens, dim = query.shape
-        keys = key.shape[2]
+        batch, heads, tokens, _ = query.shape
         out = query.new_empty(batch, tokens, heads, value.shape[3]).transpose(1, 2)
         lse = query.new_empty(batch, heads, tokens, dtype=torch.float32)
         if mask is not None and mask.dtype is torch.bool:
             mask = mask.to(query.dtype)  # the kernel adds a bias; it is gone when the call returns
-        products = 2 * batch * heads * tokens * keys * (dim + value.shape[3])
-        ctx.products, ctx.rehearsal = products // 2 if causal else products, rehearsal
+        ctx.products, ctx.rehearsal = products(query, key, value, causal), rehearsal
         rehearsal.cost.attention += ctx.products
         ctx.save_for_backward(query, key, value, out, lse, mask)
         return out

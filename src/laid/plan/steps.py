@@ -18,10 +18,11 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from laid.distill.distillation import TeacherOutputs
 from laid.errors import LaidError
+from laid.models.attention import cache_for
 from laid.models.decoder import geometry, layer_indices, vision_tower
 from laid.models.forward import Batch, last_logits
 from laid.plan.rehearsal import Cost, Rehearsal, as_if_real, rehearse
@@ -93,20 +94,6 @@ class MetaTeacher:
         if self.rehearsal is not None:
             self.rehearsal.add(tensor, "teacher")
         return tensor
-
-
-class _CountedCache(DynamicCache):
-    """A key-value cache whose tensors are counted as the part "cache"."""
-
-    def __init__(self, rehearsal: Rehearsal):
-        super().__init__()
-        self.rehearsal = rehearsal
-
-    def update(self, *args, **kwargs):
-        found = super().update(*args, **kwargs)
-        for tensor in found:
-            self.rehearsal.add(tensor, "cache")
-        return found
 
 
 def meta_batch(
@@ -287,7 +274,11 @@ def reading(
         with torch.no_grad(), rehearse() as counted:
             hold_weights(counted, model)
             inputs = meta_batch(config, batch, tokens, visual, getattr(torch, dtype))
-            cache = _CountedCache(counted) if keep or 0 < chunk < tokens else None
+            cache = (
+                cache_for(tokens, lambda tensor: counted.add(tensor, "cache"))
+                if keep or 0 < chunk < tokens
+                else None
+            )
             last_logits(model, inputs, chunk, cache)
             del inputs, cache
         return counted.cost
