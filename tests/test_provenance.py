@@ -73,9 +73,9 @@ def test_a_large_file_is_read_once_by_all_processes(tmp_path, monkeypatch):
     monkeypatch.setattr(provenance, "SETTLED", 0)
     monkeypatch.setattr(provenance, "sha256_file", lambda p: reads.append(p) or sha256_file(p))
 
-    def new_process(file, **how):
+    def new_process(file, kept=True):
         provenance._hash_at.cache_clear()
-        return provenance.fingerprint(file, **how)
+        return provenance.fingerprint(file, kept)
 
     file = tmp_path / "w.safetensors"
     file.write_bytes(b"12345")
@@ -85,7 +85,7 @@ def test_a_large_file_is_read_once_by_all_processes(tmp_path, monkeypatch):
     file.write_bytes(b"54321")
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert new_process(file) == hashlib.sha256(b"54321").hexdigest() and len(reads) == 2
-    new_process(file, reread=True)  # what `laid verify` asks for
+    new_process(file, kept=False)  # what `laid verify` asks for
     assert len(reads) == 3
     monkeypatch.setattr(provenance, "SETTLED", 10**12)
     file.write_bytes(b"43215")  # a moment ago: it may yet change within the same tick

@@ -28,7 +28,7 @@ from laid.settings import Settings, slice_for
 
 PACKAGE = Path(__file__).resolve().parent
 RECORDS = ("laid.json", "run.json", "pretrain.json", "log.jsonl", "cost.json")
-LARGE = 64 << 20  # bytes from which on a file's hash is kept for other processes
+LARGE = 256 << 20  # bytes of an input from which on its hashes are kept for other processes
 SETTLED = 2 * 10**9  # nanoseconds
 _WITH_DOCSTRING = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors", "numpy", "pillow")
@@ -61,114 +61,71 @@ def collect(step: str, config: Settings, inputs: Mapping[str, Input], **wildcard
     }
 
 
-<<<<<<< HEAD
 def fingerprint(value: Input, kept: bool = False) -> str:
-=======
-def fingerprint(value: Input, reread: bool = False) -> str:
->>>>>>> 26b533c (Chunks are read without a mask, SelfExtend fused in large blocks, large files hashed once)
     """Hex SHA-256 of a file, of a folder's names and contents, or of the named files; "hub:..." stands for itself.
 
-    kept: of many large named files (a training's photographs), hashes of earlier runs hold while size and time of change do.
+    kept: of large inputs (checkpoints, a training's photographs), hashes that earlier runs made hold while the files stay as
+    they are (`_hashes`).
 
     A folder's own records (RECORDS) and hidden files are left out: the same weights made by another commit, or with
-    another log, are the same model. reread: take no hash from an earlier process (large files, `_remembered`).
+    another log, are the same model.
     """
     if isinstance(value, str) and value.startswith("hub:"):
         return value
     if isinstance(value, tuple):
-<<<<<<< HEAD
-        return sha256_json(_hashes(Path(value[0]), sorted(value[1]), kept))
-=======
-        return sha256_json(
-            {name: fingerprint(safe_join(value[0], name), reread) for name in sorted(value[1])}
-        )
->>>>>>> 26b533c (Chunks are read without a mask, SelfExtend fused in large blocks, large files hashed once)
+        root = Path(value[0])
+        return sha256_json(_hashes(root, {name: safe_join(root, name) for name in sorted(value[1])}, kept))
     path = Path(value)
-    if path.is_file():
-        return _file_hash(path, reread)
     if path.is_dir():
-        files = (p for p in path.rglob("*") if p.is_file())
-        names = sorted(p.relative_to(path).as_posix() for p in files)
-        kept = (
-            n for n in names if n not in RECORDS and not any(part.startswith(".") for part in n.split("/"))
-        )
-        return sha256_json({name: _file_hash(path / name, reread) for name in kept})
+        files = {p.relative_to(path).as_posix(): p for p in sorted(path.rglob("*")) if p.is_file()}
+        parts = {name: name.split("/") for name in files if name not in RECORDS}
+        named = {n: files[n] for n in parts if not any(part.startswith(".") for part in parts[n])}
+        return sha256_json(_hashes(path, named, kept))
+    if path.is_file():
+        return _hashes(path.parent, {path.name: path}, kept)[path.name]
     raise LaidError(f"{path}: no such file or folder, needed as an input")
 
 
-<<<<<<< HEAD
-LARGE = 256 << 20  # bytes of named files from which on their hashes are kept
+def _hashes(root: Path, files: Mapping[str, Path], kept: bool) -> dict[str, str]:
+    """The hash of each named file below `root`; those of LARGE bytes together stay in the user's cache folder.
 
-
-def _hashes(root: Path, names: Sequence[str], kept: bool) -> dict[str, str]:
-    """The hash of each named file below `root`; those of many large files stay in the user's cache folder."""
-    files = {name: safe_join(root, name) for name in names}
+    Size and time of writing could be those of other bytes put in their place: the time of change of a file's entry
+    (st_ctime) is set by the system at every write, and nothing sets it back. A file changed within the last seconds is not
+    kept: a clock ticks more coarsely than programs write.
+    """
     missing = next((file for file in files.values() if not file.is_file()), None)
     if missing is not None:
         raise LaidError(f"{missing}: no such file, needed as an input")
-    stamps = {name: [(s := file.stat()).st_size, s.st_mtime_ns] for name, file in files.items()}
-    if not kept or sum(size for size, _ in stamps.values()) < LARGE:
-        return {name: _file_hash(file) for name, file in files.items()}
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    store = Path(cache, "laid", "hashes", f"{sha256_json(os.path.realpath(root))[:24]}.json")
+    stats = {name: file.stat() for name, file in files.items()}
+    stamps = {name: [s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino] for name, s in stats.items()}
+
+    def read(name: str) -> str:
+        return _hash_at(os.path.realpath(files[name]), *stamps[name])
+
+    if not kept or sum(s.st_size for s in stats.values()) < LARGE:
+        return {name: read(name) for name in files}
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    store = Path(home, "laid", "hashes", f"{sha256_json(os.path.realpath(root))[:24]}.json")
     try:
         known = read_json(store)
     except LaidError:
         known = {}
     known = known if isinstance(known, dict) else {}
-    fresh = {
-        name: [*stamp, _file_hash(files[name])]
-        for name, stamp in stamps.items()
-        if not isinstance(known.get(name), list) or known[name][:2] != stamp
-    }
+    whole = {n: entry for n, entry in known.items() if isinstance(entry, list) and entry}
+    held = {n: whole[n][-1] for n, stamp in stamps.items() if whole.get(n, [None])[:-1] == stamp}
+    settled = time.time_ns() - SETTLED
+    found = held | {name: read(name) for name in files if name not in held}
+    fresh = {n: [*stamps[n], found[n]] for n in files if n not in held and stats[n].st_ctime_ns < settled}
     if fresh:
         with suppress(OSError):  # a home that cannot be written costs time alone
             write_json(store, known | fresh, indent=None)
-    return {name: (known | fresh)[name][2] for name in names}
-
-
-def _file_hash(path: Path) -> str:
-    """sha256_file, read once per process while size and time of change stay as they are (checkpoints are large)."""
-    found = path.stat()
-    return _hash_at(os.path.realpath(path), found.st_size, found.st_mtime_ns)
-
-
-@cache
-def _hash_at(path: str, size: int, changed: int) -> str:
-    return sha256_file(path)
-=======
-def _file_hash(path: Path, reread: bool) -> str:
-    """sha256_file, read once while the file stays as it is: in this process, and if it is large, in any."""
-    found = path.stat()
-    state = (found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino)
-    return _hash_at(path.resolve(), state, reread or found.st_size < LARGE)
-
-
-@cache
-def _hash_at(path: Path, state: tuple[int, ...], read: bool) -> str:
-    return sha256_file(path) if read else _remembered(path, state)
-
-
-def _remembered(path: Path, state: tuple[int, ...]) -> str:
-    """The hash of a checkpoint's file, which every job needs, from the first process that read it in this state.
-
-    Size and times alone could be those of other bytes that were put in its place; the time of change of the file's entry
-    (st_ctime) is set by the system at every write, and nothing sets it back. A file changed within the last seconds is
-    not remembered: a clock ticks more coarsely than programs write.
-    """
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "laid" / "sha256"
-    about = folder / f"{sha256_json(str(path))[:32]}.json"
-    if about.is_file():
-        known = read_json(about)
-        if known["state"] == list(state):
-            return known["sha256"]
-    settled = time.time_ns() - state[2] > SETTLED
-    found = sha256_file(path)
-    if settled:
-        with suppress(OSError):  # a home that cannot be written to: read again the next time
-            write_json(about, {"path": str(path), "state": list(state), "sha256": found})
     return found
->>>>>>> 26b533c (Chunks are read without a mask, SelfExtend fused in large blocks, large files hashed once)
+
+
+@cache
+def _hash_at(path: str, *_stamp: int) -> str:
+    """sha256_file, read once per process while the file stays as it is."""
+    return sha256_file(path)
 
 
 @cache

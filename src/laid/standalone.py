@@ -79,8 +79,8 @@ def distill(run: Run, held_out: str | Path | None = None, device: str = "cpu") -
         "hashes": {
             "data": sha256_file(run.questions),
             **({"held_out": sha256_file(held_out)} if held_out else {}),
-            "teacher": provenance.fingerprint(source_of(teacher)),
-            "student": provenance.fingerprint(source_of(run.student)),
+            "teacher": provenance.fingerprint(source_of(teacher), kept=True),
+            "student": provenance.fingerprint(source_of(run.student), kept=True),
             "exported": provenance.fingerprint(out / "model"),
         },
         "settings": plain({run.method: method, "training": run.settings.training}),
@@ -128,7 +128,7 @@ def _cache(run: Run, device: str) -> Path:
     settings = run.settings.changed({"teacher_cache": {"layers": sorted(layers)}})
     key = sha256_json(
         [
-            provenance.fingerprint(source_of(run.teacher)),
+            provenance.fingerprint(source_of(run.teacher), kept=True),
             sha256_file(run.questions),
             provenance.fingerprint((run.coco, run.images), kept=True),
             slice_for("teacher_cache", settings),

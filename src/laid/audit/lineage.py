@@ -173,7 +173,7 @@ class Lineage:
         for name, recorded in record["data"].items():
             try:
                 value, maker = self.inputs_of(step, name)
-                present = provenance.fingerprint(value, reread=True)
+                present = provenance.fingerprint(value)
             except LaidError as error:
                 yield f"input {name}: {error}"
                 continue
