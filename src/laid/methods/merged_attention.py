@@ -15,10 +15,9 @@ from laid.errors import LaidError
 from laid.models.attention import fused, merge_by_lse
 from laid.models.decoder import rotate
 
-BLOCK = {
-    "cpu": 128
-}  # queries that share a strip: as many as it is wide, about, at the positions of small prompts
-LARGE = 1024  # on other devices, which wait for whoever starts their kernels
+# Queries that share a strip. A strip costs more the wider it is, and on other devices starting kernels costs more than that.
+BLOCK = {"cpu": 64}
+LARGE = 1024
 
 
 @dataclass(frozen=True)
