@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo report readme test lint format clean distclean
+.PHONY: help demo report readme test fuzz lint format clean distclean
 
 # Any Python 3.11 or 3.12: `make demo PYTHON=/path/to/python3.12`. Left empty, it is looked for.
 PYTHON ?=
@@ -12,6 +12,9 @@ CORES ?= all
 # Processes that share the tests, a file on one of them: two cores serve two. Each takes about 2 GB.
 WORKERS ?= 2
 
+# Broken files of each kind that `make fuzz` draws.
+RUNS ?= 1000
+
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONUNBUFFERED := 1
 unexport PYTHONPATH
@@ -20,6 +23,7 @@ help:
 	@echo "make demo    install into .venv, run the small scale on all cores, print Tables 1, 2 and 3"
 	@echo "make report  Snakemake's own HTML report beside the results page"
 	@echo "make test    install test tools too, run the tests"
+	@echo "make fuzz    RUNS (1000) broken files of every kind, new ones each time (docs/reliability.md)"
 	@echo "make lint    ruff, snakefmt, snakemake --lint, import-linter"
 	@echo "make format  let ruff and snakefmt rewrite the sources"
 	@echo "make clean   remove results; make distclean: .venv and caches too"
@@ -47,6 +51,9 @@ readme: $(VENV)/.demo
 
 test: $(VENV)/.dev
 	@OMP_NUM_THREADS=1 python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+
+fuzz: $(VENV)/.dev
+	@LAID_FUZZ=$(RUNS) OMP_NUM_THREADS=1 python -m pytest -n $(WORKERS) tests/fuzz
 
 lint: $(VENV)/.dev
 	ruff check .

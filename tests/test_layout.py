@@ -5,6 +5,7 @@ import yaml
 
 from laid.data.pope import STRATEGIES, pope_file
 from laid.data.questions import haystack_file
+from laid.errors import LaidError
 from laid.layout import Layout
 from laid.settings import load
 
@@ -33,6 +34,28 @@ def test_suites_name_the_files_that_the_builders_write(layout):
 def test_a_published_checkpoint_is_no_folder_of_ours(layout):
     assert (layout.given("teacher"), layout.checkpoint("teacher")) == ("owner/name", "owner/name")
     assert (layout.given("small"), layout.checkpoint("small")) == (None, "results/small/models/small")
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("Qwen/Qwen2.5-VL-7B", None),
+        ("mine/7b", False),
+        ("mien/7b", "did you mean mine/7b"),
+        ("mine/7", "did you mean mine/7b"),
+        ("/absent/7b", "a hub id has the form owner/name"),
+        ("7b", "a hub id has the form owner/name"),
+    ],
+)
+def test_a_mistyped_folder_is_no_hub_id(layout, tmp_path, monkeypatch, given, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine/7b").mkdir(parents=True)
+    ours = Layout(layout.settings.changed({"models": {"checkpoints": {"small": given}}}))
+    if isinstance(said, str):
+        with pytest.raises(LaidError, match=f"models.checkpoints.small = '{given}': no such folder; {said}"):
+            ours.hub_id("small")
+    else:
+        assert ours.hub_id("small") is (said is None) and not ours.hub_id("medium")
 
 
 def test_home_is_spelt_out(layout, monkeypatch):

@@ -5,9 +5,12 @@ The rules, the audit and the results share this. It names files and opens none.
 
 from __future__ import annotations
 
+import difflib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from laid.errors import LaidError
 from laid.results.needed import needed, needed_beyond, needed_by_tune
 from laid.settings import Settings, TrainedMethod
 from laid.settings.tune import tuned_students, variants
@@ -97,6 +100,26 @@ class Layout:
     def given(self, member: str) -> str | None:
         """A checkpoint of the user's own, a folder or a hub id; None for a member that is made here."""
         return self.models.checkpoints.get(member)
+
+    def hub_id(self, member: str) -> bool:
+        """Whether the member's checkpoint is a hub's, no folder. Raises LaidError for a folder that is not there.
+
+        owner/name may be either: it is a folder's where the folder `owner` is here, or `name` in one of a similar name.
+        """
+        given = self.given(member)
+        if given is None or os.path.exists(given):
+            return False
+        above, name = os.path.split(given)
+        if os.path.isdir(above or "."):
+            close = difflib.get_close_matches(name, os.listdir(above or "."), n=1)
+            meant = [os.path.join(above, one) for one in close]
+        else:
+            similar = difflib.get_close_matches(above, os.listdir("."))
+            meant = [path for folder in similar if os.path.isdir(path := os.path.join(folder, name))]
+            if not meant and given.count("/") == 1 and given[0] not in "./":
+                return True
+        hint = f"did you mean {meant[0]}?" if meant else "a hub id has the form owner/name"
+        raise LaidError(f"models.checkpoints.{member} = {given!r}: no such folder; {hint}")
 
     def checkpoint(self, member: str) -> str:
         """Where a member's checkpoint is: a folder made here, a folder of the user's, or a hub id."""

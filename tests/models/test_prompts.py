@@ -156,3 +156,11 @@ def test_tokens_and_positions_of_real_photographs(shared):
     empty, full = (processor.encoder.encode(QUESTION, g) for g in ([], grids))
     assert (len(full.ids) - len(empty.ids)) / len(images) == pytest.approx(349.4, rel=0.03)
     assert (full.span - empty.span) / len(images) == pytest.approx(24.1, rel=0.03)
+
+
+def test_a_special_token_in_a_question_is_refused(processor):
+    """It would be read as that token: an image that is not there, the end of the turn."""
+    for token in ("<|vision_start|>", "<|im_end|>"):
+        with pytest.raises(LaidError, match="holds the special token") as caught:
+            processor.encoder.encode(question_text("single", f"star {token}", "circle"), [(1, 1)])
+        assert token in str(caught.value)

@@ -79,9 +79,10 @@ class Workdir:
 
 @pytest.fixture
 def workdir(tmp_path):
-    return Workdir(tmp_path)
+    (tmp_path / "my work").mkdir()
+    return Workdir(tmp_path / "my work")  # a blank, as users' paths have
 
 
 @pytest.fixture(scope="module")
 def shared_workdir(tmp_path_factory):
-    return Workdir(tmp_path_factory.mktemp("workflow"))
+    return Workdir(tmp_path_factory.mktemp("my workflow"))

@@ -18,6 +18,7 @@ try:
     config = load([*base, *overlays], workflow.config_settings.config)
     LAYOUT = Layout(config)
     CELLS = LAYOUT.needed()
+    HUB = [member for member in LAYOUT.known if LAYOUT.hub_id(member)]
 except LaidError as error:
     raise WorkflowError(str(error)) from None
 
@@ -81,10 +82,8 @@ def ask(rule):
 
 
 def checkpoint_files(member):
-    """input: the checkpoint, unless it is a hub id, which is no file. A folder that the user names must be there."""
-    given = Path(LAYOUT.given(member) or "")
-    hub = len(given.parts) == 2 and not given.exists() and not given.parent.exists()
-    return [] if hub else LAYOUT.checkpoint(member)
+    """input: the checkpoint, unless it is a hub id, which is no file."""
+    return [] if member in HUB else LAYOUT.checkpoint(member)
 
 
 def student_files(wildcards):

@@ -131,6 +131,11 @@ class Evaluator:
     def ask(self, questions: Sequence[Question]) -> list[Asked]:
         """Order the images, compute their features ahead as far as memory allows, encode the prompts."""
         ordered = [ordered_images(q, self.settings.order_seed) for q in questions]
+        prompts = ["" if q.mode == "object" else OFFICIAL_PROMPT for q in questions]
+        for question, prompt in zip(questions, prompts):
+            self.processor.encoder.ends(
+                prompt + question.text
+            )  # one that cannot be asked is told before the work
         label = None if self.features.computed else f"{self.label}: images"
         self.features.prepare((p for paths, _ in ordered for p in paths), label)
         encode = self.processor.encoder.encode
@@ -139,13 +144,9 @@ class Evaluator:
                 question,
                 paths,
                 needles,
-                encode(
-                    question.text,
-                    self.features.grids(paths),
-                    "" if question.mode == "object" else OFFICIAL_PROMPT,
-                ),
+                encode(question.text, self.features.grids(paths), prompt),
             )
-            for question, (paths, needles) in zip(questions, ordered)
+            for question, prompt, (paths, needles) in zip(questions, prompts, ordered)
         ]
 
     @torch.inference_mode()

@@ -58,10 +58,17 @@ class PromptEncoder:
             if value is None or value == unknown:
                 raise LaidError(f"the tokenizer has no token {token}: not a Qwen vision-language tokenizer")
         self.start_id, self.pad_id, self.end_id = ids
+        added = self.tokenizer.added_tokens_decoder.values()
+        self._special = [token.content for token in added if token.special]
 
     def ends(self, text: str) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids before the first image and after the last one, for the user message `images + text`."""
+        """Token ids before the first image and after the last one, for the user message `images + text`.
+
+        Raises LaidError for a text that holds one of the tokenizer's special tokens: it would be read as that.
+        """
         if text not in self._ends:
+            if special := next((token for token in self._special if token in text), None):
+                raise LaidError(f"the question {text[-60:]!r} holds the special token {special}: rename it")
             message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}
             rendered = self.tokenizer.apply_chat_template(
                 [message], tokenize=False, add_generation_prompt=True

@@ -10,7 +10,7 @@ import numpy as np
 from laid.data.questions import Question, ordered_images
 from laid.errors import LaidError
 from laid.models.features import ImageFeatures
-from laid.models.prompts import EncodedPrompt
+from laid.models.prompts import OFFICIAL_PROMPT, EncodedPrompt
 
 
 @dataclass
@@ -50,6 +50,8 @@ def build_samples(
     tokenizer, encoder = features.processor.tokenizer, features.processor.encoder
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     ordered = [ordered_images(question, order_seed) for question in questions]
+    for question in questions:
+        encoder.ends(OFFICIAL_PROMPT + question.text)  # one that cannot be asked is told before the work
     if ahead:
         features.prepare((path for paths, _ in ordered for path in paths), "images")
     samples = []
