@@ -155,6 +155,22 @@ def test_a_changed_input_makes_the_cells_behind_it_stale(tree, capsys, file, sou
     assert f"3 cells below results/mini/cells: {sound} sound, {3 - sound} stale" in output
 
 
+@pytest.mark.parametrize("what", ["files", "folders"])
+def test_links_in_place_of_results_are_sound(tree, tmp_path, capsys, what):
+    """Files as DVC's cache.type symlink leaves them, named by their content; folders that lie on another disk."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    if what == "files":
+        moved = [path for path in tree.rglob("*") if path.is_file()]
+    else:
+        moved = [tree / name for name in ("cells", "models", "haystacks", "coco/train2017", "coco/val2017")]
+    for k, path in enumerate(moved):
+        path.rename(elsewhere / str(k))
+        path.symlink_to(elsewhere / str(k))
+    status, said = verify(capsys)
+    assert (status, said) == (0, "3 cells below results/mini/cells: 3 sound\n")
+
+
 @pytest.mark.parametrize(
     "file", ["models/small/model.safetensors", "haystacks/train.json", "coco/val2017/1.png"]
 )

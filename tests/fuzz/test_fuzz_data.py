@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import shutil
 from pathlib import Path
 
@@ -194,3 +195,26 @@ def test_configurations(tmp_path):
         )
 
     broken()
+
+
+@pytest.mark.parametrize("option", ["--config", "--questions", "--coco", "--out", "data.root"])
+def test_odd_paths(outside, tmp_path, option):
+    """What a path can be that is no file and no folder: none is waited for, none ends in a traceback."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "nowhere").symlink_to("absent")
+    (tmp_path / "file").write_text("{}")
+    overlay = tmp_path / "overlay.yaml"
+    names = ["pipe", "loop", "nowhere", "file/below", "x" * 300, "x" * 5000, "\udcff", "a\nb", "\u202e", "é" * 200]
+    for odd in [*(str(tmp_path / name) for name in names), "/dev/zero", "/dev/null/x"]:
+        overlay.write_text(yaml.safe_dump({"data": {"source": "local", "root": odd}}))
+        coco = ["--coco", outside.coco]
+        words = {
+            "--config": ["config", "--config", odd],
+            "--questions": ["data", "--config", outside.config, "--out", tmp_path / "coco", "--questions", odd],
+            "--coco": ["haystacks", "--config", outside.config, "--coco", odd, "--out", tmp_path / "made"],
+            "--out": ["haystacks", "--config", outside.config, *coco, "--out", f"{odd}/q"],
+            "data.root": ["data", "--config", outside.config, overlay, "--out", tmp_path / "coco"],
+        }[option]
+        shown = odd[:40] if odd.isprintable() else tmp_path
+        judge(f"paths: {option}", words, [shown, overlay], tmp_path / "made")

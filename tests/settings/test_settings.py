@@ -524,6 +524,9 @@ def test_the_command_line_comes_last_and_is_read_as_a_file_is(tmp_path):
     for given, said in (
         ({"training": {"lr": "-1e-4"}}, "command line: training.lr = -0.0001: must be greater than 0"),
         ({"training": {"lrr": "1"}}, "command line: training.lrr: unknown key; did you mean 'lr'?"),
+        ({"training": {"lr": ".nan"}}, "command line: training.lr = .nan: must be a finite number"),
+        ({"training": {"lr": "1e999"}}, "command line: training.lr = .inf: must be a finite number"),
+        ({"results": "a\0b"}, "command line: results = 'a\\x00b': holds a character that no name has"),
         ({"seeds": "many"}, "command line: seeds = 'many': expected a whole number"),
     ):
         with pytest.raises(LaidError) as caught:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,7 +22,7 @@ def locate(lineage: Lineage, path: Path) -> Step:
             f"{path}: not a cell; expected {lineage.root / 'cells'}/<suite>/<student>/<method>/<size>.json"
         )
     step = lineage.cell(*parts[-4:-1], int(path.stem))
-    if path.resolve() != step.record.resolve():
+    if os.path.realpath(path) != os.path.realpath(step.record):
         raise LaidError(
             f"{path}: not a cell of this configuration, whose cells lie below {lineage.root / 'cells'}"
         )

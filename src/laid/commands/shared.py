@@ -168,7 +168,7 @@ def runs_by_method(settings: Settings, methods: list[str], runs: list[Path]) -> 
 
     found: dict[str, Path | None] = {}
     for method in methods:
-        own = [run for run in runs if run.resolve().parent.name == method]
+        own = [run for run in runs if Path(os.path.abspath(run)).parent.name == method]
         if not own and isinstance(settings.methods.get(method), TrainedMethod):
             raise LaidError(
                 f"method {method} is trained: give its run folder (.../{method}/seed0) with --runs"

@@ -16,6 +16,7 @@ from PIL import Image, UnidentifiedImageError
 from laid.errors import LaidError
 from laid.io import safe_join
 
+READING = "turned by EXIF, on white, 8 bits"  # part of the key of stored features
 THINNEST = 200  # the image processors of all families refuse proportions above 200 to 1
 _ORIENTATION = 0x0112
 _TURNS = {

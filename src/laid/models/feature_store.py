@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from laid import provenance
+from laid.data.images import READING
 from laid.errors import LaidError
 from laid.io import atomic_path, sha256_file, sha256_json
 from laid.models.decoder import vision_tower
@@ -92,6 +93,7 @@ def tower_key(model: torch.nn.Module, processor: Processor) -> str:
     return sha256_json(
         {
             "weights": digest.hexdigest(),
+            "reading": READING,
             "processor": json.loads(processor.image_processor.to_json_string()),
             "device": next(tower.parameters()).device.type,
             "libraries": {name: versions[name] for name in ("torch", "transformers", "numpy", "pillow")},
