@@ -1,11 +1,14 @@
 """One step: batches, memory and arithmetic."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from laid.models.decoder import text_model
 from laid.models.loading import load_model
+from laid.training.engine import Engine
 from trainer_runs import CLOSE, Ready, changed
 
 
@@ -36,6 +39,48 @@ def test_accumulation_is_one_large_batch(micro, start, tmp_path, method, setting
         for key in ("loss", "grad_norm"):
             assert line[key] == pytest.approx(found[0][0][key], rel=1e-3)
         torch.testing.assert_close(weights, found[0][1], rtol=1e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize(("method", "size"), [("laid", 1), ("laid_plus", 2)])
+def test_packed_is_unpacked(micro, start, tmp_path, method, size):
+    """Losses, gradients and weights of a step in passes of several pieces, gaps, dilution and eq. 7 among them.
+
+    The decoder sees the prompts without padding, as many tokens at a time as are asked for.
+    """
+    found, most = [], 300
+    for tokens in (0, most):
+        training = {"per_device_batch": size, "tokens_per_pass": tokens, "gradient_checkpointing": True}
+        run = Ready(start(changed(micro, training, method), method, tmp_path / str(tokens)))
+        run.model.train()
+        seen = []
+        text_model(run.model).layers[0].self_attn.register_forward_pre_hook(
+            lambda _m, _a, kwargs, seen=seen: seen.append(kwargs["position_embeddings"][0].shape[:-1]),
+            with_kwargs=True,
+        )
+        lines = [run.step(list(range(at, at + 8)), 3) for at in (0, 8)]
+        weights = torch.cat([p.detach().flatten() for p in (*run.t.weights, *run.t.beside)])
+        found.append((lines, weights, seen))
+    (plain, expected, apart), (packed, weights, together) = found
+    for a, b in zip(plain, packed):
+        assert a.keys() == b.keys() and all(a[key] == pytest.approx(b[key], rel=1e-3) for key in a)
+    torch.testing.assert_close(weights, expected, rtol=1e-3, atol=2e-4)
+    assert len(together) < len(apart) / 1.5 and all(shape[1] <= most for shape in together)
+    real = sum(run.data.lengths[:16]) * 2  # once more in backward
+    assert sum(rows * width for rows, width in together) == real
+
+
+def test_every_process_makes_as_many_passes():
+    """Twelve samples in pieces of one over three processes: as many in a pass as fit everywhere, each sample once, in order."""
+    lengths = [10, 10, 10, 10, 10, 10, 10, 10, 25, 10, 10, 10]
+    for tokens, passes in ((0, 4), (20, 4), (35, 2), (45, 2), (55, 1)):
+        found = [
+            Engine.pieces(SimpleNamespace(rank=rank, world=3), list(range(12)), 1, lengths, tokens)
+            for rank in range(3)
+        ]
+        assert {len(own) for own in found} == {passes}
+        for rank, own in enumerate(found):
+            assert [k for one in own for k in one] == list(range(rank, 12, 3))
+            assert not tokens or all(sum(lengths[k] for k in one) <= max(tokens, 25) for one in own)
 
 
 @pytest.mark.parametrize("method", ["laid", "sft"])

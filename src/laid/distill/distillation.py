@@ -127,10 +127,12 @@ class Distillation(nn.Module):
         tokens: Tokens,
         labels: Tensor,
         progress: float,
+        apart: int = 0,
     ) -> dict[str, Tensor]:
         """The parts of eq. 8 that ever have weight, scalars; L_LAid is summed over pairs of layers.
 
-        labels: (B, 2) token ids. progress: in [0, 1].
+        labels: (B, 2) token ids. progress: in [0, 1]. apart: samples that make one L_LAid, which is normalised over their tokens; the
+        batch's is the mean (0: all samples).
         """
         logits = student.logits
         method = self.method
@@ -142,11 +144,16 @@ class Distillation(nn.Module):
         if self.needs("laid"):
             distance = distance_to_answer(tokens.positions, tokens.answer)
             weights = self.distance.weights(distance, progress, tokens.real, method.gaps.reach or None)
+        rows = len(tokens.answer)
         for pair in self.pairs:
             compared = self._compared(student.heads[pair[0]], teacher.heads[pair[1]])
             how, alignment = method.alignment, self.alignments[_key(pair)]
-            loss = alignment(*compared, tokens.real, weights, how.norm, how.normalize)
-            parts["laid"] = parts.get("laid", 0.0) + loss
+            for start in range(0, rows, apart or rows):
+                part = slice(start, start + (apart or rows))
+                loss = alignment(
+                    *(x[part] for x in (*compared, tokens.real, weights)), how.norm, how.normalize
+                )
+                parts["laid"] = parts.get("laid", 0.0) + loss * (len(tokens.answer[part]) / rows)
         return parts
 
     def _compared(self, own: LayerQK, theirs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -28,8 +28,16 @@ def needs_no_mask(text: nn.Module) -> None:
         text.set_attn_implementation(SDPA)
 
 
-def attention(module, query, key, value, attention_mask, **kwargs):
-    """transformers' AttentionInterface. Without a mask the queries are the last of the keys, and causal."""
+def attention(module, query, key, value, attention_mask, laid_packed=None, **kwargs):
+    """transformers' AttentionInterface. Without a mask the queries are the last of the keys, and causal.
+
+    laid_packed: (lengths, masks) of prompts that lie one behind the other and attend to themselves alone, each under its
+    mask if there are any. One call a prompt: the kernels, and on a CPU the bits, of a prompt that is read alone.
+    """
+    if laid_packed is not None:
+        lengths, masks = laid_packed
+        parts = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), masks or [None] * len(lengths))
+        return torch.cat([sdpa_attention_forward(module, *part, **kwargs)[0] for part in parts], dim=1), None
     if attention_mask is not None or query.shape[2] == 1 or query.shape[2] == key.shape[2]:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5

@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from laid.errors import LaidError
-from laid.models.attention import cache_for, needs_no_mask
+from laid.models.attention import SDPA, cache_for, needs_no_mask
 from laid.models.decoder import text_model
 from laid.models.families import family_of
 from laid.models.prompts import EncodedPrompt
@@ -26,6 +26,7 @@ class Batch:
     the right, so no attention mask is needed and attention stays in its fast causal form.
     score_bias: (B, T) added to the scores that tokens after the last image give each key (laid.distill.dilution); None adds
     nothing.
+    packed: `lengths`, known to Python; the decoder is then given the prompts one behind the other, without padding.
     images: instead of features, what `with_features` makes them from: (pixels, grid_thw) of the images, each once,
     and (images of all samples in order,) which of them it is.
     """
@@ -37,6 +38,7 @@ class Batch:
     features: torch.Tensor | None
     images: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
     score_bias: torch.Tensor | None = None
+    packed: Sequence[int] | None = None
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch on `device`."""
@@ -44,7 +46,7 @@ class Batch:
         features = self.features.to(device) if self.features is not None else None
         images = tuple(t.to(device) for t in self.images) if self.images is not None else None
         bias = self.score_bias.to(device) if self.score_bias is not None else None
-        return Batch(*move, features, images, bias)
+        return Batch(*move, features, images, bias, self.packed)
 
     @property
     def token_mask(self) -> torch.Tensor:
@@ -115,7 +117,10 @@ def hidden_states(model, batch: Batch) -> torch.Tensor:
 
     Raises LaidError where a batch has a score_bias and the model's attention takes no mask.
     """
-    text, embeds = text_model(model), embed(model, batch)
+    text = text_model(model)
+    if packs(text, batch):
+        return packed_states(model, text, batch)
+    embeds = embed(model, batch)
     family, attention = family_of(text.config), text.config._attn_implementation
     mask: Any = family.no_mask
     if batch.score_bias is not None:
@@ -123,11 +128,7 @@ def hidden_states(model, batch: Batch) -> torch.Tensor:
             raise LaidError(
                 f"dilution adds to attention scores, which {attention} does not take: set evaluation.attention to sdpa"
             )
-        device = embeds.device.type
-        # Of the format that attention computes in: autocast would make every layer a copy of its own.
-        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-        dtype = torch.get_autocast_dtype(device) if autocast else embeds.dtype
-        mask = family.mask(biased_mask(batch, dtype))
+        mask = family.mask(biased_mask(batch, _computed_in(embeds)))
     # No mask asks sdpa and flash attention for their causal form; eager attention would see the future.
     elif attention.endswith("eager"):  # also our variants of it
         mask = None
@@ -138,6 +139,65 @@ def hidden_states(model, batch: Batch) -> torch.Tensor:
         use_cache=False,
         **deep_inputs(text, batch),
     ).last_hidden_state
+
+
+def _computed_in(embeds: torch.Tensor) -> torch.dtype:
+    """The format that attention computes in: autocast would make every layer a copy of its own of a mask in another."""
+    device = embeds.device.type
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if autocast else embeds.dtype
+
+
+def packed_states(model, text, batch: Batch) -> torch.Tensor:
+    """(B, T, hidden) as `hidden_states`, of prompts read one behind the other; 0 where padding is."""
+    needs_no_mask(text)
+    place = places(batch)
+    one = replace(
+        batch,
+        ids=batch.ids.flatten()[None, place],
+        positions=batch.positions.flatten(1)[:, None, place],
+        image_mask=batch.image_mask.flatten()[None, place],
+    )
+    embeds = embed(model, one)
+    masks: list[torch.Tensor] = []
+    if batch.score_bias is not None:
+        dtype = _computed_in(embeds)
+        for row, length in enumerate(batch.packed):
+            alone = [x[row : row + 1, :length] for x in (batch.ids, batch.image_mask, batch.score_bias)]
+            masks.append(
+                biased_mask(replace(batch, ids=alone[0], image_mask=alone[1], score_bias=alone[2]), dtype)
+            )
+    hidden = text(
+        inputs_embeds=embeds,
+        position_ids=one.positions,
+        attention_mask=family_of(text.config).no_mask,
+        use_cache=False,
+        laid_packed=(tuple(batch.packed), masks),
+        **deep_inputs(text, one),
+    ).last_hidden_state
+    return padded(hidden, batch)
+
+
+def packs(text, batch: Batch) -> bool:
+    """Whether the prompts are packed. Only sdpa keeps them apart; for other attention they are padded, to the same effect."""
+    several = batch.packed is not None and len(batch.packed) > 1
+    return several and text.config._attn_implementation in ("sdpa", SDPA)
+
+
+def places(batch: Batch) -> torch.Tensor:
+    """(N,) where the tokens that are no padding lie in B x T."""
+    width, device = batch.ids.shape[1], batch.ids.device
+    return torch.cat(
+        [torch.arange(row * width, row * width + n, device=device) for row, n in enumerate(batch.packed)]
+    )
+
+
+def padded(x: torch.Tensor, batch: Batch, dim: int = 1) -> torch.Tensor:
+    """Packed x, one row whose tokens lie along `dim`, as a padded batch: (B, ...) with T tokens there and 0 in the padding."""
+    count, width = batch.ids.shape
+    flat = x[0].movedim(dim - 1, 0)
+    wide = flat.new_zeros(count * width, *flat.shape[1:]).index_copy(0, places(batch), flat)
+    return wide.view(count, width, *flat.shape[1:]).movedim(1, dim)
 
 
 def logits_at(model, hidden: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:

@@ -161,9 +161,14 @@ class Estimator:
         settings = settings.changed({"per_device_batch": batch})
         longest, visual = self.lengths.longest(asked.max_size)
         longest += 1
+        devices = max(1, c.resources.train.gpu)
+        need = Need(member.parameters, settings.dtype, longest)
+        if settings.tokens_per_pass:  # rehearsed as one sample as long as all that a pass may hold
+            together = -(-settings.batch_size // devices) * longest
+            held = max(batch * longest, min(settings.tokens_per_pass, together)) // batch
+            visual, longest = visual * held // longest, held
         alike = [m.lora, m.gain, m.alignment]
         alike = [*plain(alike), m.dilution.reach > 0, [p for p in PARTS if objective.needs(p)]]
-        devices = max(1, c.resources.train.gpu)
         sharded = devices > 1 and settings.parallel != "ddp"
         cost = self._once(
             [student, alike, settings.model_dump(include=set(CHECKPOINTING))],
@@ -172,8 +177,7 @@ class Estimator:
         )  # fmt: skip
         steps = round((m.epochs or settings.epochs) * (asked.questions // settings.batch_size))
         samples = max(1, steps) * settings.batch_size
-        need = Need(member.parameters, settings.dtype, longest, cost.trained)
-        need.devices = devices
+        need.trained, need.devices = cost.trained, devices
         sizes = range(asked.min_size, asked.max_size + 1)
         need.memory += cost.peak
         self._prompts(need, cost, batch, longest, [(n, samples / len(sizes)) for n in sizes], extra=1)

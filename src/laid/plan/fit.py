@@ -65,6 +65,8 @@ def _candidates(estimator: Estimator, job: Job) -> Iterator[tuple[str, dict[str,
                 "training.gradient_checkpointing: true",
                 {"training": {"gradient_checkpointing": True}},
             )
+        if training.tokens_per_pass:
+            yield "training.tokens_per_pass: 0", {"training": {"tokens_per_pass": 0}}
         if training.per_device_batch > 1:
             yield "training.per_device_batch: 1", {"training": {"per_device_batch": 1}}
         if job.gpu:

@@ -34,6 +34,7 @@ SLICES: dict[str, list[str]] = {
         "training",
         "-training.checkpoint_minutes",
         "-training.parallel",
+        "-training.tokens_per_pass",
         "-training.trackers",
         "methods.{method}",
         *(f"-methods.{{method}}.{key}" for key in ("extends", "label")),

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from laid.settings.base import Count, Distinct, NonNegative, Positive, Section
+from laid.settings.base import Count, Distinct, Natural, NonNegative, Positive, Section
 
 
 class Training(Section):
@@ -16,6 +16,8 @@ class Training(Section):
     """Questions per optimiser step, over all devices (the paper: 8)."""
     per_device_batch: Count = 1
     """Questions per forward pass and device; the rest is accumulated."""
+    tokens_per_pass: Natural = 0
+    """So many tokens are read in one forward pass, of as many times per_device_batch questions as they hold, one behind the other without padding, each attending to itself alone. The losses stay those of per_device_batch questions each, to float tolerance. 0: no more than per_device_batch."""
     lr: Positive = 1e-5
     """Peak learning rate of the student (the paper: 1e-5)."""
     lr_weights: Positive = 1e-4

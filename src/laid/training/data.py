@@ -29,18 +29,19 @@ from laid.training.samples import Sample, batches_of, build_samples
 
 @dataclass
 class Piece:
-    """Samples of one forward pass. labels: (B, 2) token ids."""
+    """Samples of one forward pass. labels: (B, 2) token ids. apart: of these, how many make one L_LAid (0: all)."""
 
     indices: Sequence[int]
     inputs: Batch
     tokens: Tokens
     labels: Tensor
+    apart: int = 0
 
     @classmethod
-    def of(cls, indices: Sequence[int], inputs: Batch, labels: Tensor) -> Piece:
+    def of(cls, indices: Sequence[int], inputs: Batch, labels: Tensor, apart: int = 0) -> Piece:
         """inputs: whose last two tokens predict the answer and the end of the turn."""
         tokens = Tokens(inputs.positions, inputs.token_mask, inputs.lengths - 2)
-        return cls(indices, inputs, tokens, labels)
+        return cls(indices, inputs, tokens, labels, apart)
 
 
 @dataclass
@@ -48,7 +49,7 @@ class Data:
     """Samples of a question file, as a student (or a teacher that answers as training goes) reads them.
 
     ordinary: share of samples that gaps and dilution pass over. features: of the model that reads; in_step: features are computed in the step instead, as a trained vision tower needs.
-    seed: of order and gaps.
+    seed: of order and gaps. packed: prompts are read without padding, and so many make one L_LAid; 0: padded, all together.
     """
 
     samples: list[Sample]
@@ -59,6 +60,7 @@ class Data:
     seed: int = 0
     device: str | torch.device = "cpu"
     in_step: bool = False
+    packed: int = 0
     lengths: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -71,12 +73,12 @@ class Data:
     def inputs(self, indices: Sequence[int]) -> Batch:
         """Padded prompts and the features of their images, at ordinary positions."""
         samples = [self.samples[k] for k in indices]
-        if not self.in_step:
-            return collate(
-                [s.prompt for s in samples], [f for s in samples for f in self.features.get(s.paths)]
-            )
-        batch = collate([s.prompt for s in samples], [])
-        batch.images = self._images([path for s in samples for path in s.paths])
+        now = [] if self.in_step else [f for s in samples for f in self.features.get(s.paths)]
+        batch = collate([s.prompt for s in samples], now)
+        if self.in_step:
+            batch.images = self._images([path for s in samples for path in s.paths])
+        if self.packed:
+            batch.packed = [self.lengths[k] for k in indices]
         return batch
 
     def piece(self, indices: Sequence[int], step: int, steps: int) -> Piece:
@@ -88,7 +90,7 @@ class Data:
                 if self._rng(7, step, sample).random() >= self.ordinary:
                     self._lengthen(inputs, row, sample, step, step / steps)
         labels = torch.from_numpy(np.stack([self.samples[k].labels for k in indices]))
-        return Piece.of(indices, inputs.to(self.device), labels.to(self.device))
+        return Piece.of(indices, inputs.to(self.device), labels.to(self.device), self.packed)
 
     def _rng(self, purpose: int, step: int, sample: Sample) -> np.random.Generator:
         return np.random.default_rng([self.seed, purpose, step, sample.index])

@@ -8,8 +8,9 @@ mixed precision, averages gradients, clips, gathers, and hands logs to trackers.
     fsdp2.yaml                     weights, gradients and optimiser state lie in pieces (`shard` below)
     zero3.yaml                     the same by DeepSpeed (laid.training.zero3)
 
-A step has the same samples in the same forward passes whatever the number of processes: the batch is cut into pieces
-of training.per_device_batch, and process r of n takes the pieces r, r + n, r + 2n ... Every piece's loss counts by its
+A step has the same samples in the same pieces whatever the number of processes: the batch is cut into pieces of
+training.per_device_batch, and process r of n takes the pieces r, r + n, r + 2n ..., several in one forward pass where
+training.tokens_per_pass says so. Every piece's loss counts by its
 share of the batch, so that gradients and logged losses are the one-process ones up to the order of a sum.
 """
 
@@ -129,15 +130,30 @@ class Engine:
             student = self.accelerator.prepare_model(student)
         return student, self.accelerator.prepare_optimizer(optimizer())
 
-    def pieces(self, indices: Sequence[int], size: int) -> list[Sequence[int]]:
-        """The parts of a batch that this process computes, one forward pass each, `size` samples or fewer."""
+    def pieces(
+        self, indices: Sequence[int], size: int, lengths: Sequence[int] = (), tokens: int = 0
+    ) -> list[Sequence[int]]:
+        """The parts of a batch that this process computes, one forward pass each, `size` samples or fewer.
+
+        tokens: as many such parts together in one pass as have no more tokens than that, in any process, so that all make as
+        many passes: sharded ones wait for one another in each. lengths: tokens of every sample.
+        """
         if self.world > 1 and len(indices) % (size * self.world):
             raise LaidError(
                 f"training.batch_size {len(indices)} is not a multiple of {self.world} processes x"
                 f" training.per_device_batch {size}: set per_device_batch to {max(1, len(indices) // self.world)}"
                 " or less, or start another number of processes"
             )
-        return [indices[k : k + size] for k in range(0, len(indices), size)][self.rank :: self.world]
+        parts = [indices[k : k + size] for k in range(0, len(indices), size)]
+        by_process = [parts[rank :: self.world] for rank in range(self.world)]
+        for together in range(len(by_process[0]), 1, -1):
+            passes = [
+                [[k for part in own[at : at + together] for k in part] for at in range(0, len(own), together)]
+                for own in by_process
+            ]
+            if all(sum(lengths[k] for k in one) <= tokens for own in passes for one in own):
+                return passes[self.rank]
+        return by_process[self.rank]
 
     # ---------------------------------------------------------------- a step
 

@@ -173,11 +173,13 @@ def prepare(run: Run, engine: Engine) -> tuple[Training, nn.Module]:
         return torch.optim.AdamW(groups, betas=(0.9, 0.999), weight_decay=settings.weight_decay, fused=True)
 
     lesson.student, optimizer = engine.prepare(lesson.student, lesson.learned.values(), adamw)
+    packed = settings.per_device_batch if settings.tokens_per_pass else 0
     data = read_data(
         model, processor, run.questions, run.coco, run.settings.evaluation, method,
         None if settings.train_vision else run.features,
         ahead=engine.world == 1 and not settings.train_vision,  # of several processes none needs the images of all
         seed=run.seed, device=engine.device, in_step=settings.train_vision,
+        packed=packed,
     )  # fmt: skip
     per_epoch = len(data.samples) // settings.batch_size
     if per_epoch == 0:
@@ -242,6 +244,7 @@ def _teacher(run: Run, engine: Engine) -> Teacher | None:
             settings.evaluation,
             method,
             run.features,
+            packed=settings.training.tokens_per_pass,
         )
         place = next(model.parameters()).device
         return OnlineTeacher(model, lambda indices: read.inputs(indices).to(place), read.lengths)

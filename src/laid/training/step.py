@@ -64,7 +64,7 @@ def forward_backward(
     if lesson.teacher is not None:
         wanted = (piece.indices, tokens.real.shape[1], distillation.teacher_layers, distillation.needs("kl"))
         taught = lesson.teacher.outputs(*wanted).to(student.logits.device)
-    losses = distillation(student, taught, tokens, piece.labels, progress)
+    losses = distillation(student, taught, tokens, piece.labels, progress, piece.apart)
     total = distillation.objective.total(losses)
     if lesson.every_weight and not losses.keys() & {"sft", "kl"}:
         total = total + 0.0 * student.logits.float().sum()
@@ -94,7 +94,8 @@ class Training:
 
 
 def training_step(t: Training, indices: Sequence[int], step: int) -> dict[str, float]:
-    """One step of the optimiser over the samples `indices`, in pieces of per_device_batch; returns a line for the log.
+    """One step of the optimiser over the samples `indices`, in pieces of per_device_batch, or of several such together as
+    tokens_per_pass allows; returns a line for the log.
 
     Every piece counts by its share of the samples, whichever process computes it.
     """
@@ -103,7 +104,7 @@ def training_step(t: Training, indices: Sequence[int], step: int) -> dict[str, f
     for group, peak in zip(t.optimizer.param_groups, t.peaks, strict=True):
         group["lr"] = peak * factor
     sums: dict[str, float] = {}
-    pieces = t.engine.pieces(indices, t.settings.per_device_batch)
+    pieces = t.engine.pieces(indices, t.settings.per_device_batch, t.data.lengths, t.settings.tokens_per_pass)
     for part in pieces:
         # Dropout follows from step and samples alone, so that resuming is exact, in however many processes.
         torch.manual_seed(t.data.seed * 1_000_003 + step + (indices.index(part[0]) << 32))

@@ -11,7 +11,7 @@ from laid.distill.distillation import StudentOutputs
 from laid.errors import LaidError
 from laid.models.capture import LayerQK, QKCapture
 from laid.models.decoder import text_model, vision_tower
-from laid.models.forward import Batch, hidden_states, logits_at, with_features
+from laid.models.forward import Batch, hidden_states, logits_at, packs, padded, with_features
 from laid.settings.methods import Lora
 from laid.settings.training import Training
 
@@ -91,7 +91,15 @@ def answer_outputs(
             caught = capture.take()
     else:
         hidden = hidden_states(model, inputs)
+    if caught and packs(text_model(model), inputs):
+        caught = {layer: _padded(qk, inputs) for layer, qk in caught.items()}
     count = len(inputs.lengths)
     rows = torch.arange(count, device=hidden.device).repeat_interleave(2)
     columns = torch.stack([inputs.lengths - 2, inputs.lengths - 1], 1).flatten()
     return logits_at(model, hidden, rows, columns).view(count, 2, -1), caught
+
+
+def _padded(qk: LayerQK, inputs: Batch) -> LayerQK:
+    """What was caught of packed samples, as a padded batch."""
+    heads = (padded(x, inputs, 2) for x in (qk.q, qk.k))
+    return LayerQK(*heads, *(padded(x, inputs) for x in (qk.cos, qk.sin)))
