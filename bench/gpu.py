@@ -5,8 +5,8 @@
     PYTHONPATH=src python bench/gpu.py --toy             the same cases at toy size on a CPU, in seconds
 
 Needs torch and transformers (and peft for LoRA, which is left out without it), no checkpoint, no image and no network. Cases: the teacher's pass of
-32B, a training step of 7B and 3B (all weights, and LoRA) at 1.8k, 7.4k and 35k tokens, and the reading of an evaluation
-prompt of 53k tokens in chunks. All run the project's own code: laid.training.step, laid.training.teacher,
+32B, a training step of 7B and 3B (all weights, and LoRA) at 1.8k, 7.4k and 35k tokens and with nine samples of 1.8k packed
+into one pass, and the reading of an evaluation prompt of 53k tokens in chunks, SelfExtend's too. All run the project's own code: laid.training.step, laid.training.teacher,
 laid.models.forward. What the plan says cannot fit is not started, and said. Of these rates the GPU-hours of the whole
 paper are extrapolated.
 """
@@ -31,6 +31,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from laid.distill.distillation import TeacherOutputs
+from laid.methods.self_extend import apply_self_extend
 from laid.models.attention import cache_for
 from laid.models.decoder import geometry
 from laid.models.forward import last_logits
@@ -51,6 +52,9 @@ RESULTS = Path(__file__).with_name("GPU.md")
 MEMBERS = {size: f"Qwen/Qwen2.5-VL-{size}-Instruct" for size in ("32B", "7B", "3B")}
 LENGTHS, LONGEST, CHUNK = (1_800, 7_400, 35_000), 53_000, 8_192
 TOY_LENGTHS, TOY_LONGEST, TOY_CHUNK = (48, 96, 192), 256, 64
+PACKED = 9  # samples of the shortest length in one pass
+SELF_EXTEND = {"group": 4, "window": 1024}  # as configs/paper.yaml
+IMAGE_POSITIONS = 24  # of a photograph
 BATCH = 8  # samples of an optimiser step, one a pass
 LAID = {  # the weights and the alignment of configs/paper.yaml
     "lambda_sft": 0.7,
@@ -68,7 +72,7 @@ PAPER_HOURS = {"7B": 296, "3B": 172}  # A800-hours
 
 @dataclass
 class Case:
-    """kind: teacher, train, lora or read. Measured: seconds of one pass, of the optimiser's step, peak bytes."""
+    """kind: teacher, train, lora (with packed_ before them: PACKED samples), read or extend. Measured: seconds of one pass, of the optimiser's step, peak bytes."""
 
     kind: str
     member: str
@@ -81,12 +85,19 @@ class Case:
     rate: float = field(default=0.0)  # FLOP/s
 
     @property
+    def samples(self) -> int:
+        return PACKED if self.kind.startswith("packed_") else 1
+
+    @property
     def name(self) -> str:
         what = {
             "teacher": "teacher's pass",
             "train": "training, all weights",
             "lora": "training, LoRA",
+            "packed_train": f"training, all weights, {PACKED} packed",
+            "packed_lora": f"training, LoRA, {PACKED} packed",
             "read": "reading",
+            "extend": "reading, SelfExtend",
         }
         return f"{self.member} {what[self.kind]}"
 
@@ -118,9 +129,10 @@ class Bench:
         config, visual = self.configs[member], self.visual(tokens)
         if kind == "teacher":
             return teacher_pass(config, [-1], self.dtype, 1, tokens, visual)
-        if kind == "read":
+        if kind in ("read", "extend"):
             return reading(config, self.dtype, 1, tokens, visual, self.chunk, keep=True)
-        return training_step(config, self.configs["32B"], self.methods[kind], self.training, tokens, visual)
+        method = self.methods[kind.removeprefix("packed_")]
+        return training_step(config, self.configs["32B"], method, self.training, tokens, visual)
 
     def cases(self) -> Iterator[Case]:
         """Cheap and telling ones first, so that a short budget is well spent; one member's beside each other."""
@@ -128,7 +140,11 @@ class Bench:
             for kind in self.kinds:
                 for tokens in self.lengths:
                     yield Case(kind, member, tokens, self.plan(kind, member, tokens))
-            yield Case("read", member, self.longest, self.plan("read", member, self.longest))
+                together = PACKED * self.lengths[0]
+                packed = f"packed_{kind}"
+                yield Case(packed, member, together, self.plan(packed, member, together))
+            for kind in ("read", "extend"):
+                yield Case(kind, member, self.longest, self.plan(kind, member, self.longest))
         for tokens in self.lengths:
             yield Case("teacher", "32B", tokens, self.plan("teacher", "32B", tokens))
         yield Case("read", "32B", self.longest, self.plan("read", "32B", self.longest))
@@ -137,7 +153,7 @@ class Bench:
         """Measure cases of one member and kind, which share a model."""
         kind, config = cases[0].kind, self.configs[cases[0].member]
         model = meta_model(config, self.dtype, device=self.device)
-        if kind in ("train", "lora"):
+        if kind.endswith(("train", "lora")):
             work = Training(self, model, kind)
         else:
             work = Pass(self, model, kind)
@@ -145,7 +161,7 @@ class Bench:
             work(case)
             if case.seconds:
                 # Of an optimiser step over BATCH samples, as training goes.
-                seconds = case.seconds + case.optimizer / BATCH
+                seconds = case.seconds + case.optimizer * case.samples / BATCH
                 case.rate = case.plan.flops / seconds
 
     def timed(self, work: Callable[[], Any], seconds: float = 2.0, most: int = 5) -> float:
@@ -171,8 +187,10 @@ class Bench:
         there = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in standing}
         return sum(there.values()) + peak_bytes(work)
 
-    def inputs(self, member: PreTrainedConfig, tokens: int):
-        batch = meta_batch(member, 1, tokens, self.visual(tokens), getattr(torch, self.dtype), self.device)
+    def inputs(self, member: PreTrainedConfig, tokens: int, count: int = 1):
+        batch = meta_batch(
+            member, count, tokens, self.visual(tokens), getattr(torch, self.dtype), self.device
+        )
         given = [batch.ids, batch.positions, batch.image_mask, batch.features]
         return batch, given
 
@@ -183,9 +201,14 @@ class Pass:
     def __init__(self, bench: Bench, model: nn.Module, kind: str):
         self.bench, self.model, self.kind = bench, model, kind
         self.last = geometry(model).layers - 1
+        if kind == "extend":
+            apply_self_extend(model, **SELF_EXTEND)
 
     def __call__(self, case: Case) -> None:
         batch, given = self.bench.inputs(self.model.config, case.tokens)
+        if self.kind == "extend":  # images as photographs are, so that far keys are as many
+            batch.positions //= round(VISUAL + DELIMITERS)
+            batch.positions *= IMAGE_POSITIONS
 
         @torch.no_grad()
         def work():
@@ -224,7 +247,7 @@ class Training:
 
     def __init__(self, bench: Bench, model: nn.Module, kind: str):
         self.bench = bench
-        method = bench.methods[kind]
+        method = bench.methods[kind.removeprefix("packed_")]
         self.config = model.config
         self.model = make_trainable(model, method.lora, bench.training).train()
         self.lesson = lesson_of(self.model, method, CachedTeacher(bench.configs["32B"]))
@@ -238,11 +261,13 @@ class Training:
         self.optimizer.step()
 
     def __call__(self, case: Case) -> None:
-        batch, given = self.bench.inputs(self.config, case.tokens)
-        labels = torch.tensor([[7, 8]], device=self.bench.device)
+        count = case.samples
+        batch, given = self.bench.inputs(self.config, case.tokens // count, count)
+        batch.packed = [case.tokens // count] * count if count > 1 else None
+        labels = torch.tensor([[7, 8]] * count, device=self.bench.device)
 
         def work():
-            forward_backward(self.lesson, Piece.of([0], batch, labels), 0.5)
+            forward_backward(self.lesson, Piece.of(range(count), batch, labels, apart=1), 0.5)
 
         work()
         self._step()  # the optimiser's state is there from now on
@@ -278,6 +303,9 @@ def extrapolated(cases: list[Case], gpu: Gpu | None) -> list[str]:
 
     def rate(kind: str, member: str) -> Case | None:
         # Training questions have 3,900 tokens on average: the case of 7.4k is the nearest from above.
+        packed = [c for c in cases if (c.kind, c.member) == (f"packed_{kind}", member) and c.rate]
+        if packed:  # as configs/paper.yaml trains
+            return packed[0]
         found = [c for c in cases if (c.kind, c.member) == (kind, member) and c.rate]
         return found[min(1, len(found) - 1)] if found else None
 
@@ -344,7 +372,7 @@ def report(bench: Bench, cases: list[Case], gpu: Gpu | None, device: str, spent:
         if case.seconds is None:
             lines.append(f"| {case.name} | {case.tokens:,} | {case.note} | | | | | {planned:.3g} | |")
             continue
-        seconds = case.seconds + case.optimizer / BATCH
+        seconds = case.seconds + case.optimizer * case.samples / BATCH
         share = f"{case.rate / gpu.rate(bench.dtype):.1%}" if gpu else ""
         lines.append(
             f"| {case.name} | {case.tokens:,} | {1000 * case.seconds:.1f} | {case.tokens / seconds:,.0f}"

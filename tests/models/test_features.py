@@ -1,3 +1,5 @@
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -54,6 +56,18 @@ def test_features_are_the_models_own(loaded, coco_root, paths):
         assert feature.shape == (4, model.config.text_config.hidden_size)
         torch.testing.assert_close(feature, own, rtol=1e-4, atol=1e-5)
         assert not feature.requires_grad
+
+
+def test_images_that_threads_read_ahead_are_the_same_bits(loaded, coco_root, paths, tmp_path):
+    """As for a GPU, batch by batch; what the store has is not read."""
+    plain, _ = features(loaded, coco_root, batch=4)
+    ahead, _ = features(loaded, coco_root, batch=4, store=tmp_path)
+    ahead.get(paths[4:6])
+    ahead.kept.clear()
+    ahead._readers = ThreadPoolExecutor(2)
+    ahead.prepare(paths)
+    assert all(map(torch.equal, ahead.get(paths), plain.get(paths)))
+    assert ahead.computed == len(paths) and not ahead._read
 
 
 @pytest.mark.parametrize("pixels", [28 * 28, 56 * 56])

@@ -53,6 +53,10 @@ class FeatureStore:
         self.found += len(found)
         return found
 
+    def has(self, file: Path) -> bool:
+        """Whether the features of an image file were here when the packs were last looked for."""
+        return self._hash(file) in self._packs
+
     def put(self, features: Mapping[Path, torch.Tensor]) -> None:
         """Keep the features of image files, as one pack."""
         tensors = {self._hash(file): tensor.detach().cpu().contiguous() for file, tensor in features.items()}

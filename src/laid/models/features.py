@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -46,12 +47,16 @@ class ImageFeatures:
         self.computed = 0
         self.store = FeatureStore(store, model, processor) if store is not None else None
         self._grids: dict[str, tuple[int, int]] = {}
+        ahead = next(model.parameters()).device.type == "cuda"
+        self._readers = ThreadPoolExecutor() if ahead else None
+        self._read: dict[str, Future[tuple[torch.Tensor, torch.Tensor]]] = {}
 
     def grids(self, paths: Sequence[str]) -> list[tuple[int, int]]:
         """Merged grids (height, width) of `paths`, in visual tokens, from the files' headers alone."""
         for path in paths:
             if path not in self._grids:
-                self._grids[path] = self.processor.grid(*image_size(self.file(path)), self.file(path))
+                file = self.file(path)
+                self._grids[path] = self.processor.grid(*image_size(file), file)
         return [self._grids[path] for path in paths]
 
     def prepare(self, paths: Iterable[str], label: str | None = None) -> None:
@@ -61,7 +66,7 @@ class ImageFeatures:
         for start in range(0, len(todo), self.batch):
             if self.bytes >= self.limit_bytes:
                 break
-            self._compute(todo[start : start + self.batch])
+            self._compute(todo[start : start + self.batch], todo[start + self.batch : start + 2 * self.batch])
             if bar is not None:
                 bar.update(len(todo[start : start + self.batch]))
         if bar is not None:
@@ -81,7 +86,8 @@ class ImageFeatures:
         return found
 
     @torch.no_grad()
-    def _compute(self, paths: list[str]) -> None:
+    def _compute(self, paths: list[str], next_ones: Sequence[str] = ()) -> None:
+        """Bring `paths` into memory; of `next_ones` images are read meanwhile, where a GPU would wait for them."""
         device = next(self.model.parameters()).device
         if self.store is not None:
             stored = self.store.get([self.file(path) for path in paths])
@@ -94,13 +100,28 @@ class ImageFeatures:
         # Matrix products of very few rows round otherwise; features must not depend on what they were computed beside.
         tokens = [height * width for height, width in self.grids(paths)]
         filled = [*paths, *[paths[0]] * -(-(LEAST - sum(tokens)) // tokens[0])]
-        pixels, grid = self.processor.pixels([self.file(path) for path in filled])
+        pixels, grid = self._pixels(filled, next_ones)
         features = self.family.image_features(self.model, pixels.to(device), grid.to(device))
         for path, feature in zip(paths, features):
             self._keep(path, feature.clone())  # not a view: dropping it is to free its memory
         self.computed += len(paths)
         if self.store is not None:
             self.store.put({self.file(path): self.kept[path] for path in paths})
+
+    def _pixels(self, paths: Sequence[str], next_ones: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the vision tower takes of images. For a GPU, threads decode and resize them, one image each, ahead of it.
+
+        Threads, since Pillow and NumPy work without Python's lock, and containers have little memory to share with processes.
+        """
+        if self._readers is None:
+            return self.processor.pixels([self.file(path) for path in paths])
+        coming = [p for p in next_ones if self.store is None or not self.store.has(self.file(p))]
+        for path in dict.fromkeys([*paths, *coming]):
+            if path not in self._read:
+                self._read[path] = self._readers.submit(self.processor.pixels, [self.file(path)])
+        read = {path: self._read.pop(path).result() for path in dict.fromkeys(paths)}
+        pixels, grids = zip(*(read[path] for path in paths))
+        return torch.cat(pixels), torch.cat(grids)
 
     def _keep(self, path: str, feature: torch.Tensor) -> None:
         self.kept[path] = feature
