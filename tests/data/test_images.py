@@ -61,12 +61,16 @@ def test_what_models_cannot_use_is_one_line(tmp_path):
     Image.new("F", (4, 4)).save(tmp_path / "float.tiff")
     Image.new("RGB", (4, 4)).save(tmp_path / "whole.png", exif=b"Exif\0\0broken")
     Image.new("RGB", (900, 4)).save(tmp_path / "thin.png")
+    (tmp_path / "script.jpg").write_text(
+        "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n%%EndComments\nshowpage\n"
+    )
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "loop.png").symlink_to("loop.png")
     assert open_image(tmp_path / "whole.png").size == (4, 4)
     for name, says in {
         "deep.png": r"has 16 or more bits a channel \(mode I;16\)",
         "float.tiff": "has 16 or more bits",
+        "script.jpg": "not a whole image",
         "pipe.png": "no such image",
         "loop.png": "no such image",
     }.items():

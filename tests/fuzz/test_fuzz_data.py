@@ -205,13 +205,32 @@ def test_odd_paths(outside, tmp_path, option):
     (tmp_path / "nowhere").symlink_to("absent")
     (tmp_path / "file").write_text("{}")
     overlay = tmp_path / "overlay.yaml"
-    names = ["pipe", "loop", "nowhere", "file/below", "x" * 300, "x" * 5000, "\udcff", "a\nb", "\u202e", "é" * 200]
+    names = [
+        "pipe",
+        "loop",
+        "nowhere",
+        "file/below",
+        "x" * 300,
+        "x" * 5000,
+        "\udcff",
+        "a\nb",
+        "\u202e",
+        "é" * 200,
+    ]
     for odd in [*(str(tmp_path / name) for name in names), "/dev/zero", "/dev/null/x"]:
         overlay.write_text(yaml.safe_dump({"data": {"source": "local", "root": odd}}))
         coco = ["--coco", outside.coco]
         words = {
             "--config": ["config", "--config", odd],
-            "--questions": ["data", "--config", outside.config, "--out", tmp_path / "coco", "--questions", odd],
+            "--questions": [
+                "data",
+                "--config",
+                outside.config,
+                "--out",
+                tmp_path / "coco",
+                "--questions",
+                odd,
+            ],
             "--coco": ["haystacks", "--config", outside.config, "--coco", odd, "--out", tmp_path / "made"],
             "--out": ["haystacks", "--config", outside.config, *coco, "--out", f"{odd}/q"],
             "data.root": ["data", "--config", outside.config, overlay, "--out", tmp_path / "coco"],

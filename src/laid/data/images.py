@@ -17,6 +17,8 @@ from laid.errors import LaidError
 from laid.io import safe_join
 
 READING = "turned by EXIF, on white, 8 bits"  # part of the key of stored features
+# Pillow hands other formats to programs (EPS to Ghostscript), which no image file may start.
+FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 THINNEST = 200  # the image processors of all families refuse proportions above 200 to 1
 _ORIENTATION = 0x0112
 _TURNS = {
@@ -28,8 +30,8 @@ _TURNS = {
 def open_image(file: str | Path) -> Image.Image:
     """Decode an image file to RGB. Raises LaidError where it is missing, broken, or has more than 8 bits a channel."""
     with _opened(file) as image:
-        image.load()
         turn = _TURNS.get(_orientation(image))
+        image.load()
         image = image if turn is None else image.transpose(turn)
         if not image.has_transparency_data:
             return image.convert("RGB")
@@ -77,6 +79,8 @@ def lies_on_its_side(file: str | Path) -> bool:
 
 def _orientation(image: Image.Image) -> int:
     """How EXIF says that the image lies, 1 to 8; 1, upright, where it says nothing that can be read."""
+    if image.format == "PNG" and "exif" not in image.info:
+        return 1  # what stands behind the pixels is not looked for: that would decode them
     try:
         found = image.getexif().get(_ORIENTATION, 1)
     except (
@@ -86,7 +90,7 @@ def _orientation(image: Image.Image) -> int:
         LookupError,
         TypeError,
         struct.error,
-    ):  # broken metadata of whole pixels
+    ):  # the pixels may be whole
         return 1
     return found if found in _TURNS else 1
 
@@ -97,7 +101,7 @@ def _opened(file: str | Path) -> Iterator[Image.Image]:
     if not Path(file).is_file():  # opening a pipe would wait for its writer
         raise LaidError(f"{file}: no such image")
     try:
-        with Image.open(file) as image:
+        with Image.open(file, formats=FORMATS) as image:
             if image.mode.startswith(("I", "F")):
                 raise LaidError(
                     f"{file}: has 16 or more bits a channel (mode {image.mode}), of which models see 8: convert it"
