@@ -160,7 +160,7 @@ def prepare(run: Run, engine: Engine) -> tuple[Training, nn.Module]:
     """All that the steps need, and the student inside it. Raises LaidError for wrong inputs."""
     method, settings = run.how, run.settings.training
     _require_sensible(run)
-    require_images(run.coco, run.images, [run.questions])
+    engine.agree(lambda: require_images(run.coco, run.images, [run.questions]))
     torch.manual_seed(run.seed)
     model = load_student(run, engine.load_device)
     processor = Processor.load(run.student)
