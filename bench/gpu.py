@@ -55,7 +55,7 @@ TOY_LENGTHS, TOY_LONGEST, TOY_CHUNK = (48, 96, 192), 256, 64
 PACKED = 9  # samples of the shortest length in one pass
 SELF_EXTEND = {"group": 4, "window": 1024}  # as configs/paper.yaml
 IMAGE_POSITIONS = 24  # of a photograph
-BATCH = 8  # samples of an optimiser step, one a pass
+BATCH = 8  # samples of an optimiser step
 LAID = {  # the weights and the alignment of configs/paper.yaml
     "lambda_sft": 0.7,
     "lambda_kl": 0.3,
@@ -132,7 +132,10 @@ class Bench:
         if kind in ("read", "extend"):
             return reading(config, self.dtype, 1, tokens, visual, self.chunk, keep=True)
         method = self.methods[kind.removeprefix("packed_")]
-        return training_step(config, self.configs["32B"], method, self.training, tokens, visual)
+        cost = training_step(config, self.configs["32B"], method, self.training, tokens, visual)
+        if kind.startswith("packed_"):  # each attends to itself alone
+            cost.attention //= PACKED
+        return cost
 
     def cases(self) -> Iterator[Case]:
         """Cheap and telling ones first, so that a short budget is well spent; one member's beside each other."""
@@ -202,7 +205,7 @@ class Pass:
         self.bench, self.model, self.kind = bench, model, kind
         self.last = geometry(model).layers - 1
         if kind == "extend":
-            apply_self_extend(model, **SELF_EXTEND)
+            apply_self_extend(model, **SELF_EXTEND | ({"window": 8} if bench.toy else {}))
 
     def __call__(self, case: Case) -> None:
         batch, given = self.bench.inputs(self.model.config, case.tokens)
@@ -313,7 +316,7 @@ def extrapolated(cases: list[Case], gpu: Gpu | None) -> list[str]:
         flops = 0.0
         for images, count in prompts:
             share = (TEXT + extra + images * (VISUAL + DELIMITERS)) / case.tokens
-            flops += count * (case.plan.linear * share + case.plan.attention * share**2)
+            flops += count * (case.plan.linear * share + case.samples * case.plan.attention * share**2)
         return flops / case.rate / 3600
 
     lines, total = [], 0.0
@@ -360,7 +363,7 @@ def report(bench: Bench, cases: list[Case], gpu: Gpu | None, device: str, spent:
         f"## {'Toy size' if bench.toy else 'Real shapes'}, {device}",
         "",
         (
-            f"torch {torch.__version__}, {bench.dtype}, one sample a pass, gradient checkpointing in training;"
+            f"torch {torch.__version__}, {bench.dtype}, gradient checkpointing in training;"
             f" {time.strftime('%Y-%m-%d')}; {spent:.0f} s in all."
         ),
         "",
@@ -382,8 +385,8 @@ def report(bench: Bench, cases: list[Case], gpu: Gpu | None, device: str, spent:
     notes = [
         "",
         (
-            f"A pass: forward, and in training losses and backward, of one sample; tokens/s counts 1/{BATCH} of an optimiser"
-            " step to it. FLOPs: matrix products and causal attention at half, by the plan."
+            f"A pass: forward, and in training losses and backward; tokens/s counts 1/{BATCH} of an optimiser step to each sample"
+            " in it. FLOPs: matrix products and causal attention at half, by the plan."
         ),
         "",
     ]

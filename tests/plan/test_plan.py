@@ -211,8 +211,9 @@ def test_the_benchmark_runs_at_toy_size(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     cases = json.loads((tmp_path / "toy.json").read_text())["cases"]
     assert {(c["kind"], c["member"]) for c in cases} == {
-        ("teacher", "32B"), ("read", "32B"), ("train", "7B"), ("lora", "7B"), ("read", "7B"), ("train", "3B"),
-        ("lora", "3B"), ("read", "3B"),
+        ("teacher", "32B"), ("read", "32B"),
+        *((kind, member) for kind in ("train", "packed_train", "lora", "packed_lora", "read", "extend")
+          for member in ("7B", "3B")),
     }  # fmt: skip
     for case in cases:
         assert case["seconds"] > 0 and not case["note"], case
