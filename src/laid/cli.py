@@ -17,6 +17,7 @@ VERBS = {
     "data": "make or check the COCO data (rendered, local or downloaded)",
     "haystacks": "build Visual Haystacks questions from COCO labels",
     "plan": "tell what every job would cost, and which cannot fit, before anything runs",
+    "features": "compute the visual features of all images once, for the jobs that follow",
     "pretrain": "train one member of the small-scale model family from nothing",
     "teacher-cache": "run the teacher once over the training questions and store what distillation needs",
     "train": "post-train a student (sft, kd, laid and its ablations)",

@@ -5,6 +5,8 @@ import shutil
 import pytest
 import torch
 
+from laid.cli import main
+from laid.data.questions import haystack_file
 from laid.errors import LaidError
 from laid.io import safe_join
 from laid.models.feature_store import FeatureStore, tower_key
@@ -35,6 +37,24 @@ def test_what_is_kept_is_what_was_computed(student, coco_root, paths, tmp_path):
     assert first.computed == len(paths)
     assert all(torch.equal(a, b) for a, b in zip(second.get(paths), plain))
     assert (second.computed, second.store.found) == (0, len(paths))
+
+
+def test_one_pass_before_all_jobs(family, coco_root, haystacks, micro_file, tmp_path, capsys):
+    """`laid features`, then an evaluation that finds every image where the configuration has them kept."""
+    kept = tmp_path / "kept.yaml"
+    kept.write_text(f"results: {tmp_path}\nevaluation: {{keep_features: true}}\n")
+    config = ["--config", str(micro_file), str(kept)]
+    common = ["--model", str(family["small"]), "--coco", str(coco_root)]
+    asked = ["--questions", str(haystacks / "train.json"), str(haystack_file(haystacks / "test", 5))]
+    for computed in (True, False):
+        assert main(["features", *config, *common, *asked]) == 0
+        words = capsys.readouterr().out.split()
+        assert int(words[1]) > 20 and (int(words[3]) == int(words[1])) is computed
+    packs = set(tmp_path.rglob("*.safetensors"))
+    assert packs and all(tmp_path / "micro/features" in pack.parents for pack in packs)
+    answer = ["--student-name", "small", "--method", "base", "--out", str(tmp_path / "cells")]
+    assert main(["evaluate", *config, *common, "--questions", asked[-1], *answer]) == 0
+    assert set(tmp_path.rglob("*.safetensors")) == packs
 
 
 def test_only_what_is_missing_is_computed(student, coco_root, paths, tmp_path):

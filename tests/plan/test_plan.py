@@ -96,6 +96,9 @@ def test_the_paper_offline_as_typed(plan):
     assert teacher["memory"]["cache"] == pytest.approx(
         2 * 64 * 8 * 128 * 2 * teacher["longest_tokens"], rel=0.1
     )
+    features = jobs["features", "qwen3b", ""]  # one pass over the distinct images, kept in bfloat16
+    images = features["disk_bytes"] / (345.4 * 2048 * 2)
+    assert 40_000 < images < 60_000 and features["flop"] > 0
     cache = jobs["teacher_cache", "qwen32b", ""]
     assert cache["disk_bytes"] == pytest.approx(cache["tokens"] * 48 * 128 * 2 + 5000 * 2 * 152064 * 4)
 

@@ -76,10 +76,11 @@ def test_one_cell_needs_one_student_and_one_run(workdir):
 
 
 def test_one_job_per_cell_for_large_models(workdir):
-    (workdir.path / "cell.yaml").write_text("evaluation: {shard: cell}\n")
+    (workdir.path / "cell.yaml").write_text("evaluation: {shard: cell, keep_features: true}\n")
     jobs = workdir.planned("--configfile", "micro.yaml", "cell.yaml", overlay=None)
     config = yaml.safe_load((TOP / "config.yaml").read_text())
     assert jobs["evaluate_test"] == 2 * expected_jobs(config)["evaluate_test"]  # two sizes
+    assert jobs["features"] == 3  # a pass of each vision tower before anything else needs it
     cell = "results/micro/cells/test/small/base/5"
     overlays = ["--configfile", "micro.yaml", "cell.yaml"]
     plan = workdir.snakemake("--dry-run", "--printshellcmds", f"{cell}.json", *overlays, overlay=None)

@@ -86,6 +86,16 @@ def checkpoint_files(member):
     return [] if member in HUB else LAYOUT.checkpoint(member)
 
 
+def features(member):
+    """input: a word that the member's vision tower has seen all images, where features are kept on disk."""
+    return f"{ROOT}/features/{member}.json" if config.evaluation.keep_features else []
+
+
+def student_features(wildcards):
+    """input: the same of the student's."""
+    return features(wildcards.student)
+
+
 def student_files(wildcards):
     """input: the checkpoint of the student as it is."""
     return checkpoint_files(wildcards.student)

@@ -5,6 +5,7 @@ rule train:
     input:
         unpack(training_inputs),
         student=student_files,
+        features=student_features,
         images=images("haystacks"),
     output:
         directory(f"{ROOT}/runs/{{student}}/{{method}}/seed{{seed}}"),

@@ -13,6 +13,7 @@ for suite in SUITES.values():
             f"evaluate_{suite.name}"
         input:
             model=student_files,
+            features=student_features,
             runs=runs_behind(suite),
             images=images(suite.folder),
             questions=[LAYOUT.questions(suite.name, size) for size in sizes],

@@ -25,9 +25,34 @@ rule pretrain:
         " --threads {resources.cpus_per_task} 2>&1 | tee {log:q}"
 
 
+# Where evaluation.keep_features says so: each tower sees each image once, and no other job waits for images.
+rule features:
+    input:
+        model=lambda wildcards: checkpoint_files(wildcards.member),
+        questions=[LAYOUT.training_questions, *test_questions()],
+        images=images("haystacks"),
+    output:
+        f"{ROOT}/features/{{member}}.json",
+    log:
+        f"{ROOT}/logs/features/{{member}}.log",
+    priority: 85
+    conda:
+        "../../envs/laid.yaml"
+    threads: cores("features")
+    resources:
+        **ask("features"),
+    params:
+        model=lambda wildcards: LAYOUT.checkpoint(wildcards.member),
+        coco=COCO,
+    shell:
+        "laid features --config $CONFIG --model {params.model:q} --coco {params.coco:q}"
+        " --questions {input.questions:q} --out {output:q} --threads {resources.cpus_per_task} 2>&1 | tee {log:q}"
+
+
 rule teacher_cache:
     input:
         teacher=checkpoint_files(TEACHER),
+        features=features(TEACHER),
         questions=LAYOUT.training_questions,
         images=images("haystacks"),
     output:

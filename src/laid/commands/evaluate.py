@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from laid.commands.shared import deterministic, pick_device
+    from laid.commands.shared import deterministic, features_folder, pick_device
     from laid.evaluation.evaluate import evaluate_cells, question_sets
     from laid.settings import load
 
@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     sets = question_sets(args.questions, args.sizes, args.coco)
     cells = evaluate_cells(
         settings, args.student_name, args.method, args.model, args.runs, args.coco, sets, args.out,
-        pick_device(args.device), args.features, args.cost,
+        pick_device(args.device), features_folder(args, settings), args.cost,
     )  # fmt: skip
     for part, cell in zip(sets, cells, strict=True):
         low, high = (100 * bound for bound in cell["interval"])

@@ -111,6 +111,11 @@ def features_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def features_folder(args: argparse.Namespace, settings: Settings) -> Path | None:
+    """Where visual features are kept on disk: --features, or the configuration's place; None where they are not."""
+    return args.features or (root_of(settings) / "features" if settings.evaluation.keep_features else None)
+
+
 def threads_argument(parser: argparse.ArgumentParser) -> None:
     """Add `--threads`."""
     parser.add_argument(

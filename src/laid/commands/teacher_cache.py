@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from laid import provenance
-    from laid.commands.shared import deterministic, pick_device
+    from laid.commands.shared import deterministic, features_folder, pick_device
     from laid.errors import LaidError
     from laid.io import alone, write_json
     from laid.settings import load
@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     with alone(args.out):
         index = build_cache(
             settings, args.teacher, args.coco, args.questions, args.out, pick_device(args.device),
-            features_folder=args.features,
+            features_folder=features_folder(args, settings),
         )  # fmt: skip
     write_json(args.out / "cost.json", provenance.cost(start))
     print(

@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
         raise LaidError(
             "--teacher-device says where --teacher computes: give --teacher as well, or leave it out"
         )
-    from laid.commands.shared import deterministic, pick_device
+    from laid.commands.shared import deterministic, features_folder, pick_device
     from laid.io import alone
     from laid.training.engine import launched, start
     from laid.training.recipe import Run, made, train
@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         training = Run(
             settings, args.method, args.seed, args.student_name, args.student, args.coco, args.questions, args.out,
-            args.teacher_cache, args.teacher, own_device(args.teacher_device), args.features,
+            args.teacher_cache, args.teacher, own_device(args.teacher_device), features_folder(args, settings),
         )  # fmt: skip
         engine = start(settings.training, pick_device(args.device), training.logs)
         with alone(args.out) if engine.main else nullcontext() as waited:

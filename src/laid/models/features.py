@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from laid.data.images import image_size
-from laid.models.decoder import text_model
+from laid.models.decoder import text_model, vision_tower
 from laid.models.families import family_of
 from laid.models.feature_store import FeatureStore
 from laid.models.processing import Processor
@@ -47,7 +47,7 @@ class ImageFeatures:
         self.computed = 0
         self.store = FeatureStore(store, model, processor) if store is not None else None
         self._grids: dict[str, tuple[int, int]] = {}
-        ahead = next(model.parameters()).device.type == "cuda"
+        ahead = next(vision_tower(model).parameters()).device.type == "cuda"
         self._readers = ThreadPoolExecutor() if ahead else None
         self._read: dict[str, Future[tuple[torch.Tensor, torch.Tensor]]] = {}
 
@@ -72,6 +72,16 @@ class ImageFeatures:
         if bar is not None:
             bar.__exit__(None, None, None)
 
+    def fill_store(self, paths: Sequence[str]) -> None:
+        """Compute what the store lacks of `paths`, keeping nothing in memory."""
+        todo = [path for path in paths if not self.store.has(self.file(path))]
+        with Progress(len(todo), "images", unit="images") as bar:
+            for start in range(0, len(todo), self.batch):
+                batch = todo[start : start + self.batch]
+                self._compute(batch, todo[start + self.batch : start + 2 * self.batch])
+                self.kept, self.bytes = {}, 0
+                bar.update(len(batch))
+
     def get(self, paths: Sequence[str]) -> list[torch.Tensor]:
         """The features of `paths`, in order, computed where they are missing."""
         todo = [path for path in dict.fromkeys(paths) if path not in self.kept]
@@ -88,7 +98,7 @@ class ImageFeatures:
     @torch.no_grad()
     def _compute(self, paths: list[str], next_ones: Sequence[str] = ()) -> None:
         """Bring `paths` into memory; of `next_ones` images are read meanwhile, where a GPU would wait for them."""
-        device = next(self.model.parameters()).device
+        device = next(vision_tower(self.model).parameters()).device
         if self.store is not None:
             stored = self.store.get([self.file(path) for path in paths])
             for path in paths:

@@ -152,6 +152,21 @@ class Estimator:
         need.disk = need.tokens * kept.token_bytes + asked.questions * 2 * member.words * 4
         return need
 
+    def features(self, name: str) -> Need:
+        """One pass of a member's vision tower over the images of all training and test questions."""
+        c, member = self.config, self.members[name]
+        train, test = c.haystacks.train, c.haystacks.test
+        mean = _mean(range(train.min_size, train.max_size + 1))
+        images = self.lengths.distinct("train", train.questions * mean)
+        images += self.lengths.distinct("test", test.questions * sum(test.sizes))
+        visual, need = self.lengths.visual, Need(member.parameters, c.evaluation.dtype)
+        size = _size(need.dtype)
+        need.memory["weights"] = parameters(tower(member.model)) * size
+        need.memory["activations"] = pass_bytes(member.config, BATCH, visual, size)
+        need.flops = images * image_flops(member.model, visual)
+        need.disk = images * visual * member.hidden * size
+        return need
+
     def train(self, student: str, method: str) -> Need:
         """One training run of a student."""
         c, m, member = self.config, self.config.methods[method], self.members[student]
@@ -262,6 +277,9 @@ class Estimator:
         each = visual * member.hidden * size
         kept = min(distinct, self.config.evaluation.feature_cache_gb * GIB / each)
         passes = distinct if kept >= distinct else kept + draws * (1 - kept / distinct)
+        if self.config.evaluation.keep_features:  # read from disk
+            need.memory["features"] = int(kept * each)
+            return
         need.flops += passes * image_flops(member.model, visual)
         # The tower runs before the language model does: what stands then is there, what the other pass makes is not.
         seeing = Counter({p: need.memory[p] for p in STANDING})

@@ -61,6 +61,9 @@ def jobs_of(estimator: Estimator, gpu: Gpu) -> Iterator[Job]:
     if not config.models.checkpoints:
         for member in order:
             yield _job(estimator, gpu, "pretrain", member, "", (), 1)
+    if config.evaluation.keep_features:
+        for member in order:
+            yield _job(estimator, gpu, "features", member, "", (), 1)
     if any(_taught(methods[m]) for _, m in trained):
         yield _job(estimator, gpu, "teacher_cache", names.teacher, "", (), 1)
     for student, method in trained:
@@ -87,6 +90,8 @@ def need_of(
         return estimator.train(student, method)
     if rule == "pretrain":
         return estimator.pretrain(student)
+    if rule == "features":
+        return estimator.features(student)
     if rule == "teacher_cache":
         need = estimator.teacher_cache()
     else:

@@ -16,7 +16,7 @@ from laid.results.render import Entry, Table
 PAPER = {"7B": 74, "3B": 43}  # hours on 4 x A800 80 GB (arXiv 2512.21576)
 PAPER_GPUS = 4
 NAMED = 3  # methods that a row lists; more are counted there and listed below
-STAGES = ("teacher_cache", "train", "evaluate")
+STAGES = ("features", "teacher_cache", "train", "evaluate")
 
 
 def together(jobs: Sequence[Job]) -> list[Job]:

@@ -30,6 +30,8 @@ class Evaluation(Section):
     """Attention implementation."""
     feature_cache_gb: NonNegative = 8
     """Memory for visual features that are kept, in GiB."""
+    keep_features: bool = False
+    """Keep visual features on disk too, in <results>/<scale>/features, where every job with the same vision tower finds them; a rule of its own (`laid features`) computes them first. For photographs and a GPU, which else waits for images in every job; `laid plan` tells how much disk that is."""
 
 
 class Analysis(Section):

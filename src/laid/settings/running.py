@@ -27,6 +27,8 @@ class Resources(Section):
     """Making the COCO data and the haystacks."""
     pretrain: Job = Job()
     """Pretraining one member of the family."""
+    features: Job = Job()
+    """Computing visual features, where evaluation.keep_features asks for it."""
     teacher_cache: Job = Job()
     """Running the teacher over the training questions."""
     train: Job = Job()
