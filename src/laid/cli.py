@@ -18,6 +18,7 @@ VERBS = {
     "haystacks": "build Visual Haystacks questions from COCO labels",
     "plan": "tell what every job would cost, and which cannot fit, before anything runs",
     "features": "compute the visual features of all images once, for the jobs that follow",
+    "rehearse": "run every kind of job for a few steps, on random weights: does it run here, does it fit, how long",
     "pretrain": "train one member of the small-scale model family from nothing",
     "teacher-cache": "run the teacher once over the training questions and store what distillation needs",
     "train": "post-train a student (sft, kd, laid and its ablations)",
