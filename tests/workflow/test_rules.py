@@ -25,6 +25,16 @@ def test_format():
     assert done.returncode == 0, done.stderr
 
 
+def test_every_path_in_a_shell_command_is_quoted():
+    """A checkout, images or results may lie below a folder with a blank in its name."""
+    for file in sorted((TOP / "workflow/rules").glob("*.smk")):
+        bare = set(re.findall(r"\{((?:input|output|log|params)\b[\w.]*)\}", file.read_text()))
+        # a flag; a flag with its value, quoted where it is made
+        assert bare <= {"params.kind", "params.cache"}, file.name
+    stages = yaml.safe_load((TOP / "dvc.yaml").read_text())["stages"].values()
+    assert not any(re.search(r"[^\"]\$\{results\}", stage["cmd"]) for stage in stages)
+
+
 def expected_jobs(config):
     """rule -> jobs, counted from the configuration by hand rather than by the rules."""
     students, tables = config["models"]["students"], config["tables"]
