@@ -224,6 +224,12 @@ def test_no_verb_ends_because_a_character_cannot_be_printed(tmp_path, monkeypatc
     assert b"results: \\u03c0" in out.buffer.getvalue()
 
 
+def test_a_name_that_the_locale_cannot_write_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr("laid.commands.config.run", lambda _: "π/coco".encode("latin-1"))
+    assert cli.main(["config", "--config", "x.yaml"]) == 2
+    assert "π/coco: no name in this locale (latin-1): set LC_ALL=C.UTF-8" in capsys.readouterr().err
+
+
 def test_a_line_is_a_line_whatever_it_names(tmp_path, capsys):
     """A path may hold what no terminal shows, and be longer than anyone reads."""
     for name in ("a\nb.yaml", "\x1b[31m.yaml", "\u202e.yaml", "x" * 5000):

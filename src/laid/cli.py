@@ -75,6 +75,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return args.run(args) or 0
     except LaidError as error:
         return _refused(args.verb, str(error))
+    except UnicodeEncodeError as error:  # the name of a file, in a locale without its characters
+        return _refused(
+            args.verb, f"{error.object[:200]}: no name in this locale ({error.encoding}): set LC_ALL=C.UTF-8"
+        )
     except KeyboardInterrupt:
         print(f"laid {args.verb}: interrupted", file=sys.stderr)
         return 130
