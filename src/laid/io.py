@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -13,23 +15,32 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from laid.errors import LaidError
+
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # full disk, quota, limit on a file's size
 
 
 @contextmanager
-def atomic_path(target: str | Path) -> Iterator[Path]:
+def atomic_path(target: str | Path, size: int = 0) -> Iterator[Path]:
     """Yield a fresh path beside `target`; on success it becomes `target`, on an error it is removed.
 
-    Serves files and folders alike. A folder that exists is replaced whole. Files can be read by whom the umask says.
+    Serves files and folders alike. A folder that exists is replaced whole, and where `target` is a link to a folder, that
+    folder is. Files can be read by whom the umask says. size: bytes that will be written, where the caller knows. Raises
+    LaidError, naming `target`, where there is no room for them.
     """
-    target = Path(target)
+    target = _behind(Path(target))
     target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.tmp-", dir=target.parent))
     beside = scratch / target.name
     try:
+        if size > shutil.disk_usage(scratch).free:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         yield beside
         if not beside.exists():
             raise RuntimeError(f"nothing was written for {target}")
@@ -37,8 +48,68 @@ def atomic_path(target: str | Path) -> Iterator[Path]:
         if target.is_dir() and not target.is_symlink():
             os.rename(target, scratch / "replaced")
         os.replace(beside, target)
+    except (OSError, SafetensorError) as error:
+        code = _errno(error)
+        if code not in NO_ROOM:
+            raise
+        written = sum(p.stat().st_size for p in scratch.rglob("*") if p.is_file())
+        needed = f"{size:,} bytes are needed" if size else f"more than {written:,} bytes are needed"
+        free = f"{shutil.disk_usage(scratch).free:,} are free"
+        if code == errno.EFBIG:
+            free = "the limit on a file's size (ulimit -f) is below that"
+        raise LaidError(
+            f"{target}: {os.strerror(code)}: {needed}, {free}; nothing half-written is left:"
+            " make room or choose another place, and give the same command again"
+        ) from None
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _behind(target: Path) -> Path:
+    """The folder that `target` is a link to; else `target`."""
+    return target.resolve() if target.is_symlink() and target.is_dir() else target
+
+
+def _errno(error: OSError | SafetensorError) -> int | None:
+    """What the system said; safetensors has it in words alone."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"os error (\d+)", str(error))
+    return int(found[1]) if found else None
+
+
+def require_place(target: str | Path, *own: str) -> None:
+    """Raise LaidError, before any work, where `target` cannot be written, or is a folder that holds other things.
+
+    own: patterns of the names in a folder that laid writes whole; without them `target` is a file, or a folder that laid
+    adds files to. Only looks.
+    """
+    target = Path(target)
+    if target.is_symlink() and not target.exists():
+        raise LaidError(f"{target}: is a link to {os.readlink(target)}, which is not there")
+    place = _behind(target)
+    if place.exists() and not (place.is_dir() or stat.S_ISREG(place.stat().st_mode)):
+        raise LaidError(
+            f"{target}: is neither a file nor a folder (a pipe or a device?): choose another place"
+        )
+    if own and place.exists():
+        if not place.is_dir():
+            raise LaidError(f"{target}: is a file, expected a folder: choose another place")
+        names = (p.name for p in place.iterdir() if not p.name.startswith("."))
+        foreign = sorted(name for name in names if not any(fnmatch(name, pattern) for pattern in own))
+        if foreign:
+            raise LaidError(
+                f"{target}: holds {foreign[0]}, which is not of an earlier result, and would be replaced: choose another folder"
+            )
+    above = place if place.is_dir() and not own else place.parent
+    while not above.exists():
+        above = above.parent
+    if not above.is_dir():
+        raise LaidError(f"{target}: {above} is a file, expected a folder: choose another place")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise LaidError(f"{target}: {above} cannot be written to: choose another place")
+    if own and os.path.ismount(place):
+        raise LaidError(f"{target}: is a whole disk, which cannot be replaced: name a folder on it")
 
 
 def _as_umask_has_it(path: Path) -> None:
@@ -54,12 +125,12 @@ def _as_umask_has_it(path: Path) -> None:
 def alone(target: str | Path) -> Iterator[bool]:
     """Hold the right to make `target`; wait, and say so, while another process on this file system holds it.
 
-    Yields whether it waited: `target` may then be there already.
+    Yields whether it waited: `target` may then be there already. What killed processes left half-written is removed.
 
     A job that a cluster believes dead, or that a killed workflow left behind, may still be writing. The lock is a
     hidden file beside `target`; it is freed when its process ends, however it ends.
     """
-    target = Path(target)
+    target = _behind(Path(target))
     target.parent.mkdir(parents=True, exist_ok=True)
     with open(target.parent / f".{target.name}.lock", "a+") as handle:
         try:
@@ -73,13 +144,16 @@ def alone(target: str | Path) -> Iterator[bool]:
                 flush=True,
             )
             fcntl.lockf(handle, fcntl.LOCK_EX)
+        for left in target.parent.glob(f".{glob.escape(target.name)}.tmp-*"):
+            shutil.rmtree(left, ignore_errors=True)
         yield waited
 
 
 def write_text(path: str | Path, text: str) -> None:
     """Write UTF-8 text atomically."""
-    with atomic_path(path) as beside:
-        beside.write_text(text, encoding="utf-8")
+    data = text.encode()
+    with atomic_path(path, len(data)) as beside:
+        beside.write_bytes(data)
 
 
 def dumps(value: Any, indent: int | None = 1) -> str:
@@ -196,5 +270,5 @@ def update(path: str | Path, content: str | bytes) -> None:
     data = content.encode() if isinstance(content, str) else content
     if path.is_file() and path.read_bytes() == data:
         return
-    with atomic_path(path) as beside:
+    with atomic_path(path, len(data)) as beside:
         beside.write_bytes(data)

@@ -64,7 +64,58 @@ def pointer(folder):
     )
 
 
+def cast(end, dtype):
+    """The weights of that name in another format."""
+
+    def spoil(folder):
+        found = load_file(folder / "model.safetensors")
+        found |= {name: w.to(dtype) for name, w in found.items() if name.endswith(end)}
+        save_file(found, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return spoil
+
+
+def elsewhere(name):
+    """The weights under another name, which the index gives; `name` is relative to the folder."""
+
+    def spoil(folder):
+        names = list(load_file(folder / "model.safetensors"))
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / "model.safetensors").rename(folder / name)
+        index = {"metadata": {}, "weight_map": dict.fromkeys(names, name)}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    return spoil
+
+
+def adapter(folder, alone=True):
+    """An adapter's files; peft gives the name of a base that is not looked for."""
+    said = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": "owner/other",
+        "target_modules": ["q_proj"],
+        "r": 2,
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(said))
+    if alone:
+        (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+        (folder / "config.json").unlink()
+
+
 WRONG = {
+    "an adapter": (adapter, r"holds an adapter alone: merge it into its base first \(peft"),
+    "an adapter too": (lambda f: adapter(f, alone=False), "holds a model and an adapter_config.json"),
+    "weights elsewhere": (elsewhere("../x.safetensors"), "names '../x.safetensors': weights must be .safetensors files in"),
+    "weights below": (elsewhere("sub/x.safetensors"), "names 'sub/x.safetensors'"),
+    "hidden weights": (elsewhere(".x.safetensors"), "names '.x.safetensors'"),
+    "weights by another name": (
+        lambda f: edit(f / "config.json", transformers_weights=".x.safetensors"), "config.json names weights of its own",
+    ),
+    "integer weights": (cast("q_proj.weight", torch.int32), "model.safetensors: model.*q_proj.weight is I32, weights are F16"),
+    "bool weights": (cast("q_proj.weight", torch.bool), "is BOOL, weights are"),
+    "complex weights": (cast("q_proj.weight", torch.complex64), "is C64, weights are"),
+    "byte weights": (cast("lm_head.weight", torch.uint8), "lm_head.weight is U8, weights are"),
+    "model type": (lambda f: edit(f / "config.json", model_type={}), "model_type '{}' is not supported; supported: qwen2_5_vl"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "no model.safetensors: get the weights"),
     "pickle": (pickled, "no model.safetensors, only pytorch_model.bin, and pickled files are never opened"),
     "cut weights": (lambda f: cut(f / "model.safetensors"), r"model.safetensors: not a whole safetensors file \(.*\), [\d,]+ bytes"),

@@ -1,9 +1,11 @@
 """Wrong inputs and broken runs are told in one line."""
 
 import json
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from laid.data.questions import read_questions, write_questions
 from laid.errors import LaidError
@@ -46,8 +48,6 @@ def test_wrong_inputs_are_one_line(micro, start, cache, haystacks, tmp_path, fam
 
 
 def test_a_teacher_that_sees_other_tokens_is_refused(micro, start, cache, tmp_path):
-    import shutil
-
     other = shutil.copytree(cache, tmp_path / "cache")
     index = json.loads((other / "index.json").read_text())
     index["lengths"][2] += 1
@@ -79,8 +79,6 @@ def test_a_loss_that_is_no_number_ends_the_run_and_writes_nothing(micro, start, 
 
 
 def test_an_unfinished_or_pickled_run_is_not_loaded(micro, family, runs, tmp_path):
-    import shutil
-
     run = shutil.copytree(runs("sft").out, tmp_path / "seed0")
     fingerprint = sha256_folder(run)
     (run / "model/adapter_model.safetensors").rename(run / "model/adapter_model.bin")
@@ -91,5 +89,43 @@ def test_an_unfinished_or_pickled_run_is_not_loaded(micro, family, runs, tmp_pat
     file = run / "model/adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-20])
     with pytest.raises(LaidError, match="cannot be loaded") as caught:
+        load_with_method(micro, "sft", family["small"], run)
+    assert "\n" not in str(caught.value)
+
+
+def renamed(weights):
+    weights[min(weights).replace("layers.0", "layers.7")] = weights.pop(min(weights))
+
+
+@pytest.mark.parametrize(
+    "edit, says",
+    [
+        (lambda w: w.pop(min(w)), "lacks 1 of the tensors that adapter_config.json describes"),
+        (lambda w: w.update(more=torch.zeros(2)), "has unknown 1 of the tensors .*, first more"),
+        (renamed, "lacks 1 of the tensors"),
+        (lambda w: w.update({n: t.int() for n, t in w.items()}), "is I32, weights are"),
+        (lambda w: w.update({min(w): w[min(w)][:1].clone()}), "cannot be loaded: .*size mismatch"),
+        (lambda w: w.clear(), "lacks "),
+    ],
+    ids=["missing", "extra", "renamed", "integer", "shape", "empty"],
+)
+def test_an_adapter_of_other_tensors_is_not_taken_for_the_trained_one(
+    micro, family, runs, tmp_path, edit, says
+):
+    run = shutil.copytree(runs("sft").out, tmp_path / "seed0")
+    file = run / "model/adapter_model.safetensors"
+    weights = load_file(file)
+    edit(weights)
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(LaidError, match=says) as caught:
+        load_with_method(micro, "sft", family["small"], run)
+    assert str(run) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("said", [[], {}, {"peft_type": "PROMPT_TUNING"}, {"peft_type": "LORA", "r": "two"}])
+def test_an_adapter_s_configuration_of_another_kind_is_one_line(micro, family, runs, tmp_path, said):
+    run = shutil.copytree(runs("sft").out, tmp_path / "seed0")
+    (run / "model/adapter_config.json").write_text(json.dumps(said))
+    with pytest.raises(LaidError, match="seed0/model") as caught:
         load_with_method(micro, "sft", family["small"], run)
     assert "\n" not in str(caught.value)

@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 
 from laid.errors import LaidError
+from laid.io import read_json
 from laid.methods.self_extend import apply_self_extend
 from laid.methods.yarn import apply_yarn
-from laid.models.loading import load_model, resolve, source_errors
+from laid.models.loading import load_model, require_floats, resolve, source_errors
 from laid.models.processing import Processor
 from laid.settings import SelfExtend, Settings, TrainedMethod, Yarn
 
@@ -59,13 +61,30 @@ def load_run(
         raise LaidError(f"{folder}: no such folder: this run did not finish; make it again with `laid train`")
     if not (folder / "adapter_config.json").is_file():
         return load_model(folder, dtype, attention, device)
-    if not (folder / "adapter_model.safetensors").is_file():  # peft would read a pickled one instead
+    weights = folder / "adapter_model.safetensors"
+    if not weights.is_file():  # peft would read a pickled one instead
         raise LaidError(
             f"{folder}: no adapter_model.safetensors beside adapter_config.json; make the run again"
         )
-    from peft import PeftModel
+    from peft import PeftModel, get_peft_model_state_dict
 
+    said = read_json(folder / "adapter_config.json")
+    if not isinstance(said, dict) or said.get("peft_type") != "LORA":
+        raise LaidError(f"{folder / 'adapter_config.json'}: not a LoRA adapter's; make the run again")
     student = load_model(resolve(base), dtype, attention, device)
     with source_errors(str(folder)):
+        with safe_open(weights, "pt") as file:
+            require_floats(weights, file)
+            found = {name: tuple(file.get_slice(name).get_shape()) for name in list(file.keys())}
         adapted = PeftModel.from_pretrained(student, str(folder))
-    return adapted.merge_and_unload().eval()
+        wanted = {
+            name: tuple(w.shape)
+            for name, w in get_peft_model_state_dict(adapted, save_embedding_layers=False).items()
+        }
+        for what, names in (("lacks", wanted.keys() - found), ("has unknown", found.keys() - wanted)):
+            if names:  # peft would train on, or leave out, without a word
+                raise LaidError(
+                    f"{weights}: {what} {len(names)} of the tensors that adapter_config.json describes, first {min(names)}:"
+                    " make the run again"
+                )
+        return adapted.merge_and_unload().eval()

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,6 +19,8 @@ from laid.io import read_json
 from laid.models.families import FAMILIES, unsupported
 
 hf_logging.disable_progress_bar()
+FLOATS = ("F16", "BF16", "F32", "F64")
+WEIGHTS = re.compile(r"[^./\\\0][^/\\\0]*\.safetensors")
 SPREAD = 0.5  # of a GPU's memory: what is left is for activations and the key-value cache of long prompts
 
 
@@ -26,6 +29,17 @@ def resolve(source: str | Path) -> str:
     text = str(source)
     path = Path(text)
     if path.is_dir():
+        adapter = (path / "adapter_config.json").is_file()
+        if adapter and not any(path.glob("model*.safetensors")):
+            raise LaidError(
+                f"{text}: holds an adapter alone: merge it into its base first (peft: merge_and_unload, then save_pretrained),"
+                " and give the folder of the whole model"
+            )
+        if adapter:  # transformers would load another folder, the one that this file names
+            raise LaidError(
+                f"{text}: holds a model and an adapter_config.json, and it is not clear which is meant: remove that file,"
+                " or merge the adapter first"
+            )
         if not (path / "config.json").is_file():
             raise LaidError(f"{text}: no config.json in this folder: not a checkpoint in Hugging Face format")
         return text
@@ -72,8 +86,13 @@ def require_family(source: str) -> None:
         written, _ = PreTrainedConfig.get_config_dict(source)
     if not isinstance(written, dict):
         raise LaidError(f"{source}: config.json holds no names with values: get it again")
-    if written.get("model_type") not in FAMILIES:
-        raise LaidError(f"{source}: {unsupported(written.get('model_type'))}")
+    kind = written.get("model_type")
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        raise LaidError(f"{source}: {unsupported(kind)}")
+    if written.get("transformers_weights"):  # weights by another name, that nobody would look at
+        raise LaidError(
+            f"{source}: config.json names weights of its own (transformers_weights): rename them to model.safetensors"
+        )
     with source_errors(source):
         text = AutoConfig.from_pretrained(source, trust_remote_code=False).get_text_config()
     if "sliding_attention" in (getattr(text, "layer_types", None) or ()):
@@ -81,7 +100,8 @@ def require_family(source: str) -> None:
 
 
 def require_weights(source: str) -> None:
-    """Raise LaidError, one line, where a local folder's safetensors files are missing or not whole; a hub id is not asked.
+    """Raise LaidError, one line, where a local folder's safetensors files are missing, not whole, elsewhere, or hold anything
+    but floating-point weights (unless config.json says how they are quantised); a hub id is not asked.
 
     Reads headers only.
     """
@@ -102,15 +122,22 @@ def require_weights(source: str) -> None:
         if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
             raise LaidError(f"{index}: holds no weight_map of names to files: get it again")
         files = sorted(set(shards.values()))
+        odd = [name for name in files if not WEIGHTS.fullmatch(name)]
+        if odd:  # what lies elsewhere, or is hidden, stands in no fingerprint
+            raise LaidError(
+                f"{index}: names {odd[0]!r}: weights must be .safetensors files in this folder itself: get it again"
+            )
     absent = [name for name in files if not (folder / name).is_file()]
     if absent:
         raise LaidError(
             f"{folder}: {len(absent)} of {len(files)} weight files are missing, first {absent[0]}: get it again"
         )
+    quantised = "quantization_config" in (read_json(folder / "config.json") or ())
     for file in (folder / name for name in files):
         try:
-            with safe_open(file, "pt"):
-                pass
+            with safe_open(file, "pt") as weights:
+                if not quantised:
+                    require_floats(file, weights)
         except (OSError, SafetensorError) as error:
             with file.open("rb") as stream:
                 pointer = stream.read(40).startswith(b"version https://git-lfs")
@@ -118,6 +145,16 @@ def require_weights(source: str) -> None:
                 "a Git LFS pointer, not the weights" if pointer else f"not a whole safetensors file ({error})"
             )
             raise LaidError(f"{file}: {what}, {file.stat().st_size:,} bytes: get it again") from None
+
+
+def require_floats(file: Path, weights: Any) -> None:
+    """Raise LaidError, naming `file`, where an open safetensors file holds what no weights are: integers, bool, complex."""
+    for name in list(weights.keys()):
+        kind = weights.get_slice(name).get_dtype()
+        if kind not in FLOATS:
+            raise LaidError(
+                f"{file}: {name} is {kind}, weights are {', '.join(FLOATS)}: converted by mistake? get it again"
+            )
 
 
 def load_model(
