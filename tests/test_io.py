@@ -1,7 +1,10 @@
 """Files appear whole or not at all; paths stay inside; one process at a time makes a thing."""
 
+import errno
 import json
 import os
+import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -149,3 +152,104 @@ def test_what_is_made_can_be_read_by_whom_the_umask_says(tmp_path, umask, mode):
     modes = [(tmp_path / p).stat().st_mode & 0o777 for p in ("model/model.safetensors", "one.safetensors")]
     assert modes == [mode, mode]
     assert (tmp_path / "model/run.sh").stat().st_mode & 0o777 == mode | 0o700
+
+
+HELD = [(errno.ENOSPC, "No space left on device"), (errno.EDQUOT, "Disk quota exceeded")]
+
+
+@pytest.mark.parametrize("folder", [False, True])
+@pytest.mark.parametrize("kind", ["limit", "tensors", *HELD])
+def test_no_room_is_one_line_and_leaves_what_was_there(tmp_path, monkeypatch, kind, folder):
+    """A limit on the size of files is the system's own refusal, met here by text and by safetensors."""
+    target = tmp_path / "thing"
+    io.write_text(target / "file" if folder else target, "before")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill(path):
+        if folder:
+            path.mkdir()
+            path = path / "file"
+        if kind == "limit":
+            path.write_bytes(bytes(200_000))
+        elif kind == "tensors":
+            save_file({"x": torch.zeros(50_000)}, path)
+        else:
+            raise OSError(*kind)
+
+    said = "File too large" if isinstance(kind, str) else kind[1]
+    if isinstance(kind, str):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with (
+            pytest.raises(
+                LaidError, match=f"thing: {said}: .*bytes are needed, .*same command again"
+            ) as caught,
+            io.atomic_path(target) as beside,
+        ):
+            fill(beside)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "\n" not in str(caught.value)
+    assert (target / "file" if folder else target).read_text() == "before"
+    assert [p.name for p in tmp_path.iterdir()] == ["thing"]
+
+
+def test_what_is_known_not_to_fit_is_not_begun(tmp_path, monkeypatch):
+    room = shutil.disk_usage(tmp_path)._replace(free=10)
+    monkeypatch.setattr(io.shutil, "disk_usage", lambda _: room)
+    with pytest.raises(LaidError, match="x.json: No space left on device: 11 bytes are needed, 10 are free"):
+        io.write_json(tmp_path / "x.json", {"a": [1]}, indent=None)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_link_to_a_folder_is_written_through(tmp_path):
+    (tmp_path / "disk/out").mkdir(parents=True)
+    (tmp_path / "out").symlink_to(tmp_path / "disk/out")
+    io.require_place(tmp_path / "out", "file")
+    with io.alone(tmp_path / "out"), io.atomic_path(tmp_path / "out") as folder:
+        folder.mkdir()
+        (folder / "file").write_text("made")
+    assert (tmp_path / "out").is_symlink() and (tmp_path / "disk/out/file").read_text() == "made"
+    assert [p.name for p in (tmp_path / "disk").iterdir()] == ["out"]
+
+
+def foreign(root):
+    (root / "out").mkdir()
+    (root / "out/notes.txt").touch()
+
+
+@pytest.mark.parametrize(
+    "make, target, own, says",
+    [
+        (foreign, "out", ["run.json"], "is not an earlier result of this verb, which would be replaced .it holds notes.txt"),
+        (lambda root: (root / "out").symlink_to(root / "gone"), "out", [], "is a link to .*gone, which is not there"),
+        (lambda root: os.mkfifo(root / "out"), "out", [], "is neither a file nor a folder"),
+        (lambda root: (root / "file").touch(), "file/below/out", [], "file is a file, expected a folder"),
+        (lambda root: (root / "out").touch(), "out", ["run.json"], "is a file, expected a folder"),
+        (lambda root: None, "/proc/out", ["run.json"], "/proc cannot be written to"),
+        (lambda root: None, "/proc", ["run.json"], "is not an earlier result"),
+    ],
+    ids=["foreign", "link", "fifo", "below a file", "a file", "read only", "a disk"],
+)  # fmt: skip
+def test_where_nothing_can_be_written_is_told_before(tmp_path, make, target, own, says):
+    make(tmp_path)
+    with pytest.raises(LaidError, match=says):
+        io.require_place(tmp_path / target, *own)
+
+
+def test_an_earlier_result_and_a_fresh_place_are_taken(tmp_path):
+    for name in ("run.json", "model", ".hidden"):
+        (tmp_path / "out" / name).mkdir(parents=True)
+    io.require_place(tmp_path / "out", "run.json", "model")
+    io.require_place(tmp_path / "new/out", "run.json")
+    io.require_place(tmp_path / "new/file.json", file=True)
+    with pytest.raises(LaidError, match="is a folder, expected a file"):
+        io.require_place(tmp_path / "out", file=True)
+
+
+def test_what_a_killed_process_left_half_written_is_removed(tmp_path):
+    (tmp_path / ".run.tmp-abcd").mkdir()
+    (tmp_path / ".other.tmp-abcd").mkdir()
+    with io.alone(tmp_path / "run"):
+        pass
+    assert [p.name for p in tmp_path.iterdir()] == [".other.tmp-abcd"]

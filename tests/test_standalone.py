@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -126,12 +127,35 @@ def test_teacher_student_and_data_are_all_it_needs(
 def test_a_folder_with_other_things_is_not_replaced(words, tmp_path, capsys):
     (tmp_path / "precious.txt").write_text("mine")
     assert main([*words, "--out", str(tmp_path)]) == 2
-    assert "is not an earlier result of `laid distill`" in capsys.readouterr().err
+    assert (
+        "is not an earlier result of this verb, which would be replaced (it holds precious.txt)"
+        in capsys.readouterr().err
+    )
     assert (tmp_path / "precious.txt").read_text() == "mine"
 
 
-def test_too_few_questions(words, haystacks, tmp_path, capsys):
+def test_the_second_of_two_waits_and_takes_what_the_first_made(words, done, haystacks, capsys, monkeypatch):
+    """As if the lock had been held: nothing is computed again where the same was made, and everything where it was not."""
+    held_out = haystack_file(haystacks / "test", 5)
+
+    @contextmanager
+    def waited(_):
+        yield True
+
+    monkeypatch.setattr("laid.io.alone", waited)
+    monkeypatch.setattr(standalone, "distill", lambda *_: pytest.fail("is distilled again"))
+    again = [*words, "--out", str(done[0])]
+    assert main([*again, "--eval", str(held_out)]) == 0
+    assert "held-out accuracy" in capsys.readouterr().out
+    monkeypatch.setattr(standalone, "distill", lambda *_: 1 / 0)
+    for other in (["--seed", "1"], [], ["--eval", str(haystack_file(haystacks / "test", 2))]):
+        with pytest.raises(ZeroDivisionError):
+            main([*again, *other])
+
+
+def test_too_few_questions_are_told_before_the_teacher_runs(words, haystacks, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(standalone, "build_cache", lambda *_: pytest.fail("the teacher runs"))
     write_questions(tmp_path / "few.json", read_questions(haystacks / "train.json")[:3])
     changed = [str(tmp_path / "few.json") if w.endswith("train.json") else w for w in words]
-    assert main([*changed, "--out", str(tmp_path / "x"), "--method", "sft"]) == 2
+    assert main([*changed, "--out", str(tmp_path / "x"), "--method", "kd"]) == 2
     assert "3 questions do not fill one batch of 8" in capsys.readouterr().err

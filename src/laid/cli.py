@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from laid import __version__
 from laid.errors import LaidError
+from laid.io import require_place
 
 # verb -> one-line help. The module laid.commands.<verb> has add_arguments(parser) and run(args); it is imported
 # only when its verb is used, so that light verbs start in milliseconds.
@@ -72,6 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         args.config = configuration()
     try:
+        if getattr(args, "out", None) is not None:  # before any work: what is made may have taken hours
+            require_place(args.out, file=args.verb in ("analyse", "why"))
         return args.run(args) or 0
     except LaidError as error:
         return _refused(args.verb, str(error))

@@ -14,7 +14,7 @@ import stat
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,25 @@ def atomic_path(target: str | Path, size: int = 0) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+def require_room(folder: str | Path, size: int, what: str, instead: str = "choose another folder") -> None:
+    """Raise LaidError, before any work, where the disk of `folder` has less room than `what` needs."""
+    folder = Path(folder)
+    there = folder
+    while not there.exists():
+        there = there.parent
+    free = shutil.disk_usage(there).free
+    if size > free:
+        raise LaidError(f"{folder}: {what} needs {size_text(size)}, {size_text(free)} are free: {instead}")
+
+
+def size_text(count: float) -> str:
+    """1_234_567 -> "1.2 MB"."""
+    for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")):
+        if count >= unit:
+            return f"{count / unit:.1f} {name}"
+    return f"{count / 1e3:.1f} kB"
+
+
 def _behind(target: Path) -> Path:
     """The folder that `target` is a link to; else `target`."""
     return target.resolve() if target.is_symlink() and target.is_dir() else target
@@ -78,11 +97,11 @@ def _errno(error: OSError | SafetensorError) -> int | None:
     return int(found[1]) if found else None
 
 
-def require_place(target: str | Path, *own: str) -> None:
+def require_place(target: str | Path, *own: str, file: bool = False) -> None:
     """Raise LaidError, before any work, where `target` cannot be written, or is a folder that holds other things.
 
-    own: patterns of the names in a folder that laid writes whole; without them `target` is a file, or a folder that laid
-    adds files to. Only looks.
+    own: patterns of the names in a folder that laid writes whole and replaces, first one that every earlier result has;
+    without them `target` is a file, or a folder that laid adds files to; file: it is a file. Leaves everything as it is.
     """
     target = Path(target)
     if target.is_symlink() and not target.exists():
@@ -92,22 +111,27 @@ def require_place(target: str | Path, *own: str) -> None:
         raise LaidError(
             f"{target}: is neither a file nor a folder (a pipe or a device?): choose another place"
         )
+    if file and place.is_dir():
+        raise LaidError(f"{target}: is a folder, expected a file: name one in it")
     if own and place.exists():
         if not place.is_dir():
             raise LaidError(f"{target}: is a file, expected a folder: choose another place")
-        names = (p.name for p in place.iterdir() if not p.name.startswith("."))
-        foreign = sorted(name for name in names if not any(fnmatch(name, pattern) for pattern in own))
-        if foreign:
+        names = sorted(p.name for p in place.iterdir() if not p.name.startswith("."))
+        foreign = [name for name in names if not any(fnmatch(name, pattern) for pattern in own)]
+        if foreign or (names and not any(fnmatch(name, own[0]) for name in names)):
             raise LaidError(
-                f"{target}: holds {foreign[0]}, which is not of an earlier result, and would be replaced: choose another folder"
+                f"{target}: exists and is not an earlier result of this verb, which would be replaced (it holds"
+                f" {(foreign or names)[0]}): choose another folder for --out"
             )
     above = place if place.is_dir() and not own else place.parent
     while not above.exists():
         above = above.parent
     if not above.is_dir():
         raise LaidError(f"{target}: {above} is a file, expected a folder: choose another place")
-    if not os.access(above, os.W_OK | os.X_OK):
-        raise LaidError(f"{target}: {above} cannot be written to: choose another place")
+    try:  # what permissions say is not all
+        os.rmdir(tempfile.mkdtemp(prefix=".laid-", dir=above))
+    except OSError as error:
+        raise LaidError(f"{target}: {above} cannot be written to: {error.strerror}") from None
     if own and os.path.ismount(place):
         raise LaidError(f"{target}: is a whole disk, which cannot be replaced: name a folder on it")
 
@@ -128,25 +152,38 @@ def alone(target: str | Path) -> Iterator[bool]:
     Yields whether it waited: `target` may then be there already. What killed processes left half-written is removed.
 
     A job that a cluster believes dead, or that a killed workflow left behind, may still be writing. The lock is a
-    hidden file beside `target`; it is freed when its process ends, however it ends.
+    hidden file beside `target`; it is free when its process ends, however it ends.
     """
     target = _behind(Path(target))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with open(target.parent / f".{target.name}.lock", "a+") as handle:
+    lock, waited = target.parent / f".{target.name}.lock", False
+    made = [folder for folder in target.parents if not folder.exists()]
+    while True:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle = open(lock, "a+")  # noqa: SIM115
         try:
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            waited = False
         except BlockingIOError:
+            if not waited:
+                print(
+                    f"{target}: another process is making it; waiting for that one to end",
+                    file=sys.stderr,
+                    flush=True,
+                )
             waited = True
-            print(
-                f"{target}: another process is making it; waiting for that one to end",
-                file=sys.stderr,
-                flush=True,
-            )
             fcntl.lockf(handle, fcntl.LOCK_EX)
+        if lock.exists() and os.path.samestat(os.stat(lock), os.fstat(handle.fileno())):
+            break
+        handle.close()  # whoever held it took the file away
+    try:
         for left in target.parent.glob(f".{glob.escape(target.name)}.tmp-*"):
             shutil.rmtree(left, ignore_errors=True)
         yield waited
+    finally:
+        lock.unlink(missing_ok=True)
+        handle.close()
+        with suppress(OSError):  # of nothing made, nothing stays
+            for folder in made:
+                folder.rmdir()
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -203,6 +240,22 @@ def read_json(path: str | Path) -> Any:
         raise LaidError(
             f"{path}: holds a number of more than {sys.get_int_max_str_digits():,} digits"
         ) from None
+
+
+def parsed(value: Any, kind: Any, where: str | Path) -> Any:
+    """`value`, read from `where`, if it is of `kind` (a TypedDict, say) all the way down; numbers are not made of text.
+
+    Raises LaidError, one line, for the first place that is not.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        return TypeAdapter(kind).validate_python(value, strict=True)
+    except ValidationError as error:
+        problems = error.errors(include_url=False, include_context=False)
+        at = ".".join(str(part) for part in problems[0]["loc"])
+        what = problems[0]["msg"].removeprefix("Value error, ")
+        raise LaidError(f"{where}: {at or 'the file'}: {what}: changed by hand? make it again") from None
 
 
 def sha256_file(path: str | Path) -> str:

@@ -14,7 +14,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from importlib import metadata
@@ -84,6 +84,14 @@ def fingerprint(value: Input, kept: bool = False) -> str:
     if path.is_file():
         return _hashes(path.parent, {path.name: path}, kept)[path.name]
     raise LaidError(f"{path}: no such file or folder, needed as an input")
+
+
+def changed(folder: str | Path, hashes: Mapping[str, str]) -> Iterator[str]:
+    """What is wrong with files in `folder` that are no longer what was written, by name and hex SHA-256; all are read."""
+    files = {name: safe_join(folder, name) for name in hashes}
+    yield from (f"{file}: no such file" for file in files.values() if not file.is_file())
+    found = _hashes(Path(folder), {n: file for n, file in files.items() if file.is_file()}, kept=False)
+    yield from (f"{files[n]}: changed since it was written" for n in found if found[n] != hashes[n])
 
 
 def _hashes(root: Path, files: Mapping[str, Path], kept: bool) -> dict[str, str]:

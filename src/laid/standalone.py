@@ -15,14 +15,14 @@ from laid.data.questions import Question, read_questions
 from laid.errors import LaidError
 from laid.evaluation.evaluate import Evaluator
 from laid.evaluation.scoring import is_right
-from laid.io import safe_join, sha256_file, sha256_json, write_json, write_text
+from laid.io import dumps, read_json, safe_join, sha256_file, sha256_json, write_json, write_text
 from laid.methods.registry import load_with_method
 from laid.model_card import card
 from laid.models.loading import empty_model, parameters, require_weights, resolve, source_of
 from laid.models.processing import Processor
 from laid.settings import plain, slice_for
 from laid.training.engine import start
-from laid.training.recipe import Run, made, train
+from laid.training.recipe import Run, made, require_sensible, train
 from laid.training.teacher_cache import build_cache
 
 
@@ -33,17 +33,12 @@ def distill(run: Run, held_out: str | Path | None = None, device: str = "cpu") -
     cache lies beside `out` while it is needed; a killed run goes on from it and from its checkpoint. Raises LaidError for a
     method without training, a broken file, an `out` that holds anything else, or models that do not fit.
     """
-    method, out, teacher = run.how, run.out, run.teacher
-    finished = (out / "distill.json").is_file()
-    # A run without distill.json was killed while its held-out questions were answered.
-    earlier = finished or (out / "run.json").is_file() or (out.is_dir() and not any(out.iterdir()))
-    if out.exists() and not earlier:
-        raise LaidError(
-            f"{out}: exists and is not an earlier result of `laid distill`: choose another folder for --out"
-        )
+    out, teacher = run.out, run.teacher
+    earlier = (out / "distill.json").is_file()
+    require_sensible(run)
     questions = read_questions(run.questions)
-    require_images(run.coco, run.images, [run.questions])
     asked = read_questions(held_out) if held_out else []
+    require_images(run.coco, sorted({p for q in asked for p in q.needles + q.distractors}), [held_out])
     sizes = {}
     for role, source in (
         ("teacher", teacher),
@@ -59,16 +54,16 @@ def distill(run: Run, held_out: str | Path | None = None, device: str = "cpu") -
         answers["before"] = _answers(run, "base", run.student, None, asked, device)
     cache = _cache(run, device) if run.from_teacher else None
     cached = replace(run, teacher=None, teacher_cache=cache)
-    trained = None if finished else made(cached)
+    # A run without distill.json was killed while its held-out questions were answered.
+    trained = None if earlier else made(cached)
     trained = trained or train(cached, start(run.settings.training, device, run.logs))
     if asked:
         # Under the folder's own method: an adapter is merged, a checkpoint is loaded as it is.
         answers["after"] = _answers(run, run.method, run.student, out, asked, device)
     counts = [question.size for question in questions]
-    record = {
+    start_from = made_from(run, held_out)
+    record = start_from | {
         "name": run.name,
-        "method": run.method,
-        "seed": run.seed,
         "overlap": _overlap(questions, asked),
         "parameters": sizes,
         "steps": trained["steps"],
@@ -76,16 +71,7 @@ def distill(run: Run, held_out: str | Path | None = None, device: str = "cpu") -
         "questions": len(questions),
         "sizes": [min(counts), max(counts)],
         "accuracy": answers,
-        "hashes": {
-            "data": sha256_file(run.questions),
-            **({"held_out": sha256_file(held_out)} if held_out else {}),
-            "teacher": provenance.fingerprint(source_of(teacher), kept=True),
-            "student": provenance.fingerprint(source_of(run.student), kept=True),
-            "exported": provenance.fingerprint(out / "model"),
-        },
-        "settings": plain({run.method: method, "training": run.settings.training}),
-        "libraries": provenance.libraries(),
-        "code": provenance.code(),
+        "hashes": start_from["hashes"] | {"exported": provenance.fingerprint(out / "model")},
     }
     sources = {"teacher": str(teacher), "student": str(run.student), "data": Path(run.questions).name}
     adapter = (out / "model/adapter_config.json").is_file()
@@ -94,6 +80,34 @@ def distill(run: Run, held_out: str | Path | None = None, device: str = "cpu") -
     if cache is not None:
         shutil.rmtree(cache)
     return record
+
+
+def made_from(run: Run, held_out: str | Path | None) -> dict[str, Any]:
+    """What a distillation depends on, as it stands in distill.json."""
+    return {
+        "method": run.method,
+        "seed": run.seed,
+        "hashes": {
+            "data": sha256_file(run.questions),
+            **({"held_out": sha256_file(held_out)} if held_out else {}),
+            "teacher": provenance.fingerprint(source_of(run.teacher), kept=True),
+            "student": provenance.fingerprint(source_of(run.student), kept=True),
+        },
+        "settings": plain({run.method: run.how, "training": run.settings.training}),
+        "libraries": provenance.libraries(),
+        "code": provenance.code(),
+    }
+
+
+def finished(run: Run, held_out: str | Path | None) -> dict[str, Any] | None:
+    """The record of the distillation that lies in `out`, if it is this very one."""
+    if not (run.out / "distill.json").is_file():
+        return None
+    record = read_json(run.out / "distill.json")
+    hashes = {name: digest for name, digest in record.get("hashes", {}).items() if name != "exported"}
+    wanted = made_from(run, held_out)
+    same = dumps({name: record.get(name) for name in wanted} | {"hashes": hashes}) == dumps(wanted)
+    return record if same else None
 
 
 def name_of(student: str | Path) -> str:

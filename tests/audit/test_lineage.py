@@ -13,9 +13,9 @@ from laid import provenance
 from laid.audit.lineage import Lineage, changed_settings
 from laid.audit.rebuild import differences
 from laid.cli import main
-from laid.data.questions import Question, haystack_file, write_questions
+from laid.data.questions import Question, haystack_file, ordered_images, write_questions
 from laid.evaluation.cells import make_cell, write_cell
-from laid.io import read_json, write_json
+from laid.io import read_json, sha256_json, write_json
 from laid.settings import load, merge
 
 TOP = Path(__file__).resolve().parents[2]
@@ -107,7 +107,14 @@ def make_results(tmp_path):
     for student, method in (("teacher", "base"), ("small", "base"), ("small", "sft")):
         names = ["questions", "images", "model", "annotations_val2017"] + ["run_seed0"] * (method == "sft")
         answers = [
-            {"id": str(k), "seed": 0, "label": q.answer, "answer": "yes", "p_yes": 0.75, "needles": [0]}
+            {
+                "id": str(k),
+                "seed": 0,
+                "label": q.answer,
+                "answer": "yes",
+                "p_yes": 0.75,
+                "needles": ordered_images(q)[1],
+            }
             for k, q in enumerate(asked)
         ]
         cell = make_cell(
@@ -286,6 +293,45 @@ def test_explain_walks_from_the_images_to_the_number(tree, capsys):
     assert said.rstrip().endswith("sound")
     (tree / "models/small/laid.json").unlink()
     assert main(words) == 0 and "no such file" in capsys.readouterr().out
+
+
+def flipped(cell):
+    for answer in cell["answers"]:
+        answer["label"] = {"yes": "no", "no": "yes"}[answer["label"]]
+
+
+def each(cell, **values):
+    for answer in cell["answers"]:
+        answer.update(values)
+
+
+def other_seed(cell):
+    each(cell, seed=3)
+    cell["seeds"] = [3]
+
+
+@pytest.mark.parametrize(
+    "edit, state, said",
+    [
+        (lambda c: c.update(interval=[0.25, 0.75]), "tampered", "interval says [0.25, 0.75], its answers give [0.09"),
+        (lambda c: c["answers"][0].update(needles=[1]), "tampered", "1 answers have another needles than results/mini/hay"),
+        (flipped, "tampered", "2 answers have another label than results/mini/haystacks/test/visual_haystack_2.json, first of question 0"),
+        (lambda c: each(c, p_yes=0.25), "tampered", "2 answers contradict their p_yes, first of question 0"),
+        (lambda c: c["answers"][0].update(id="7"), "tampered", "its answers are not to the questions of results/mini/hay"),
+        (other_seed, "tampered", "seeds says [3], its record names the runs [0]"),
+        (lambda c: c.update(role="teacher"), "stale", "role is 'student' now, was 'teacher'"),
+        (lambda c: c.update(scale="paper"), "stale", "scale is 'mini' now, was 'paper'"),
+    ],
+)  # fmt: skip
+def test_what_does_not_follow_from_answers_and_questions_is_found_under_a_fitting_digest(
+    tree, capsys, edit, state, said
+):
+    cell = read_json(tree / LINK["cell"])
+    edit(cell)
+    cell["digest"] = sha256_json({key: value for key, value in cell.items() if key != "digest"})
+    write_json(tree / LINK["cell"], cell)
+    status, told = verify(capsys)
+    assert status == 1 and f"{state}: results/mini/{LINK['cell']}: {said}" in told
 
 
 def test_changed_settings_name_the_key():

@@ -9,7 +9,7 @@ import yaml
 
 from laid.audit.lineage import Lineage
 from laid.cli import main
-from laid.io import read_json
+from laid.io import read_json, sha256_json, write_json
 from laid.settings import load, merge
 
 CELL = "results/micro/cells/test/small/laid/2.json"
@@ -126,6 +126,24 @@ def test_no_cell_or_half_of_one_is_one_line(tree, capsys, verb, cell, said):
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.count("\n") == 1
     assert captured.err.startswith(f"laid {verb.split()[0]}: error: {cell}: {said}")
+
+
+def test_a_flipped_bit_in_the_teacher_s_cache_is_found(tree, capsys):
+    shard = tree / "teacher_cache/train/shard-00000.safetensors"
+    data = shard.read_bytes()
+    shard.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    assert main(["verify", CELL]) == 1
+    assert f"stale: {CELL}: results/micro/runs/small/laid/seed0: " in (told := capsys.readouterr().out)
+    assert "shard-00000.safetensors: changed since it was written" in told
+
+
+def test_another_name_for_a_model_s_size_is_found(tree, capsys):
+    cell = read_json(CELL)
+    label, cell["label"] = cell["label"], "9K"
+    cell["digest"] = sha256_json({key: value for key, value in cell.items() if key != "digest"})
+    write_json(CELL, cell)
+    assert main(["verify", CELL]) == 1
+    assert f"stale: {CELL}: label is {label!r} now, was '9K'" in capsys.readouterr().out
 
 
 def test_a_comment_and_an_unrelated_key_change_nothing(tree, capsys):

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 
@@ -66,17 +68,30 @@ def test_a_broken_or_changed_checkpoint_is_one_line(tmp_path):
     checkpoint.save(one(1, 1, 200))
     file = tmp_path / "c/state.safetensors"
     whole = file.read_bytes()
-    for content, match in (
-        (whole[:-9], "broken checkpoint .*; remove it to start again"),
-        (whole[:-1] + bytes([whole[-1] ^ 1]), "changed since it was written; remove .* to start again"),
-    ):
-        file.write_bytes(content)
+
+    def refused(match):
         with pytest.raises(LaidError, match=match) as caught:
             checkpoint.load()
         assert "\n" not in str(caught.value)
-    (tmp_path / "c/state.json").write_text('{"key": ')
-    with pytest.raises(LaidError, match="not valid JSON"):
-        checkpoint.load()
+
+    for content in (whole[:-9], whole[:-1] + bytes([whole[-1] ^ 1])):
+        file.write_bytes(content)
+        refused("changed since it was written; remove .* to start again")
+    file.unlink()
+    refused("broken checkpoint .*; remove it to start again")
+    file.write_bytes(whole)
+    about = tmp_path / "c/state.json"
+    said = json.loads(about.read_text())
+    for content, match in (
+        ('{"key": ', "state.json: not valid JSON"),
+        ("[]", "state.json: the file: Input should be a valid dict.*: changed by hand"),
+        (json.dumps(said | {"step": 2}), "changed since it was written"),
+        (json.dumps(said | {"log": [{"loss": 0.5}]}), "changed since it was written"),
+        (json.dumps(said | {"step": "1"}), "state.json: step: Input should be a valid integer"),
+        (json.dumps({"key": "key"}), "state.json: step: Field required"),
+    ):
+        about.write_text(content)
+        refused(match)
     checkpoint.remove()
     assert not (tmp_path / "c").exists()
 

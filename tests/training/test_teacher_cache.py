@@ -277,8 +277,9 @@ def test_a_changed_byte_is_found_by_verify(broken, folder):
         ("lengths", [1, 2, 3], "do not cover its 3 questions"),
         ("heads", 8, r"q.0 has shape \(\d+, 64\), expected \(\d+, 128\)"),
         ("layers", [0, 1], "k.1 has shape"),
-        ("shards", None, "index.json: broken"),
-        ("provenance", {}, "index.json: broken"),
+        ("shards", None, "index.json: shards: Input should be a valid list: changed by hand"),
+        ("provenance", {}, "index.json: provenance.data: Field required"),
+        ("lengths", ["1"], r"index.json: lengths.0: Input should be a valid integer"),
     ],
 )
 def test_a_changed_index_is_found(broken, key, value, match):

@@ -63,6 +63,26 @@ def test_a_teacher_that_sees_other_tokens_is_refused(micro, start, cache, tmp_pa
     )
 
 
+def test_a_cache_with_a_flipped_bit_is_found_before_the_first_step(micro, start, cache, tmp_path):
+    other = shutil.copytree(cache, tmp_path / "cache")
+    shard = min(other.glob("shard-*"))
+    data = shard.read_bytes()
+    shard.write_bytes(data[:-1] + bytes([data[-1] ^ 4]))
+    refused(
+        "changed since it was written; make the", start, micro, "kd", tmp_path / "seed0", teacher_cache=other
+    )
+
+
+@pytest.mark.parametrize("files", [["notes.txt"], ["model/mine.txt"], ["run.json", "notes.txt"]])
+def test_a_folder_of_other_things_is_not_replaced(micro, start, tmp_path, files):
+    out = tmp_path / "seed0"
+    for file in files:
+        (out / file).parent.mkdir(parents=True, exist_ok=True)
+        (out / file).touch()
+    refused("is not an earlier result of this verb", start, micro, "sft", out)
+    assert all((out / file).is_file() for file in files)
+
+
 def test_a_loss_that_is_no_number_ends_the_run_and_writes_nothing(micro, start, tmp_path, monkeypatch):
     def broken(run, device):
         model = load_student(run, device)

@@ -11,13 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import TypedDict
+
 from laid import provenance
 from laid.data.coco import load_coco
 from laid.data.haystacks import training_paths
 from laid.data.pope import is_pope, read_pope
 from laid.data.questions import Question, read_questions
 from laid.errors import LaidError
-from laid.io import read_json
+from laid.io import parsed, read_json
 from laid.layout import Layout
 from laid.settings import Settings, slice_for
 
@@ -27,6 +29,17 @@ OTHER_PARTS = {
     "train": ("haystacks.test", "haystacks.validation.questions", "haystacks.validation.sizes"),
     "validation": ("haystacks.train", "haystacks.test", "haystacks.validation.sizes"),
 }
+
+
+class Shard(TypedDict):
+    file: str
+    sha256: str
+
+
+class Shards(TypedDict):
+    """What a teacher cache's index says of its files."""
+
+    shards: list[Shard]
 
 
 @dataclass(frozen=True)
@@ -52,6 +65,7 @@ class Lineage:
         self.layout = Layout(config, root)
         self.root, self.coco = Path(self.layout.root), Path(self.layout.coco)
         self._found: dict[Step, list[str]] = {}
+        self._labels: dict[str, str | None] = {}
         self._questions: dict[Path, list[Question]] = {}
 
     # -------------------------------------------------------------- where things are
@@ -120,6 +134,23 @@ class Lineage:
             return cache.record, cache
         raise LaidError(f"{step.record}: names an input {name!r} that a {step.name} step does not have")
 
+    def label(self, member: str) -> str | None:
+        """How a member is called by its size, from its config.json; None where it is not at hand."""
+        if member not in self._labels:
+            from laid.models.loading import (  # seconds: only who asks waits
+                empty_model,
+                parameter_label,
+                parameters,
+            )
+
+            folder = Path(self.layout.checkpoint(member))
+            try:
+                found = parameter_label(parameters(empty_model(folder))) if folder.is_dir() else None
+            except LaidError:  # another message says so
+                found = None
+            self._labels[member] = found
+        return self._labels[member]
+
     def questions(self, file: Path) -> list[Question]:
         """The questions of a file, read once. Raises LaidError for a file that is missing or broken."""
         if file not in self._questions:
@@ -170,6 +201,11 @@ class Lineage:
             for change in changed_settings(record.get("settings", {}), now)
             if not change.startswith(tuple(f"{key}{end}" for key in other for end in (".", " ")))
         )
+        if step.name == "teacher_cache":
+            try:
+                yield from self._changed_shards(step)
+            except LaidError as error:
+                yield str(error)
         for name, recorded in record["data"].items():
             try:
                 value, maker = self.inputs_of(step, name)
@@ -182,6 +218,12 @@ class Lineage:
                 yield f"input {name} ({where}) is {present[:12]}, was {recorded[:12]}"
             if maker is not None:
                 yield from (f"{maker}: {problem}" for problem in self.problems(maker))
+
+    def _changed_shards(self, step: Step) -> Iterator[str]:
+        """What training read of a teacher's cache: its index names every shard with its hash."""
+        shards = parsed(read_json(step.record), Shards, step.record)["shards"]
+        hashes = {shard["file"]: shard["sha256"] for shard in shards}
+        yield from provenance.changed(step.record.parent, hashes)
 
 
 def changed_settings(recorded: Any, present: Any, path: str = "") -> Iterator[str]:

@@ -5,10 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+
+from laid import provenance
 from laid.audit.lineage import Lineage, Step
+from laid.data.questions import ordered_images
 from laid.errors import LaidError
-from laid.evaluation.cells import read_cell
+from laid.evaluation.cells import interval_of, read_cell, right_answers
 from laid.results.needed import needed, needed_beyond
 
 STATES = ("sound", "stale", "tampered", "missing")
@@ -80,17 +85,77 @@ def all_cells(lineage: Lineage) -> Iterator[Step]:
 def judge(lineage: Lineage, step: Step) -> tuple[str, tuple[str, ...]]:
     """(state, reasons) of one cell.
 
-    missing: not there. tampered: unreadable, or its numbers do not follow from its answers, or its digest is wrong.
-    stale: whole, but the configuration asks for something else now, or an input is not what it was made from.
+    missing: not there. tampered: unreadable, or it does not follow from its answers or they not from the questions, or its
+    digest is wrong. stale: whole, but the configuration asks for something else now, or an input is not what it was made from.
     """
     if reason := absent(lineage, step):
         return "missing", (reason,)
     try:
-        read_cell(step.record)
+        cell = read_cell(step.record)
     except LaidError as error:
         return "tampered", (str(error).removeprefix(f"{step.record}: "),)
-    problems = tuple(dict.fromkeys(lineage.problems(step)))
+    if made_up := tuple(unfounded(lineage, step, cell)):
+        return "tampered", made_up
+    problems = tuple(dict.fromkeys((*lineage.problems(step), *renamed(lineage, step, cell))))
     return ("stale", problems) if problems else ("sound", ())
+
+
+def unfounded(lineage: Lineage, step: Step, cell: dict[str, Any]) -> Iterator[str]:
+    """What in a cell does not follow from its answers, or in its answers from the questions it names and from how a
+    response is scored. Tokens and positions are not counted again."""
+    answers = cell["answers"]
+    interval, method = interval_of(right_answers(cell))
+    if cell["interval_method"] == method and not np.allclose(interval, cell["interval"], rtol=0, atol=1e-6):
+        yield f"interval says {cell['interval']}, its answers give {interval}"
+    data = cell["provenance"]["data"]
+    runs = sorted(int(name[8:]) for name in data if name.startswith("run_seed") and name[8:].isdigit())
+    if cell["seeds"] != (runs or [0]):
+        yield f"seeds says {cell['seeds']}, its record names the runs {runs or 'none'}"
+    odd = [
+        a for a in answers if a["p_yes"] not in (None, 0.5) and a["answer"] != ("no", "yes")[a["p_yes"] > 0.5]
+    ]
+    if odd:
+        yield f"{len(odd)} answers contradict their p_yes, first of question {odd[0]['id']}"
+    try:
+        file = lineage.inputs_of(step, "questions")[0]
+        if provenance.fingerprint(file) != data.get("questions"):
+            return  # other questions than then: that is stale
+        asked = {question.id: question for question in lineage.questions(file)}
+    except LaidError:
+        return  # as Lineage.problems will say
+    if {a["id"] for a in answers} != asked.keys():
+        yield f"its answers are not to the questions of {file}"
+        return
+    settings = cell["provenance"].get("settings")
+    order = settings.get("evaluation", {}).get("order_seed") if isinstance(settings, dict) else None
+    for what, said in (
+        ("label", lambda q: q.answer),
+        ("needles", lambda q: ordered_images(q, order)[1]),
+    ):
+        if what == "needles" and not isinstance(order, int):
+            continue
+        other = [a for a in answers if a[what] != said(asked[a["id"]])]
+        if other:
+            first = other[0]
+            yield (
+                f"{len(other)} answers have another {what} than {file}, first of question {first['id']}:"
+                f" {first[what]}, there {said(asked[first['id']])}"
+            )
+
+
+def renamed(lineage: Lineage, step: Step, cell: dict[str, Any]) -> Iterator[str]:
+    """What a cell calls itself and its model, where the configuration and the checkpoint say otherwise."""
+    models, student = lineage.config.models, cell["student"]
+    expected = {
+        "scale": lineage.config.scale,
+        "role": "teacher" if student == models.teacher else "student",
+        "label": cell["label"],
+    }
+    if cell["label"] != models.labels.get(student):
+        expected["label"] = lineage.label(student) or models.labels.get(student) or cell["label"]
+    for what, now in expected.items():
+        if cell[what] != now:
+            yield f"{what} is {now!r} now, was {cell[what]!r}"
 
 
 def grouped(found: dict[Step, tuple[str, tuple[str, ...]]]) -> list[tuple[tuple, list[Step]]]:

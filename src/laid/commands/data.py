@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
 
     settings = load(args.config)
     # The images of haystacks and of POPE may be asked for at the same time.
-    with alone(args.out) if settings.data.source == "download" else nullcontext():
+    with alone(args.out) if settings.data.source != "local" else nullcontext():
         return _make(args, settings)
 
 

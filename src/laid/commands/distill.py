@@ -35,9 +35,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from laid.commands.shared import deterministic, pick_device
+    from laid.io import alone, require_place
     from laid.settings import load
-    from laid.standalone import distill, image_root, name_of, summary
-    from laid.training.recipe import Run
+    from laid.standalone import distill, finished, image_root, name_of, summary
+    from laid.training.recipe import FILES, Run
 
     settings = load(args.config)
     out = args.out or Path(f"{name_of(args.student)}-{args.method}")
@@ -46,6 +47,10 @@ def run(args: argparse.Namespace) -> int:
         settings, args.method, args.seed, name_of(args.student), args.student, image_root(args.data, args.coco), args.data,
         out, teacher=args.teacher,
     )  # fmt: skip
-    record = distill(run, args.eval, pick_device(args.device))
+    require_place(out, *FILES)
+    with alone(out) as waited:
+        record = (finished(run, args.eval) if waited else None) or distill(
+            run, args.eval, pick_device(args.device)
+        )
     print(f"{summary(record)}\n{out / 'model'}: the student, with its card in README.md")
     return 0

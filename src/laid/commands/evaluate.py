@@ -30,15 +30,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from laid.commands.shared import deterministic, features_folder, pick_device
     from laid.evaluation.evaluate import evaluate_cells, question_sets
+    from laid.io import alone, require_place
     from laid.settings import load
 
     settings = load(args.config)
     deterministic(args.threads)
     sets = question_sets(args.questions, args.sizes, args.coco)
-    cells = evaluate_cells(
-        settings, args.student_name, args.method, args.model, args.runs, args.coco, sets, args.out,
-        pick_device(args.device), features_folder(args, settings), args.cost,
-    )  # fmt: skip
+    if args.cost is not None:
+        require_place(args.cost, file=True)
+    # Jobs that share a folder of cells have a file each for what they cost.
+    with alone(args.cost or args.out):
+        cells = evaluate_cells(
+            settings, args.student_name, args.method, args.model, args.runs, args.coco, sets, args.out,
+            pick_device(args.device), features_folder(args, settings), args.cost,
+        )  # fmt: skip
     for part, cell in zip(sets, cells, strict=True):
         low, high = (100 * bound for bound in cell["interval"])
         print(

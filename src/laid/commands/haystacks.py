@@ -22,7 +22,7 @@ def run(args: argparse.Namespace) -> int:
     from laid import provenance
     from laid.data.haystacks import build_beyond, build_haystacks
     from laid.data.shortcuts import markdown
-    from laid.io import write_json
+    from laid.io import alone, write_json
     from laid.settings import load
 
     settings = load(args.config)
@@ -31,11 +31,13 @@ def run(args: argparse.Namespace) -> int:
         f"annotations_{split}": args.coco / "annotations" / f"instances_{split}.json" for split in splits
     }
     if args.beyond is not None:
-        questions = build_beyond(settings, args.coco, args.beyond)
+        with alone(args.beyond):
+            questions = build_beyond(settings, args.coco, args.beyond)
         sizes = sorted({question.size for question in questions})
         print(f"{args.beyond}: {len(questions)} haystacks of {', '.join(map(str, sizes))} images")
         return 0
-    scores = build_haystacks(settings, args.coco, args.out)
-    write_json(args.out / "laid.json", {"provenance": provenance.collect("haystacks", settings, labels)})
+    with alone(args.out):
+        scores = build_haystacks(settings, args.coco, args.out)
+        write_json(args.out / "laid.json", {"provenance": provenance.collect("haystacks", settings, labels)})
     print(markdown(scores))
     return 0

@@ -35,8 +35,10 @@ def run(args: argparse.Namespace) -> int:
 
 def _questions(args: argparse.Namespace, settings: Settings) -> None:
     from laid.data.pope import build_pope
+    from laid.io import alone
 
-    found = build_pope(settings, args.coco, args.out)
+    with alone(args.out):
+        found = build_pope(settings, args.coco, args.out)
     images = {q.needles[0] for questions in found.values() for q in questions}
     counts = ", ".join(f"{len(questions)} {strategy}" for strategy, questions in found.items())
     print(f"{args.out}: {counts} questions about {len(images)} images")

@@ -20,12 +20,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from laid.commands.shared import deterministic
-    from laid.io import alone
+    from laid.io import alone, require_place
     from laid.settings import load
-    from laid.toy.pretrain import make_member
+    from laid.toy.pretrain import FILES, make_member
 
     settings = load(args.config)
     deterministic(args.threads)
+    require_place(args.out, *FILES)
     with alone(args.out):
         record = make_member(settings, args.member, args.coco, args.out)
     print(

@@ -26,9 +26,9 @@ def run(args: argparse.Namespace) -> int:
     from laid import provenance
     from laid.commands.shared import deterministic, features_folder, pick_device
     from laid.errors import LaidError
-    from laid.io import alone, write_json
+    from laid.io import alone, require_place, write_json
     from laid.settings import load
-    from laid.training.teacher_cache import build_cache, cache_size
+    from laid.training.teacher_cache import FILES, build_cache, cache_size
 
     start = time.perf_counter()
     settings = load(args.config)
@@ -38,12 +38,13 @@ def run(args: argparse.Namespace) -> int:
     if args.out is None:
         raise LaidError("give --out, a folder for the cache, or --size to learn how large it would be")
     deterministic(args.threads)
+    require_place(args.out, *FILES)
     with alone(args.out):
         index = build_cache(
             settings, args.teacher, args.coco, args.questions, args.out, pick_device(args.device),
             features_folder=features_folder(args, settings),
         )  # fmt: skip
-    write_json(args.out / "cost.json", provenance.cost(start))
+        write_json(args.out / "cost.json", provenance.cost(start))
     print(
         f"teacher cache: {len(index['lengths'])} questions in {len(index['shards'])} shards,"
         f" layers {index['layers']}"

@@ -6,42 +6,75 @@ covers the whole cell: a changed digit anywhere is found.
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from pydantic import ConfigDict, Field, FiniteFloat, NonNegativeInt, PositiveInt
+from typing_extensions import TypedDict
 
 from laid.errors import LaidError
 from laid.evaluation.intervals import cluster_bootstrap, wilson
 from laid.evaluation.scoring import is_right
-from laid.io import read_json, sha256_json, write_json
+from laid.io import parsed, read_json, sha256_json, write_json
 
 FORMAT = "laid-cell/1"
-ROLES = ("teacher", "student")
-# What was found in the response; laid.evaluation.scoring.is_right says what counts as correct.
-ANSWERS = ("yes", "no", "both", "none")
-PROVENANCE = ("code", "config", "data", "libraries")
-_STRINGS = ("scale", "student", "label", "role", "method", "interval_method", "digest")
-_NUMBERS = ("accuracy", "compliance", "tokens_mean", "positions_mean")
-_KEYS = {
-    "format",
-    "size",
-    "n",
-    "questions",
-    "seeds",
-    "interval",
-    "answers",
-    "provenance",
-    *_STRINGS,
-    *_NUMBERS,
-}
 ONE_SEED, SEVERAL_SEEDS = "wilson 95%", "bootstrap over questions, Student's t over seeds, 95%"
 _TINY = 1e-6
 
 Cells = dict[tuple[str, str, int], dict[str, Any]]
+Share = Annotated[FiniteFloat, Field(ge=0, le=1)]
+Name = Annotated[str, Field(min_length=1)]
+_CLOSED = ConfigDict(extra="forbid")
+
+
+class Answer(TypedDict):
+    """answer: what was found in the response; laid.evaluation.scoring.is_right says what counts as correct."""
+
+    __pydantic_config__ = _CLOSED
+    id: int | str
+    seed: int
+    label: Literal["yes", "no"]
+    answer: Literal["yes", "no", "both", "none"]
+    p_yes: Share | None
+    needles: list[NonNegativeInt]
+
+
+class Provenance(TypedDict):
+    """What every record of laid.provenance.collect has."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")
+    code: dict[str, Any]
+    config: str
+    data: dict[str, str]
+    libraries: dict[str, str | None]
+
+
+class Cell(TypedDict):
+    """What a cell's file holds."""
+
+    __pydantic_config__ = _CLOSED
+    format: Literal["laid-cell/1"]
+    scale: Name
+    student: Name
+    label: Name
+    role: Literal["teacher", "student"]
+    method: Name
+    size: PositiveInt
+    n: int
+    questions: int
+    seeds: list[int]
+    accuracy: Share
+    compliance: Share
+    interval: Annotated[list[FiniteFloat], Field(min_length=2, max_length=2)]
+    interval_method: Name
+    answers: Annotated[list[Answer], Field(min_length=1)]
+    tokens_mean: FiniteFloat
+    positions_mean: FiniteFloat
+    provenance: Provenance
+    digest: Name
 
 
 def right_answers(cell: dict[str, Any]) -> np.ndarray:
@@ -96,6 +129,7 @@ def make_cell(
         "provenance": provenance,
     }
     where = f"cell {student}/{method}/{size}"
+    parsed(found, list[Answer], where)
     _check_answers(cell, where)
     cell["accuracy"] = _share(is_right(a) for a in found)
     cell["compliance"] = _share(a["answer"] != "none" for a in found)
@@ -154,19 +188,7 @@ def check_cell(cell: Any, where: str) -> None:
     if not isinstance(cell, dict) or cell.get("format") != FORMAT:
         found = cell.get("format") if isinstance(cell, dict) else type(cell).__name__
         raise LaidError(f"{where}: not a cell: format {found!r}, expected {FORMAT!r}")
-    if cell.keys() != _KEYS:
-        missing, extra = sorted(_KEYS - cell.keys()), sorted(cell.keys() - _KEYS)
-        raise LaidError(f"{where}: keys missing {missing}, unknown {extra}")
-    for key in _STRINGS:
-        if not isinstance(cell[key], str) or not cell[key]:
-            raise LaidError(f"{where}: {key} is {cell[key]!r}, expected text")
-    for key in _NUMBERS:
-        if not _finite(cell[key]):
-            raise LaidError(f"{where}: {key} is {cell[key]!r}, expected a number")
-    if cell["role"] not in ROLES:
-        raise LaidError(f"{where}: role is {cell['role']!r}, expected one of {', '.join(ROLES)}")
-    if not isinstance(cell["provenance"], dict) or any(key not in cell["provenance"] for key in PROVENANCE):
-        raise LaidError(f"{where}: provenance must hold {', '.join(PROVENANCE)}")
+    parsed(cell, Cell, where)
     _check_answers(cell, where)
     answers = cell["answers"]
     for key, implied in (
@@ -176,12 +198,10 @@ def check_cell(cell: Any, where: str) -> None:
         ("accuracy", _share(is_right(a) for a in answers)),
         ("compliance", _share(a["answer"] != "none" for a in answers)),
     ):
-        same = abs(cell[key] - implied) < _TINY if key in _NUMBERS else cell[key] == implied
+        same = abs(cell[key] - implied) < _TINY if isinstance(implied, float) else cell[key] == implied
         if not same:
             raise LaidError(f"{where}: {key} says {cell[key]}, its answers give {implied}: changed by hand?")
     interval = cell["interval"]
-    if not (isinstance(interval, list) and len(interval) == 2 and all(_finite(v) for v in interval)):
-        raise LaidError(f"{where}: interval is {interval!r}, expected two numbers")
     if not -_TINY <= interval[0] <= cell["accuracy"] + _TINY <= interval[1] + 2 * _TINY <= 1 + 3 * _TINY:
         raise LaidError(f"{where}: interval {interval} does not hold the accuracy {cell['accuracy']}")
     if cell["digest"] != _digest(cell):
@@ -189,17 +209,15 @@ def check_cell(cell: Any, where: str) -> None:
 
 
 def _check_answers(cell: dict[str, Any], where: str) -> None:
+    """What no type can say of answers: images that are there, every question once a seed, one label each."""
     answers, size = cell["answers"], cell["size"]
-    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-        raise LaidError(f"{where}: size is {size!r}, expected a whole number of images from 1")
-    if not isinstance(answers, list) or not answers:
-        raise LaidError(f"{where}: no answers")
     seen: set[tuple[Any, Any]] = set()
     labels: dict[Any, str] = {}
     for i, answer in enumerate(answers):
-        problem = _answer_problem(answer, size)
-        if problem:
-            raise LaidError(f"{where}: answer {i}: {problem}")
+        if not all(place < size for place in answer["needles"]):
+            raise LaidError(
+                f"{where}: answer {i}: needles {answer['needles']} must be image indices below the size {size}"
+            )
         key = (answer["seed"], answer["id"])
         if key in seen:
             raise LaidError(f"{where}: question {answer['id']!r} is answered twice by seed {answer['seed']}")
@@ -212,24 +230,6 @@ def _check_answers(cell: dict[str, Any], where: str) -> None:
             f"{where}: {len(labels)} questions x {len(seeds)} seeds make {len(seeds) * len(labels)} answers,"
             f" found {len(seen)}: some seed did not answer every question"
         )
-
-
-def _answer_problem(answer: Any, size: int) -> str | None:
-    """What is wrong with one answer, or None."""
-    if not isinstance(answer, dict) or answer.keys() != {"id", "seed", "label", "answer", "p_yes", "needles"}:
-        found = sorted(answer) if isinstance(answer, dict) else answer
-        return f"expected id, seed, label, answer, p_yes and needles, found {found}"
-    if not isinstance(answer["id"], (str, int)) or not isinstance(answer["seed"], int):
-        return f"id {answer['id']!r} must be text or a number, seed {answer['seed']!r} a number"
-    if answer["label"] not in ("yes", "no") or answer["answer"] not in ANSWERS:
-        return f"label {answer['label']!r} must be yes or no, answer {answer['answer']!r} one of {', '.join(ANSWERS)}"
-    p_yes = answer["p_yes"]
-    if p_yes is not None and not (_finite(p_yes) and 0 <= p_yes <= 1):
-        return f"p_yes is {p_yes!r}, expected a probability or null"
-    needles = answer["needles"]
-    if not isinstance(needles, list) or not all(isinstance(v, int) and 0 <= v < size for v in needles):
-        return f"needles {needles!r} must be image indices below the size {size}"
-    return None
 
 
 def _check_place(cell: dict[str, Any], path: Path) -> None:
@@ -265,7 +265,3 @@ def _digest(cell: dict[str, Any]) -> str:
 def _share(flags: Iterable[bool]) -> float:
     values = list(flags)
     return sum(values) / len(values)
-
-
-def _finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

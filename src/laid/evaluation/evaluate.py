@@ -18,7 +18,7 @@ from laid.data.questions import Question, haystack_file, ordered_images, read_qu
 from laid.errors import LaidError
 from laid.evaluation.cells import make_cell, write_cell
 from laid.evaluation.scoring import answer_tokens, is_right, pope_answer, probability_yes, spoken_answer
-from laid.io import read_json, safe_join, write_json
+from laid.io import read_json, require_place, safe_join, write_json
 from laid.methods.registry import Loaded, load_with_method
 from laid.models.features import ImageFeatures
 from laid.models.forward import collate, generate, last_logits
@@ -219,6 +219,7 @@ def evaluate_cells(
     LaidError for a method without its runs, two runs of one seed, a broken image; nothing is written then.
     """
     start = time.perf_counter()
+    require_place(Path(out) / f"{sets[0].size}.json", file=True)
     seeds = [seed_of(run) for run in runs]
     if len(set(seeds)) < len(seeds):
         raise LaidError(

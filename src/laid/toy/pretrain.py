@@ -30,6 +30,7 @@ from laid.data.questions import question_text, with_article
 from laid.distill.gaps import open_gaps
 from laid.errors import LaidError
 from laid.io import atomic_path, write_json
+from laid.models import processing
 from laid.models.decoder import text_model
 from laid.models.loading import parameters
 from laid.models.processing import Processor
@@ -39,6 +40,11 @@ from laid.settings import Settings
 from laid.settings.family import Family, Member
 from laid.toy.family import LIST_QUESTION, build_config, build_model, build_processor
 from laid.toy.muon import Muon
+
+# What a member's folder holds; a folder with anything else in it is not replaced.
+FILES = (
+    "laid.json", "pretrain.json", "config.json", "generation_config.json", "model*.safetensors*", *processing.FILES,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,10 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from laid.errors import LaidError
-from laid.io import atomic_path, read_json, sha256_file, write_json
+from laid.io import atomic_path, parsed, read_json, sha256_file, sha256_json, write_json
 
 
 @dataclass
@@ -28,6 +29,16 @@ class State:
     step: int = 0
     tensors: dict[str, Tensor] = field(default_factory=dict)
     log: list[dict[str, Any]] = field(default_factory=list)
+
+
+class About(TypedDict):
+    """state.json. sha256: of state.safetensors beside it. digest: of all the others here."""
+
+    key: str
+    step: int
+    log: list[dict[str, int | float]]
+    sha256: str
+    digest: str
 
 
 class Checkpoint:
@@ -47,12 +58,13 @@ class Checkpoint:
 
     def save(self, state: State) -> None:
         """Keep this state; the one before it is replaced."""
-        with atomic_path(self.folder) as folder:
+        tensors = {name: t.detach().cpu().contiguous() for name, t in state.tensors.items()}
+        with atomic_path(self.folder, sum(t.nbytes for t in tensors.values())) as folder:
             folder.mkdir()
-            tensors = {name: t.detach().cpu().contiguous() for name, t in state.tensors.items()}
             save_file(tensors, folder / "state.safetensors")
             about = {"key": self.key, "step": state.step, "log": state.log}
             about["sha256"] = sha256_file(folder / "state.safetensors")
+            about["digest"] = sha256_json(about)
             write_json(folder / "state.json", about, indent=None)
         self.last = time.monotonic()
 
@@ -61,15 +73,17 @@ class Checkpoint:
         file = self.folder / "state.safetensors"
         if not (self.folder / "state.json").is_file():
             return None
-        about = read_json(self.folder / "state.json")
-        if about.get("key") != self.key:
+        about = parsed(read_json(self.folder / "state.json"), About, self.folder / "state.json")
+        if about["key"] != self.key:
             return None
         try:
-            tensors = load_file(file)
-            if sha256_file(file) != about.get("sha256"):
-                raise LaidError(f"{file}: changed since it was written; remove {self.folder} to start again")
-            return State(about["step"], tensors, about["log"])
-        except (OSError, SafetensorError, KeyError) as error:
+            rest = {name: value for name, value in about.items() if name != "digest"}
+            if sha256_file(file) != about["sha256"] or sha256_json(rest) != about["digest"]:
+                raise LaidError(
+                    f"{file.with_suffix('')}.*: changed since it was written; remove {self.folder} to start again"
+                )
+            return State(about["step"], load_file(file), about["log"])
+        except (OSError, SafetensorError) as error:
             raise LaidError(f"{self.folder}: broken checkpoint ({error}); remove it to start again") from None
 
     def remove(self) -> None:

@@ -26,7 +26,7 @@ from laid.data.images import require_images
 from laid.data.questions import read_questions
 from laid.distill.objective import PARTS, Objective
 from laid.errors import LaidError
-from laid.io import atomic_path, read_json, sha256_json, write_json
+from laid.io import atomic_path, read_json, require_place, require_room, sha256_json, write_json
 from laid.models.loading import load_model, source_of
 from laid.models.processing import Processor
 from laid.progress import Progress
@@ -39,6 +39,9 @@ from laid.training.step import Lesson, Training, lesson_of, training_step
 from laid.training.student import make_trainable
 from laid.training.teacher import OnlineTeacher, Teacher
 from laid.training.teacher_cache import TeacherCache
+
+# What `out` holds in the end; distill.json is `laid distill`'s.
+FILES = ("run.json", "model", "log.jsonl", "learned.json", "distill.json")
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,7 @@ def train(run: Run, engine: Engine | None = None) -> dict[str, Any]:
         run.out.parent / f".{run.out.name}.checkpoint", engine.agree(lambda: _key(run)), s.checkpoint_minutes
     )
     done, log = _restore(run, checkpoint.load(), t, model)
+    _require_room(run, t, model)
     model.train()
     with _stop_asked() as stop, _trackers(run, engine), Progress(t.steps, str(run), unit="steps") as bar:
         bar.update(done)
@@ -159,8 +163,8 @@ def train(run: Run, engine: Engine | None = None) -> dict[str, Any]:
 def prepare(run: Run, engine: Engine) -> tuple[Training, nn.Module]:
     """All that the steps need, and the student inside it. Raises LaidError for wrong inputs."""
     method, settings = run.how, run.settings.training
-    _require_sensible(run)
-    engine.agree(lambda: require_images(run.coco, run.images, [run.questions]))
+    # One process looks: several that read thousands of names at once from a shared disk are slow.
+    engine.agree(lambda: require_sensible(run))
     torch.manual_seed(run.seed)
     model = load_student(run, engine.load_device)
     processor = Processor.load(run.student)
@@ -182,11 +186,6 @@ def prepare(run: Run, engine: Engine) -> tuple[Training, nn.Module]:
         packed=packed,
     )  # fmt: skip
     per_epoch = len(data.samples) // settings.batch_size
-    if per_epoch == 0:
-        raise LaidError(
-            f"{run.questions}: {len(data.samples)} questions do not fill one batch of {settings.batch_size}"
-            " (training.batch_size)"
-        )
     if teacher is not None:
         require_same_tokens(data.lengths, teacher.lengths, str(run.teacher or run.teacher_cache))
     (weights, _), *others = groups = _groups(run, model, lesson)
@@ -215,8 +214,9 @@ def made(run: Run) -> dict[str, Any] | None:
 # ------------------------------------------------------------------ before the first step
 
 
-def _require_sensible(run: Run) -> None:
-    """Raise LaidError where a method has nothing to learn, or nothing to learn it from."""
+def require_sensible(run: Run) -> None:
+    """Raise LaidError, before any model is loaded, where a method has nothing to learn, or nothing to learn it from, where
+    questions do not fill a batch or images are missing, and where `out` holds something else or cannot be written."""
     parts = run.from_teacher
     if not parts and not Objective.of(run.how).needs("sft"):
         raise LaidError(f"methods.{run.method}: every lambda is 0, there is nothing to train")
@@ -226,6 +226,13 @@ def _require_sensible(run: Run) -> None:
         raise LaidError(
             f"method {run.method} learns from the teacher ({', '.join(parts)}): give --teacher-cache, or --teacher"
         )
+    require_place(run.out, *FILES)
+    questions, batch = read_questions(run.questions), run.settings.training.batch_size
+    if len(questions) < batch:
+        raise LaidError(
+            f"{run.questions}: {len(questions)} questions do not fill one batch of {batch} (training.batch_size)"
+        )
+    require_images(run.coco, run.images, [run.questions])
 
 
 def _teacher(run: Run, engine: Engine) -> Teacher | None:
@@ -248,7 +255,24 @@ def _teacher(run: Run, engine: Engine) -> Teacher | None:
         )
         place = next(model.parameters()).device
         return OnlineTeacher(model, lambda indices: read.inputs(indices).to(place), read.lengths)
-    return TeacherCache(run.teacher_cache, run.questions)
+    cache = TeacherCache(run.teacher_cache, run.questions)
+    if engine.main:
+        cache.verify()
+    return cache
+
+
+def _require_room(run: Run, t: Training, model: nn.Module) -> None:
+    """Raise LaidError where the student, or one more checkpoint on the way, would not fit the disk."""
+    trained = 4 * sum(p.numel() for p in _parameters(t, model).values())
+    whole = sum(p.numel() for p in model.parameters()) * getattr(torch, run.settings.training.dtype).itemsize
+    exported = trained if _exports_adapter(run, t) else whole
+    if t.engine.main:  # a checkpoint holds weights and both moments
+        require_room(run.out.parent, max(exported, 3 * trained), "a checkpoint of this run, or its student,")
+
+
+def _exports_adapter(run: Run, t: Training) -> bool:
+    """Whether the run leaves an adapter; a gain is folded into weights, which then are a checkpoint of their own."""
+    return run.how.lora is not None and t.lesson.gain is None
 
 
 def _groups(run: Run, model: nn.Module, lesson: Lesson) -> list[tuple[list[nn.Parameter], float]]:
@@ -370,7 +394,7 @@ def _export(run: Run, t: Training, model: nn.Module, log: list[dict]) -> dict[st
     model.eval()
     with atomic_path(run.out) as folder:
         folder.mkdir()
-        if run.how.lora is not None and t.lesson.gain is None:
+        if _exports_adapter(run, t):
             base = str(
                 run.student
             )  # a hub id as it is; a folder by the student's name, the same wherever it lies

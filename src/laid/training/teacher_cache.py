@@ -5,8 +5,9 @@ before rotation. In float8 each head of each token has a power of two of its own
 bfloat16. The cache is computed at ordinary positions; gaps open for the student only. It is made of shards written
 whole, and an index written last: a killed pass goes on with the next shard.
 
-Opening a cache checks every shard's size, tensors and shapes, which costs a read of its header. Hashing all
-of it, which finds a changed byte too, costs a read of the whole: `TeacherCache.verify`.
+Opening a cache checks every shard's size, tensors and shapes, which costs a read of its header. A training hashes all of
+it once, before its first step (`TeacherCache.verify`), and so does `laid verify`: a changed byte is found at the cost of
+a read.
 """
 
 from __future__ import annotations
@@ -17,18 +18,30 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from typing_extensions import TypedDict
 
 from laid import provenance
 from laid.data.images import require_images
 from laid.data.questions import read_questions
 from laid.distill.distillation import TeacherOutputs
 from laid.errors import LaidError
-from laid.io import atomic_path, read_json, safe_join, sha256_file, sha256_json, write_json
+from laid.io import (
+    atomic_path,
+    parsed,
+    read_json,
+    require_place,
+    require_room,
+    safe_join,
+    sha256_file,
+    sha256_json,
+    size_text,
+    write_json,
+)
 from laid.models.decoder import geometry, layer_indices
 from laid.models.features import ImageFeatures
 from laid.models.forward import collate
@@ -40,8 +53,38 @@ from laid.training.samples import Sample, build_samples
 from laid.training.teacher import teacher_outputs
 
 FORMAT = "laid-teacher-cache/1"
+FILES = ("shard-*.safetensors", "index.json", "cost.json")
 SHARD = 512  # questions
 SHARD_BYTES = 256 << 20  # what a pass holds in memory, and loses when it is killed
+
+
+class Shard(TypedDict):
+    file: str
+    first: int
+    questions: int
+    sha256: str
+
+
+class MadeFrom(TypedDict):
+    questions: str
+
+
+class Record(TypedDict):
+    data: MadeFrom
+
+
+class Index(TypedDict):
+    """index.json, as far as it is read. lengths: tokens of each question. float8_error: in float8 alone."""
+
+    layers: list[int]
+    model_layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    lengths: list[int]
+    shards: list[Shard]
+    provenance: Record
+    float8_error: NotRequired[dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -129,16 +172,9 @@ def _kept(settings: Settings, model: torch.nn.Module) -> Kept:
 def _size_line(kept: Kept, samples: Sequence[Sample]) -> str:
     logits, heads = kept.sizes(samples)
     return (
-        f"teacher cache: {len(samples)} questions, {sum(map(_tokens, samples))} tokens: {_size(logits)} of logits,"
-        f" {_size(heads)} of queries and keys of {len(kept.layers)} layers in {kept.dtype}, {_size(logits + heads)} in all"
+        f"teacher cache: {len(samples)} questions, {sum(map(_tokens, samples))} tokens: {size_text(logits)} of logits,"
+        f" {size_text(heads)} of queries and keys of {len(kept.layers)} layers in {kept.dtype}, {size_text(logits + heads)} in all"
     )
-
-
-def _size(count: int) -> str:
-    for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")):
-        if count >= unit:
-            return f"{count / unit:.1f} {name}"
-    return f"{count / 1e3:.1f} kB"
 
 
 def build_cache(
@@ -156,6 +192,7 @@ def build_cache(
     shards of a pass that was killed (same teacher, questions, settings and code) are taken up, not computed again.
     Raises LaidError for inputs that are missing or wrong.
     """
+    require_place(out, *FILES)
     read = read_questions(questions)
     images = sorted({path for question in read for path in (*question.needles, *question.distractors)})
     require_images(coco_root, images, [questions])
@@ -187,7 +224,11 @@ def build_cache(
     parent = Path(out).parent
     partial = parent / f".{Path(out).name}.partial-{key[:12]}"
     partial.mkdir(parents=True, exist_ok=True)
-    _require_room(partial, sum(kept.sizes(samples)))
+    there = sum(file.stat().st_size for file in partial.iterdir())
+    require_room(
+        partial, sum(kept.sizes(samples)) - there, "the teacher's cache",
+        "choose another folder, fewer teacher_cache.layers, or dtype: float8",
+    )  # fmt: skip
     features.prepare((path for sample in samples for path in sample.paths), "images")
     lengths = [_tokens(s) for s in samples]
     ranges = shard_ranges(lengths, kept.token_bytes, 8 * kept.vocabulary)
@@ -204,7 +245,7 @@ def build_cache(
                     kept,
                     settings.evaluation.batch_tokens,
                 )
-                with atomic_path(file) as beside:
+                with atomic_path(file, sum(t.nbytes for t in tensors.values())) as beside:
                     save_file(tensors, beside)
             shards.append(
                 {"file": file.name, "first": part[0], "questions": len(part), "sha256": sha256_file(file)}
@@ -247,17 +288,6 @@ def shard_ranges(lengths: Sequence[int], token_bytes: int, question_bytes: int) 
             start, held = k, 0
         held += size
     return [*ranges, range(start, len(lengths))]
-
-
-def _require_room(folder: Path, size: int) -> None:
-    """Raise LaidError where the disk has less room than what is still to be written to `folder`."""
-    size -= sum(file.stat().st_size for file in folder.iterdir())
-    free = shutil.disk_usage(folder).free
-    if size > free:
-        raise LaidError(
-            f"{folder.parent}: the teacher's cache needs {_size(size)}, {_size(free)} are free: choose another folder,"
-            " fewer teacher_cache.layers, or dtype: float8"
-        )
 
 
 def _float8_error(
@@ -359,19 +389,15 @@ class TeacherCache:
             raise LaidError(
                 f"{self.folder}: not a teacher cache ({FORMAT}); make it with `laid teacher-cache`"
             )
-        self.index = index
-        try:
-            self.layers, self.lengths = index["layers"], index["lengths"]
-            self.depth = index["model_layers"]
-            self.heads, self.kv_heads, self.head_dim = (index[k] for k in ("heads", "kv_heads", "head_dim"))
-            self.shards = [(s["file"], s["first"], s["questions"], s["sha256"]) for s in index["shards"]]
-            made_from = index["provenance"]["data"]["questions"]
-            self.kept = Kept(
-                self.layers, self.heads, self.kv_heads, self.head_dim, None,
-                "float8" if "float8_error" in index else "bfloat16",  # float32 is read as bfloat16 is
-            )  # fmt: skip
-        except (KeyError, TypeError) as error:
-            raise LaidError(f"{self.folder}/index.json: broken ({error}); make the cache again") from None
+        self.index = parsed(index, Index, self.folder / "index.json")
+        self.layers, self.lengths, self.depth = index["layers"], index["lengths"], index["model_layers"]
+        self.heads, self.kv_heads, self.head_dim = (index[k] for k in ("heads", "kv_heads", "head_dim"))
+        self.shards = [(s["file"], s["first"], s["questions"], s["sha256"]) for s in index["shards"]]
+        made_from = index["provenance"]["data"]["questions"]
+        self.kept = Kept(
+            self.layers, self.heads, self.kv_heads, self.head_dim, None,
+            "float8" if "float8_error" in index else "bfloat16",  # float32 is read as bfloat16 is
+        )  # fmt: skip
         if questions is not None and sha256_file(questions) != made_from:
             read_questions(questions)  # a broken file says so itself
             raise LaidError(f"{self.folder}: was made from other questions than {questions}: make it again")
@@ -399,9 +425,9 @@ class TeacherCache:
 
     def verify(self) -> None:
         """Hash every shard. Raises LaidError for the first whose bytes are not those that were written."""
-        for name, _, _, digest in self.shards:
-            if sha256_file(safe_join(self.folder, name)) != digest:
-                raise LaidError(f"{self.folder / name}: changed since it was written; make the cache again")
+        hashes = {name: digest for name, _, _, digest in self.shards}
+        for problem in provenance.changed(self.folder, hashes):
+            raise LaidError(f"{problem}; make the cache again")
 
     def logits(self, indices: Sequence[int]) -> torch.Tensor:
         """(B, 2, vocabulary) float32 logits at the answer and after it."""
