@@ -173,7 +173,7 @@ def test_wrong_configuration_is_said_before_anything_runs(workdir, words, said):
             "haystacks: {neeedles: multi}",
             "bad.yaml, line 2: haystacks.neeedles: unknown key; did you mean 'needles'?",
         ),
-        ("seeds: !!binary aGk=", "bad.yaml: not valid YAML, line 2"),
+        ("seeds: !!binary aGk=", "bad.yaml: line 2: a value of the kind !!binary"),
         ("training: {lr: .nan}", "bad.yaml, line 2: training.lr = .nan: must be a finite number"),
         ("models: {checkpoints: {small: ./7b}}", "models.checkpoints.small = './7b': no such folder"),
     ],

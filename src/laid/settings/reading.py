@@ -72,6 +72,14 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict:
     return loader.construct_mapping(node, deep=True)
 
 
+def _other(_: _Loader, node: yaml.Node) -> None:
+    tag = _cut(node.tag.replace("tag:yaml.org,2002:", "!!"))
+    raise LaidError(
+        f"line {node.start_mark.line + 1}: a value of the kind {tag}: allowed are numbers, texts, true, false, null, lists and mappings"
+    )
+
+
+_Loader.add_constructor(None, _other)
 _Loader.add_constructor("tag:yaml.org,2002:int", _integer)
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
 
