@@ -9,6 +9,7 @@ import torch
 
 from laid import standalone
 from laid.cli import main
+from laid.data.chat import read_chats
 from laid.data.questions import haystack_file, read_questions, write_questions
 from laid.errors import LaidError
 from laid.io import read_json, sha256_file
@@ -62,9 +63,8 @@ def test_without_held_out_questions_nothing_is_claimed(words, tmp_path, capsys):
 
 
 def test_held_out_images_seen_in_training_are_told(haystacks):
-    questions = read_questions(haystacks / "train.json")
-    first = questions[0]
-    assert standalone._overlap(questions, [first]) == first.size
+    chats = read_chats(haystacks / "train.json")
+    assert standalone._overlap(chats, chats[:1]) == chats[0].size
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_held_out_images_seen_in_training_are_told(haystacks):
         (["--method", "yarn"], "'yarn' is not a trained method; trained methods: sft"),
         (["--method", "nonsense"], "is not a trained method"),
         (["--seed", "-1"], "argument --seed: '-1' is not a whole number from 0 on"),
-        (["--coco", "."], "no such image: --coco . is not where the paths in"),
+        (["--coco", "."], "no such image: --images . is not where the paths in"),
     ],
 )
 def test_mistakes_are_told_in_one_line(words, tmp_path, capsys, more, said):
@@ -96,7 +96,7 @@ def test_images_are_found_from_the_question_file_up(haystacks, coco_root, tmp_pa
     shutil.copy(haystacks / "train.json", home)
     data = home / "train.json"
     assert standalone.image_root(data, coco_root) == coco_root
-    with pytest.raises(LaidError, match="lies neither at .*/a/b nor above: name the folder with --coco"):
+    with pytest.raises(LaidError, match="lies neither at .*/a/b nor above: name the folder with --images"):
         standalone.image_root(data)
     (tmp_path / "coco").symlink_to(coco_root)
     assert standalone.image_root(data) == tmp_path / "coco"

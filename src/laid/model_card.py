@@ -88,8 +88,10 @@ def _accuracy(record: Mapping[str, Any]) -> list[str]:
     if not answers:
         return ["Not measured: no held-out questions were given (`--eval`).", ""]
     columns = [("before", "Before"), ("after", "After"), ("teacher", "Teacher")]
+    free = record.get("likelihood")
+    what = "exact match of the given answer (normalised as SQuAD does)" if free else "accuracy"
     lines = [
-        "Held-out questions, accuracy in % with its 95 % interval (Wilson).",
+        f"Held-out questions, {what} in % with its 95 % interval (Wilson).",
         "",
         f"| Images | Questions | {' | '.join(title for _, title in columns)} |",
         f"|--:|--:|{'--:|' * len(columns)}",
@@ -101,12 +103,21 @@ def _accuracy(record: Mapping[str, Any]) -> list[str]:
             low, high = wilson(right, n)
             entries.append(f"{100 * right / n:.1f} [{100 * low:.1f}, {100 * high:.1f}]")
         lines.append(f"| {size} | {asked} | {' | '.join(entries)} |")
+    if free:
+        each = ", ".join(f"{title.lower()} {per_token(free[key]):.4f}" for key, title in columns)
+        lines += ["", f"Mean log-likelihood of a token of the given answers: {each}."]
     lines += ["", f"SHA-256 of the held-out file: `{record['hashes']['held_out']}`."]
     if record["overlap"]:
         lines.append(
             f"{record['overlap']} of its images also occur in the training questions: read the figures with care."
         )
     return [*lines, ""]
+
+
+def per_token(by_size: Mapping[str, Any]) -> float:
+    """The mean over sizes' tokens of {size: [sum of log-likelihoods, tokens]}."""
+    total, tokens = (sum(column) for column in zip(*by_size.values(), strict=True))
+    return total / tokens
 
 
 def _short(value: str) -> str:

@@ -1,23 +1,25 @@
-"""`laid distill`: one student, one teacher, any question file, without the workflow; a model card beside the result."""
+"""`laid distill`: one student, one teacher, any conversations with images, without the workflow; a model card beside the result."""
 
 from __future__ import annotations
 
 import shutil
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from laid import provenance
+from laid.data.chat import STORED, Chat, are_questions, named_images, read_chats
 from laid.data.images import require_images
 from laid.data.questions import Question, read_questions
 from laid.errors import LaidError
+from laid.evaluation.chats import ChatEvaluator
 from laid.evaluation.evaluate import Evaluator
 from laid.evaluation.scoring import is_right
-from laid.io import dumps, read_json, safe_join, sha256_file, sha256_json, write_json, write_text
+from laid.io import dumps, read_json, safe_join, sha256_json, write_json, write_text
 from laid.methods.registry import load_with_method
-from laid.model_card import card
+from laid.model_card import card, per_token
 from laid.models.loading import empty_model, parameters, require_weights, resolve, source_of
 from laid.models.processing import Processor
 from laid.settings import plain, slice_for
@@ -36,9 +38,11 @@ def distill(run: Run, held_out: str | Path | None = None, device: str = "cpu") -
     out, teacher = run.out, run.teacher
     earlier = (out / "distill.json").is_file()
     require_sensible(run)
-    questions = read_questions(run.questions)
-    asked = read_questions(held_out) if held_out else []
-    require_images(run.coco, sorted({p for q in asked for p in q.needles + q.distractors}), [held_out])
+    order = run.settings.evaluation.order_seed
+    chats = read_chats(run.questions, order)
+    asked = Asked.read(held_out, order) if held_out else None
+    if asked:
+        require_images(run.coco, named_images(asked.chats), [held_out])
     sizes = {}
     for role, source in (
         ("teacher", teacher),
@@ -50,8 +54,8 @@ def distill(run: Run, held_out: str | Path | None = None, device: str = "cpu") -
         sizes[role] = parameters(model)
     answers: dict[str, Any] = {}
     if asked:
-        answers["teacher"] = _answers(run, "base", teacher, None, asked, device)
-        answers["before"] = _answers(run, "base", run.student, None, asked, device)
+        answers["teacher"] = asked.of(run, "base", teacher, None, device)
+        answers["before"] = asked.of(run, "base", run.student, None, device)
     cache = _cache(run, device) if run.from_teacher else None
     cached = replace(run, teacher=None, teacher_cache=cache)
     # A run without distill.json was killed while its held-out questions were answered.
@@ -59,20 +63,22 @@ def distill(run: Run, held_out: str | Path | None = None, device: str = "cpu") -
     trained = trained or train(cached, start(run.settings.training, device, run.logs))
     if asked:
         # Under the folder's own method: an adapter is merged, a checkpoint is loaded as it is.
-        answers["after"] = _answers(run, run.method, run.student, out, asked, device)
-    counts = [question.size for question in questions]
+        answers["after"] = asked.of(run, run.method, run.student, out, device)
+    counts = [chat.size for chat in chats]
     start_from = made_from(run, held_out)
     record = start_from | {
         "name": run.name,
-        "overlap": _overlap(questions, asked),
+        "overlap": _overlap(chats, asked.chats if asked else []),
         "parameters": sizes,
         "steps": trained["steps"],
         "loss": trained["final"]["loss"],
-        "questions": len(questions),
+        "questions": len(chats),
         "sizes": [min(counts), max(counts)],
-        "accuracy": answers,
+        "accuracy": {role: found[0] for role, found in answers.items()},
         "hashes": start_from["hashes"] | {"exported": provenance.fingerprint(out / "model")},
     }
+    if asked and asked.free:
+        record["likelihood"] = {role: found[1] for role, found in answers.items()}
     sources = {"teacher": str(teacher), "student": str(run.student), "data": Path(run.questions).name}
     adapter = (out / "model/adapter_config.json").is_file()
     write_text(out / "model" / "README.md", card(record, sources, adapter))
@@ -88,8 +94,8 @@ def made_from(run: Run, held_out: str | Path | None) -> dict[str, Any]:
         "method": run.method,
         "seed": run.seed,
         "hashes": {
-            "data": sha256_file(run.questions),
-            **({"held_out": sha256_file(held_out)} if held_out else {}),
+            "data": provenance.fingerprint(Path(run.questions)),
+            **({"held_out": provenance.fingerprint(Path(held_out))} if held_out else {}),
             "teacher": provenance.fingerprint(source_of(run.teacher), kept=True),
             "student": provenance.fingerprint(source_of(run.student), kept=True),
         },
@@ -121,7 +127,10 @@ def image_root(data: str | Path, given: str | Path | None = None) -> Path:
     Looked at are the question file's folder and those above it, and `coco` in each of them. Raises LaidError, naming
     the image and where it was looked for.
     """
-    image = read_questions(data)[0].needles[0]
+    firsts = (chat.images[chat.needles[0] if chat.needles else 0] for chat in read_chats(data) if chat.images)
+    image = next((image for image in firsts if not image.startswith(STORED)), None)
+    if image is None:  # all come with the data
+        return Path(given or Path(data).resolve().parent)
     above = Path(data).resolve().parents
     roots = [Path(given)] if given else [root for folder in above for root in (folder, folder / "coco")]
     for root in roots:
@@ -129,10 +138,10 @@ def image_root(data: str | Path, given: str | Path | None = None) -> Path:
             return root
     if given:
         raise LaidError(
-            f"{roots[0] / image}: no such image: --coco {given} is not where the paths in {data} start from"
+            f"{roots[0] / image}: no such image: --images {given} is not where the paths in {data} start from"
         )
     raise LaidError(
-        f"{data}: its first image, {image}, lies neither at {above[0]} nor above: name the folder with --coco"
+        f"{data}: its first image, {image}, lies neither at {above[0]} nor above: name the folder with --images"
     )
 
 
@@ -143,9 +152,10 @@ def _cache(run: Run, device: str) -> Path:
     key = sha256_json(
         [
             provenance.fingerprint(source_of(run.teacher), kept=True),
-            sha256_file(run.questions),
+            provenance.fingerprint(Path(run.questions)),
             provenance.fingerprint((run.coco, run.images), kept=True),
             slice_for("teacher_cache", settings),
+            run.how.temperature,
         ]
     )
     folder = run.out.parent / f".{run.out.name}.teacher-{key[:12]}"
@@ -154,24 +164,68 @@ def _cache(run: Run, device: str) -> Path:
     return folder
 
 
-def _answers(
-    run: Run, method: str, model: str | Path, made: Path | None, asked: Sequence[Question], device: str
-) -> dict[str, list[int]]:
-    """size -> [right, questions]."""
-    loaded = load_with_method(run.settings, method, model, made, device)
-    evaluator = Evaluator(loaded, run.coco, run.settings.evaluation, str(model))
-    found = evaluator.answer(evaluator.ask(asked))
-    by_size: dict[int, list[int]] = defaultdict(lambda: [0, 0])
-    for question, answer in zip(asked, found, strict=True):
-        by_size[question.size][0] += is_right(answer)
-        by_size[question.size][1] += 1
-    return {str(size): by_size[size] for size in sorted(by_size)}
+@dataclass(frozen=True)
+class Asked:
+    """Held-out conversations. questions: what they are where all are Visual Haystacks questions, whose answers are scored as in cells."""
+
+    chats: list[Chat]
+    questions: list[Question]
+
+    @classmethod
+    def read(cls, file: str | Path, order_seed: int) -> Asked:
+        questions = read_questions(file) if are_questions(file) else []
+        return cls(read_chats(file, order_seed), questions)
+
+    @property
+    def free(self) -> bool:
+        """Whether answers may be any text."""
+        return not self.questions
+
+    def of(
+        self, run: Run, method: str, model: str | Path, made: Path | None, device: str
+    ) -> tuple[dict[str, list[int]], dict[str, list[float]]]:
+        """(size -> [right, answers], size -> [log-likelihood of the given answers, their tokens]; the latter of free answers)."""
+        loaded = load_with_method(run.settings, method, model, made, device)
+        right: dict[int, list[int]] = defaultdict(lambda: [0, 0])
+        likely: dict[int, list[float]] = defaultdict(lambda: [0.0, 0])
+        settings = run.settings.evaluation
+        if self.free:
+            for answer in ChatEvaluator(loaded, run.coco, settings, str(model)).ask(self.chats):
+                size = answer["images"]
+                right[size] = [right[size][0] + answer["right"], right[size][1] + 1]
+                likely[size][0] += answer["log_likelihood"]
+                likely[size][1] += answer["tokens"]
+        else:
+            evaluator = Evaluator(loaded, run.coco, settings, str(model))
+            found = evaluator.answer(evaluator.ask(self.questions))
+            for question, answer in zip(self.questions, found, strict=True):
+                right[question.size][0] += is_right(answer)
+                right[question.size][1] += 1
+        return tuple({str(size): by_size[size] for size in sorted(by_size)} for by_size in (right, likely))
 
 
-def _overlap(questions: Sequence[Question], asked: Sequence[Question]) -> int:
-    """How many images of the held-out questions stand in the training questions too."""
-    seen = {path for q in questions for path in q.needles + q.distractors}
-    return len({path for q in asked for path in q.needles + q.distractors} & seen)
+def known_needles(run: Run) -> Run:
+    """The run; without dilution, and that said, where no conversation tells which of its images the answer rests on."""
+    if not run.how.dilution.reach:
+        return run
+    chats = read_chats(run.questions)
+    known = sum(chat.needles is not None for chat in chats)
+    if known == len(chats):
+        return run
+    print(
+        f"{run.method}: dilution needs to know which images an answer rests on, and {len(chats) - known} of {len(chats)}"
+        f' conversations do not say ({run.questions}: "needles": [0]): those are not diluted',
+        flush=True,
+    )
+    if known:
+        return run
+    return replace(run, settings=run.settings.changed({"methods": {run.method: {"dilution": {"reach": 0}}}}))
+
+
+def _overlap(chats: Sequence[Chat], asked: Sequence[Chat]) -> int:
+    """How many images of the held-out conversations stand in the training data too."""
+    seen = {path for chat in chats for path in chat.images}
+    return len({path for chat in asked for path in chat.images} & seen)
 
 
 def summary(record: Mapping[str, Any]) -> str:
@@ -183,4 +237,8 @@ def summary(record: Mapping[str, Any]) -> str:
     for key in ("before", "after"):
         right, n = (sum(v) for v in zip(*record["accuracy"][key].values(), strict=True))
         totals[key] = 100 * right / n
-    return f"{done}; held-out accuracy {totals['before']:.1f} % before, {totals['after']:.1f} % after"
+    line = f"{done}; held-out accuracy {totals['before']:.1f} % before, {totals['after']:.1f} % after"
+    if "likelihood" not in record:
+        return line
+    before, after = (per_token(record["likelihood"][key]) for key in ("before", "after"))
+    return f"{line}; log-likelihood of the given answers {before:.3f} and {after:.3f} a token"

@@ -10,6 +10,7 @@ import torch
 from laid.analysis import alignability
 from laid.analysis.alignability import KINDS, Moments, Reader, explained, layer_pairs, measure
 from laid.cli import main
+from laid.data.chat import of_question
 from laid.data.coco import load_coco
 from laid.data.questions import read_questions, write_questions
 from laid.errors import LaidError
@@ -169,7 +170,7 @@ def test_every_student_layer_meets_the_teachers_of_its_depth_and_named_pairs_com
 def test_a_reader_finds_the_questions_queries_and_the_images_keys(micro, family, haystacks, coco_root):
     reader = Reader(micro, family["small"], coco_root, "cpu")
     questions = read_questions(haystacks / "train.json")[:3]
-    for sample in build_samples(questions, reader.features, 0, ahead=False):
+    for sample in build_samples([of_question(q, 0) for q in questions], reader.features, ahead=False):
         found = reader.heads(sample, [1])
         tokenizer, ids = reader.features.processor.tokenizer, sample.prompt.ids
         asked = [at for at in range(len(ids) - 1) if at > np.flatnonzero(sample.prompt.image_mask)[-1] + 1]

@@ -1,10 +1,13 @@
 """No tensor of tokens x tokens, and logits only where there are labels: every tensor that an operation makes is looked at."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from laid.distill.distillation import ROWS
 from laid.methods.self_extend import apply_self_extend
 from laid.models.forward import Batch, hidden_states, last_logits
 from laid.settings import TrainedMethod
@@ -78,6 +81,22 @@ def test_a_step_grows_with_tokens_not_with_their_square(settings):
     assert few > 300 and not short.squares(few) and not long.squares(many)
     assert long.largest() <= 1.02 * many / few * short.largest()
     assert short.logits() == long.logits() <= 64  # that of the teacher's transposed embedding; logits have 2
+
+
+def test_a_long_answer_makes_the_logits_of_a_chunk_at_a_time():
+    """Student and teacher, forward and backward, whatever the number of answer tokens."""
+    student = tiny_model(vocab_size=WORDS)
+    teacher = tiny_model(seed=1, heads=8, hidden=64, vocab_size=WORDS).requires_grad_(False)
+
+    def long(model):
+        inputs = batch_of(model, 60)
+        count = inputs.ids.shape[1]
+        return replace(inputs, answers=(torch.zeros(300, dtype=torch.long), torch.arange(count - 300, count)))
+
+    losses = Losses(student, TrainedMethod().changed(LAID), OnlineTeacher(teacher, lambda _: long(teacher)))
+    with Watch() as watch:
+        losses(long(student), torch.arange(300)[None] % WORDS, [0], 0.5)
+    assert watch.logits() == ROWS
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ import torch
 from safetensors.torch import load_file
 
 from laid.cli import main
+from laid.data.chat import read_chats
 from laid.data.questions import read_questions, write_questions
 from laid.errors import LaidError
 from laid.io import sha256_folder
@@ -43,7 +44,7 @@ class Side:
     def __init__(self, folder, root, questions):
         self.model, processor = load_model(folder), Processor.load(folder)
         self.features = ImageFeatures(self.model, processor, lambda path: root / path)
-        self.samples = build_samples(read_questions(questions), self.features, 0)
+        self.samples = build_samples(read_chats(questions), self.features)
 
     def batch(self, indices):
         samples = [self.samples[k] for k in indices]

@@ -32,9 +32,8 @@ from torch import Tensor
 
 from laid import provenance
 from laid.analysis.attention import LayerVisitor
-from laid.data.questions import read_questions
+from laid.data.chat import image_file, read_chats
 from laid.errors import LaidError
-from laid.io import safe_join
 from laid.methods.registry import load_with_method
 from laid.models.capture import LayerQK
 from laid.models.decoder import Geometry, geometry, layer_indices, text_model
@@ -185,9 +184,7 @@ class Reader:
         self.model, self.shape = loaded.model, geometry(loaded.model)
         self.theta = text_model(self.model).rotary_emb.inv_freq.double().cpu()
         self.device = next(self.model.parameters()).device
-        self.features = ImageFeatures(
-            self.model, loaded.processor, lambda path: safe_join(coco_root, path), limit_bytes=0
-        )
+        self.features = ImageFeatures(self.model, loaded.processor, image_file(coco_root), limit_bytes=0)
 
     @torch.inference_mode()
     def heads(self, sample: Sample, layers: Sequence[int]) -> dict[int, dict[str, Tensor]]:
@@ -234,15 +231,15 @@ def measure(
     The first analysis.alignment_questions of the file are read: mixtures are fitted on every second one and measured on the
     others. Raises LaidError for fewer than two, and where the models do not see the same tokens.
     """
-    entries = read_questions(questions)[: settings.analysis.alignment_questions]
+    order = settings.evaluation.order_seed
+    entries = read_chats(questions, order)[: settings.analysis.alignment_questions]
     if len(entries) < 2:
         raise LaidError(
             f"{questions}: 1 question to read, at least 2 are needed: mixtures are fitted on one half of the questions and"
             " measured on the other (analysis.alignment_questions)"
         )
     readers = [Reader(settings, source, coco_root, device) for source in (teacher, student)]
-    order = settings.evaluation.order_seed
-    theirs, own = (build_samples(entries, r.features, order, ahead=False) for r in readers)
+    theirs, own = (build_samples(entries, r.features, ahead=False) for r in readers)
     lengths = [[len(s.prompt.ids) for s in samples] for samples in (own, theirs)]
     require_same_tokens(*lengths, str(questions))
     shapes = [reader.shape for reader in readers]

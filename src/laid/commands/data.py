@@ -1,4 +1,4 @@
-"""`laid data`: make the COCO data (rendered, downloaded) or check a local folder."""
+"""`laid data`: make the COCO data (rendered, downloaded, from an export), or check a local folder."""
 
 from __future__ import annotations
 
@@ -35,6 +35,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="with data.source download: fetch every image of both splits",
     )
+    parser.add_argument(
+        "--export",
+        type=Path,
+        metavar="JSON",
+        help="lay out an annotation tool's COCO export instead, with --images",
+    )
+    parser.add_argument("--images", type=Path, metavar="DIR", help="the folder of the images of --export")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -42,9 +49,27 @@ def run(args: argparse.Namespace) -> int:
     from laid.settings import load
 
     settings = load(args.config)
+    if args.export is not None:
+        return _from_export(args)
     # The images of haystacks and of POPE may be asked for at the same time.
     with alone(args.out) if settings.data.source != "local" else nullcontext():
         return _make(args, settings)
+
+
+def _from_export(args: argparse.Namespace) -> int:
+    from laid.data.coco import SPLITS, check_images, load_both
+    from laid.data.export import lay_out
+    from laid.errors import LaidError
+
+    if args.images is None:
+        raise LaidError("--export names images: give the folder that they lie in with --images")
+    counts = lay_out(args.export, args.images, args.out)
+    splits = load_both(args.out)
+    for coco in splits:
+        check_images(coco)
+    told = ", ".join(f"{counts[split]} {split}" for split in SPLITS)
+    print(f"{args.out}: {told} images, {len(splits[0].categories)} categories")
+    return 0
 
 
 def _make(args: argparse.Namespace, everything: Settings) -> int:

@@ -1,4 +1,4 @@
-"""`laid distill`: distil one student from one teacher on any question file, without the workflow."""
+"""`laid distill`: distil one student from one teacher on any conversations with images, without the workflow."""
 
 from __future__ import annotations
 
@@ -12,11 +12,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     config_argument(parser)
     parser.add_argument("--teacher", required=True, help="checkpoint: a folder or a hub id")
     parser.add_argument("--student", required=True, help="checkpoint: a folder or a hub id")
-    parser.add_argument("--data", type=Path, required=True, help="training questions, Visual Haystacks JSON")
     parser.add_argument(
-        "--coco",
+        "--data",
         type=Path,
-        help="folder that the questions' image paths start from (default: found at or above the question file)",
+        required=True,
+        help="conversations with images: JSON, JSON Lines, Parquet or a dataset's folder (docs/reference/files.md)",
+    )
+    parser.add_argument(
+        "--images",
+        "--coco",
+        dest="coco",
+        type=Path,
+        help="folder that image paths start from (default: found at or above the data)",
     )
     parser.add_argument(
         "--out",
@@ -28,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=seed, default=0, help="seed of data order, gaps and adapters")
     parser.add_argument(
-        "--eval", type=Path, help="held-out questions, answered before and after, for the model card"
+        "--eval", type=Path, help="held-out conversations, answered before and after, for the model card"
     )
     device_arguments(parser)
 
@@ -37,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     from laid.commands.shared import deterministic, pick_device
     from laid.io import alone, require_place
     from laid.settings import load
-    from laid.standalone import distill, finished, image_root, name_of, summary
+    from laid.standalone import distill, finished, image_root, known_needles, name_of, summary
     from laid.training.recipe import FILES, Run
 
     settings = load(args.config)
@@ -48,6 +55,7 @@ def run(args: argparse.Namespace) -> int:
         out, teacher=args.teacher,
     )  # fmt: skip
     require_place(out, *FILES)
+    run = known_needles(run)
     with alone(out) as waited:
         record = (finished(run, args.eval) if waited else None) or distill(
             run, args.eval, pick_device(args.device)

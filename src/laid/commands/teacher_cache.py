@@ -15,7 +15,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--coco", type=Path, required=True, help="COCO folder that the questions' image paths start from"
     )
-    parser.add_argument("--questions", type=Path, required=True, help="training questions, VHs JSON")
+    parser.add_argument(
+        "--questions", type=Path, required=True, help="training questions or any conversations with images"
+    )
     parser.add_argument("--out", type=Path, help="folder for the cache")
     parser.add_argument("--size", action="store_true", help="only tell how large the cache would be")
     features_argument(parser)

@@ -45,7 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--coco", type=Path, required=True, help="COCO folder that the questions' image paths start from"
     )
-    parser.add_argument("--questions", type=Path, required=True, help="training questions, VHs JSON")
+    parser.add_argument(
+        "--questions", type=Path, required=True, help="training questions or any conversations with images"
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder for model/, log.jsonl and run.json")
     features_argument(parser)
     device_arguments(parser)

@@ -19,6 +19,9 @@ import numpy as np
 from laid.errors import LaidError
 from laid.io import UNPRINTABLE, path_problem, read_json, unprintable, write_json
 
+# The official runner's words (visual-haystacks/vhs_benchmark, solvers/base_solver.py).
+OFFICIAL_PROMPT = "You are given a set of images. Please answer the following question in Yes or No: "
+
 # mode -> question, with "a {anchor}" / "a {target}" filled in with their articles. As in the official files.
 TEMPLATES = {
     "single": "For the image with {anchor}, is there {target}?",

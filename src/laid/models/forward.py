@@ -27,6 +27,7 @@ class Batch:
     score_bias: (B, T) added to the scores that tokens after the last image give each key (laid.distill.dilution); None adds
     nothing.
     packed: `lengths`, known to Python; the decoder is then given the prompts one behind the other, without padding.
+    answers: (rows, columns) of the N tokens that predict answers; None stands for the last two of each prompt.
     images: instead of features, what `with_features` makes them from: (pixels, grid_thw) of the images, each once,
     and (images of all samples in order,) which of them it is.
     """
@@ -39,6 +40,7 @@ class Batch:
     images: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
     score_bias: torch.Tensor | None = None
     packed: Sequence[int] | None = None
+    answers: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch on `device`."""
@@ -46,7 +48,18 @@ class Batch:
         features = self.features.to(device) if self.features is not None else None
         images = tuple(t.to(device) for t in self.images) if self.images is not None else None
         bias = self.score_bias.to(device) if self.score_bias is not None else None
-        return Batch(*move, features, images, bias, self.packed)
+        answers = (
+            (self.answers[0].to(device), self.answers[1].to(device)) if self.answers is not None else None
+        )
+        return Batch(*move, features, images, bias, self.packed, answers)
+
+    @property
+    def answer_places(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(rows, columns), (N,) each, of the tokens that predict answers, prompt by prompt."""
+        if self.answers is not None:
+            return self.answers
+        rows = torch.arange(len(self.lengths), device=self.lengths.device).repeat_interleave(2)
+        return rows, torch.stack([self.lengths - 2, self.lengths - 1], 1).flatten()
 
     @property
     def token_mask(self) -> torch.Tensor:
@@ -69,6 +82,12 @@ def collate(prompts: Sequence[EncodedPrompt], features: Sequence[torch.Tensor], 
     lengths = torch.tensor([len(p.ids) for p in prompts])
     joined = torch.cat(list(features)) if len(features) else None
     return Batch(torch.from_numpy(ids), torch.from_numpy(positions), lengths, torch.from_numpy(mask), joined)
+
+
+def answers_at(at: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(rows, columns) of Batch.answers: at has, for each prompt, the tokens that predict its answers."""
+    rows = np.repeat(np.arange(len(at)), [len(columns) for columns in at])
+    return torch.from_numpy(rows), torch.from_numpy(np.concatenate(at).astype(np.int64))
 
 
 def with_features(model, batch: Batch) -> Batch:

@@ -6,15 +6,17 @@ visual token, <|vision_end|>. Both ends come from the model's own chat template,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
+from laid.data.chat import Chat, Turn
+from laid.data.questions import OFFICIAL_PROMPT
 from laid.errors import LaidError
 
-# The official runner's words (visual-haystacks/vhs_benchmark, solvers/base_solver.py).
-OFFICIAL_PROMPT = "You are given a set of images. Please answer the following question in Yes or No: "
+TURN_END = "<|im_end|>"
 
 
 @dataclass
@@ -34,6 +36,20 @@ class EncodedPrompt:
     def span(self) -> int:
         """Number of M-RoPE positions the prompt covers."""
         return int(self.positions.max()) + 1
+
+
+@dataclass
+class EncodedChat:
+    """A conversation of T tokens, up to the last token that predicts one, and its A answer tokens.
+
+    at: (A,) int64, ascending, the tokens that predict them; labels: (A,) int64, their ids, each answer's last being the end of the
+    turn. answer_at: the token that predicts the last answer's first token.
+    """
+
+    prompt: EncodedPrompt
+    at: np.ndarray
+    labels: np.ndarray
+    answer_at: int
 
 
 @dataclass
@@ -67,8 +83,7 @@ class PromptEncoder:
         Raises LaidError for a text that holds one of the tokenizer's special tokens: it would be read as that.
         """
         if text not in self._ends:
-            if special := next((token for token in self._special if token in text), None):
-                raise LaidError(f"the question {text[-60:]!r} holds the special token {special}: rename it")
+            self._require_plain(text)
             message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}
             rendered = self.tokenizer.apply_chat_template(
                 [message], tokenize=False, add_generation_prompt=True
@@ -91,28 +106,109 @@ class PromptEncoder:
     ) -> EncodedPrompt:
         """Encode `prompt + question` after images of merged grids (height, width), in visual tokens."""
         before, after = self.ends(prompt + question)
-        sizes = np.array([h * w for h, w in grids], dtype=np.int64)
-        lengths = sizes + 2
-        starts = (
-            len(before) + np.concatenate([[0], np.cumsum(lengths)[:-1]]) if len(sizes) else np.zeros(0, int)
-        )
-        total = len(before) + int(lengths.sum()) + len(after)
-        ids = np.full(total, self.pad_id, dtype=np.int64)
-        ids[: len(before)] = before
-        ids[starts] = self.start_id
-        ids[starts + lengths - 1] = self.end_id
-        ids[total - len(after) :] = after
-        mask = np.zeros(total, dtype=bool)
-        mask[len(before) : total - len(after)] = True
-        mask[starts] = mask[starts + lengths - 1] = False
-        return EncodedPrompt(
-            ids, mrope_positions(len(before), grids, len(after)), starts.astype(np.int64), mask
+        none = np.zeros(0, dtype=np.int64)
+        texts = [before, *[none] * (len(grids) - 1), after] if grids else [np.concatenate([before, after])]
+        return self._assembled(texts, grids)
+
+    def chat(self, chat: Chat, grids: Sequence[tuple[int, int]]) -> EncodedChat:
+        """Encode a conversation whose images are of these merged grids; the text is what the chat template makes of it.
+
+        Answers are encoded apart from what stands before them, as they are when a model gives them.
+        Raises LaidError for a template that does not render a conversation's beginning as the beginning of the whole.
+        """
+        texts: list[list[np.ndarray]] = [[]]
+        learned: list[tuple[int, int, np.ndarray]] = []  # (text, place in it, tokens) of each answer
+        for piece, is_answer in self._pieces(chat.turns):
+            if is_answer:
+                tokens = np.append(self._tokens(piece), self.tokenizer.convert_tokens_to_ids(TURN_END))
+                learned.append((len(texts) - 1, sum(map(len, texts[-1])), tokens))
+                texts[-1].append(tokens)
+                continue
+            for number, text in enumerate(piece):
+                if number:
+                    texts.append([])
+                texts[-1].append(text)
+        joined = [np.concatenate(parts) if parts else np.zeros(0, np.int64) for parts in texts]
+        begins = [0, *np.cumsum([len(t) + h * w + 2 for t, (h, w) in zip(joined, grids)]).tolist()]
+        joined[-1] = joined[-1][:-1]  # what the last token would predict, nobody learns
+        prompt = self._assembled(joined, grids)
+        at = [begins[text] + place + np.arange(len(tokens)) - 1 for text, place, tokens in learned]
+        labels = [tokens for _, _, tokens in learned]
+        return EncodedChat(
+            prompt, np.concatenate(at), np.concatenate(labels).astype(np.int64), int(at[-1][0])
         )
 
+    def _pieces(self, turns: Sequence[Turn]) -> Iterator[tuple[Any, bool]]:
+        """The rendered conversation: (token ids between its images, False), and (an answer's text, True)."""
+        if len(turns) == 2 and turns[0].role == "user" and turns[1].learned:
+            *images, text = turns[0].content
+            if (
+                images and not any(images) and text is not None
+            ):  # images, then a text: rendered once for all questions
+                before, after = self.ends(text)
+                yield [before, *[np.zeros(0, np.int64)] * (len(images) - 1), after], False
+                yield turns[1].text, True
+                return
+        for turn in turns:
+            self._require_plain(turn.text)
+        messages = [_message(turn) for turn in turns]
+        block, done = self.vision_start + self.image_pad + self.vision_end, ""
+        for k, turn in enumerate(turns):
+            if not turn.learned:
+                continue
+            before = self.tokenizer.apply_chat_template(
+                messages[:k], tokenize=False, add_generation_prompt=True
+            )
+            whole = self.tokenizer.apply_chat_template(messages[: k + 1], tokenize=False)
+            answer, end, _ = whole[len(before) :].partition(TURN_END)
+            if not before.startswith(done) or not whole.startswith(before) or not end or block in answer:
+                raise LaidError(
+                    "the chat template does not render a conversation turn by turn (its beginning changes as it goes on):"
+                    " laid cannot tell the answers' tokens"
+                )
+            yield [self._tokens(part) for part in before[len(done) :].split(block)], False
+            yield answer, True
+            done = before + answer + end
 
-def mrope_positions(prefix: int, grids: Sequence[tuple[int, int]], suffix: int) -> np.ndarray:
+    def _require_plain(self, text: str) -> None:
+        if special := next((token for token in self._special if token in text), None):
+            raise LaidError(f"the question {text[-60:]!r} holds the special token {special}: rename it")
+
+    def _tokens(self, text: str) -> np.ndarray:
+        return np.asarray(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int64)
+
+    def _assembled(self, texts: Sequence[np.ndarray], grids: Sequence[tuple[int, int]]) -> EncodedPrompt:
+        """texts: token ids before the first image, between images, and after the last one."""
+        visual = np.array([h * w for h, w in grids], dtype=np.int64)
+        words = np.array([len(text) for text in texts], dtype=np.int64)
+        begins = np.concatenate([[0], np.cumsum(words[:-1] + visual + 2)]).astype(np.int64)  # of the texts
+        starts = begins[:-1] + words[:-1]
+        ids = np.full(int(begins[-1] + words[-1]), self.pad_id, dtype=np.int64)
+        mask = np.ones(len(ids), dtype=bool)
+        for begin, text in zip(begins.tolist(), texts):
+            if len(text):
+                ids[begin : begin + len(text)] = text
+                mask[begin : begin + len(text)] = False
+        for places, token in ((starts, self.start_id), (starts + visual + 1, self.end_id)):
+            ids[places], mask[places] = token, False
+        positions = mrope_positions(
+            int(words[0]), grids, int(words[-1]) if len(grids) else 0, words[1:-1].tolist()
+        )
+        return EncodedPrompt(ids, positions, starts, mask)
+
+
+def _message(turn: Turn) -> dict[str, Any]:
+    if None not in turn.content:
+        return {"role": turn.role, "content": turn.text}
+    parts = [{"type": "image"} if part is None else {"type": "text", "text": part} for part in turn.content]
+    return {"role": turn.role, "content": parts}
+
+
+def mrope_positions(
+    prefix: int, grids: Sequence[tuple[int, int]], suffix: int, between: Sequence[int] = ()
+) -> np.ndarray:
     """M-RoPE positions (3, T) of `prefix` text tokens, one block per merged grid (h, w), `suffix` text
-    tokens.
+    tokens. between: text tokens after each image but the last, where there are any.
 
     Text advances all three axes by one a token. A still image holds its time position, spreads (row, column)
     over height and width, and moves what follows on by max(h, w) (transformers,
@@ -121,15 +217,17 @@ def mrope_positions(prefix: int, grids: Sequence[tuple[int, int]], suffix: int) 
     parts = [np.broadcast_to(np.arange(prefix), (3, prefix))]
     at = prefix
     if grids and set(grids) == {(1, 1)}:  # one token an image: text and images advance alike
-        return np.broadcast_to(
-            np.arange(prefix + 3 * len(grids) + suffix), (3, prefix + 3 * len(grids) + suffix)
-        ).copy()
-    for height, width in grids:
+        total = prefix + 3 * len(grids) + sum(between) + suffix
+        return np.broadcast_to(np.arange(total), (3, total)).copy()
+    for (height, width), words in zip(grids, [*between, *[0] * (len(grids) - len(between))]):
         parts.append(np.full((3, 1), at))
         rows, columns = np.divmod(np.arange(height * width), width)
         parts.append(np.stack([np.full(height * width, at + 1), at + 1 + rows, at + 1 + columns]))
         at += 1 + max(height, width)
         parts.append(np.full((3, 1), at))
         at += 1
+        if words:
+            parts.append(np.broadcast_to(at + np.arange(words), (3, words)))
+            at += words
     parts.append(np.broadcast_to(at + np.arange(suffix), (3, suffix)))
     return np.concatenate(parts, axis=1).astype(np.int64)

@@ -1,8 +1,7 @@
-"""The questions of a run as batches: in which order, with which images, at which positions."""
+"""The conversations of a run as batches: in which order, with which images, at which positions."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,15 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from laid.data.questions import read_questions
+from laid.data.chat import image_file, read_chats
 from laid.distill.dilution import copies, score_bias
 from laid.distill.distillation import Tokens
 from laid.distill.gaps import open_gaps
 from laid.distill.schedule import reach
 from laid.errors import LaidError
-from laid.io import safe_join
 from laid.models.features import ImageFeatures
-from laid.models.forward import Batch, collate
+from laid.models.forward import Batch, answers_at, collate
 from laid.models.processing import Processor
 from laid.settings import TrainedMethod
 from laid.settings.measuring import Evaluation
@@ -29,19 +27,24 @@ from laid.training.samples import Sample, batches_of, build_samples
 
 @dataclass
 class Piece:
-    """Samples of one forward pass. labels: (B, 2) token ids. apart: of these, how many make one L_LAid (0: all)."""
+    """Samples of one forward pass. labels: (N,) token ids, of the answers of all samples in order.
+
+    share: how much one of these answer tokens counts beside those of the step's other pieces, so that all count alike.
+    apart: of these samples, how many make one L_LAid (0: all).
+    """
 
     indices: Sequence[int]
     inputs: Batch
     tokens: Tokens
     labels: Tensor
+    share: float = 1.0
     apart: int = 0
 
     @classmethod
     def of(cls, indices: Sequence[int], inputs: Batch, labels: Tensor, apart: int = 0) -> Piece:
-        """inputs: whose last two tokens predict the answer and the end of the turn."""
+        """Of samples whose last two tokens predict the answer and the end of the turn: labels (B, 2)."""
         tokens = Tokens(inputs.positions, inputs.token_mask, inputs.lengths - 2)
-        return cls(indices, inputs, tokens, labels, apart)
+        return cls(indices, inputs, tokens, labels.flatten(), apart=apart)
 
 
 @dataclass
@@ -73,24 +76,37 @@ class Data:
     def inputs(self, indices: Sequence[int]) -> Batch:
         """Padded prompts and the features of their images, at ordinary positions."""
         samples = [self.samples[k] for k in indices]
+        paths = [path for s in samples for path in s.paths]
         now = [] if self.in_step else [f for s in samples for f in self.features.get(s.paths)]
         batch = collate([s.prompt for s in samples], now)
-        if self.in_step:
-            batch.images = self._images([path for s in samples for path in s.paths])
+        batch.answers = answers_at([s.at for s in samples])
+        if self.in_step and paths:
+            batch.images = self._images(paths)
         if self.packed:
             batch.packed = [self.lengths[k] for k in indices]
         return batch
 
-    def piece(self, indices: Sequence[int], step: int, steps: int) -> Piece:
-        """What a pass over `indices` needs, gapped and diluted as far as `step` of `steps` allows."""
+    def piece(
+        self, indices: Sequence[int], step: int, steps: int, among: Sequence[int] | None = None
+    ) -> Piece:
+        """What a pass over `indices` needs, gapped and diluted as far as `step` of `steps` allows; among: all of its step."""
         inputs = self.inputs(indices)
         if self.gaps.reach or self.dilution.reach:
             inputs.score_bias = torch.zeros(inputs.ids.shape) if self.dilution.reach else None
             for row, sample in enumerate(self.samples[k] for k in indices):
                 if self._rng(7, step, sample).random() >= self.ordinary:
                     self._lengthen(inputs, row, sample, step, step / steps)
-        labels = torch.from_numpy(np.stack([self.samples[k].labels for k in indices]))
-        return Piece.of(indices, inputs.to(self.device), labels.to(self.device), self.packed)
+        labels = torch.from_numpy(np.concatenate([self.samples[k].labels for k in indices]))
+        answer = torch.tensor([self.samples[k].answer_at for k in indices])
+        inputs, answer = inputs.to(self.device), answer.to(self.device)
+        tokens = Tokens(inputs.positions, inputs.token_mask, answer)
+        share = self._share(indices, among or indices)
+        return Piece(indices, inputs, tokens, labels.to(self.device), share, self.packed)
+
+    def _share(self, indices: Sequence[int], among: Sequence[int]) -> float:
+        """A piece's mean over answer tokens counts by its samples: this makes it count by its tokens."""
+        part, whole = (sum(len(self.samples[k].labels) for k in some) for some in (indices, among))
+        return (part / whole) / (len(indices) / len(among))
 
     def _rng(self, purpose: int, step: int, sample: Sample) -> np.random.Generator:
         return np.random.default_rng([self.seed, purpose, step, sample.index])
@@ -109,7 +125,7 @@ class Data:
                 self._rng(3, step, sample),
                 draw=self.gaps.draw,
             )
-        if self.dilution.reach:
+        if self.dilution.reach and sample.needles is not None:
             far = reach(progress, images, max(images, self.dilution.reach), self.dilution.end)
             stands_for = copies(images, len(sample.needles), far, self._rng(5, step, sample))
             inputs.score_bias[row, :tokens] = score_bias(
@@ -134,18 +150,18 @@ def read_data(
     ahead: bool = False,
     **how: object,
 ) -> Data:
-    """The file `questions` as `model` reads it, images below `coco`.
+    """The file or folder `questions` as `model` reads it, images below `coco`.
 
     store: keeps features for other runs. ahead: compute those of all images now. how: seed, device, in_step of Data.
     """
     features = ImageFeatures(
         model,
         processor,
-        functools.cache(functools.partial(safe_join, coco)),
+        image_file(coco),
         limit_bytes=int(evaluation.feature_cache_gb * 2**30),
         store=store,
     )
-    samples = build_samples(read_questions(questions), features, evaluation.order_seed, ahead)
+    samples = build_samples(read_chats(questions, evaluation.order_seed), features, ahead)
     return Data(samples, features, method.gaps, method.dilution, method.ordinary, **how)
 
 

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from laid import provenance
+from laid.data.chat import named_images, read_chats
 from laid.data.images import require_images
-from laid.data.questions import read_questions
 from laid.distill.objective import PARTS, Objective
 from laid.errors import LaidError
 from laid.io import atomic_path, read_json, require_place, require_room, sha256_json, write_json
@@ -49,7 +49,7 @@ class Run:
     """One run: a student under a method, from a seed.
 
     name: the student's. student, teacher: checkpoint folders or hub ids; the teacher answers as training goes, on
-    teacher_device, in place of teacher_cache, a folder. questions: Visual Haystacks JSON, images below coco. out: where model/,
+    teacher_device, in place of teacher_cache, a folder. questions: conversations (laid.data.chat), images below coco. out: where model/,
     log.jsonl, learned.json and run.json appear, all at once, at the end. features: keeps visual features for other runs.
     """
 
@@ -90,8 +90,8 @@ class Run:
 
     @cached_property
     def images(self) -> list[str]:
-        """The images that the questions name, sorted."""
-        return sorted({p for q in read_questions(self.questions) for p in (*q.needles, *q.distractors)})
+        """The images that the data names by their path, sorted."""
+        return named_images(read_chats(self.questions))
 
     def inputs(self) -> dict[str, provenance.Input]:
         """What the run is made from, by name, for its record."""
@@ -227,10 +227,15 @@ def require_sensible(run: Run) -> None:
             f"method {run.method} learns from the teacher ({', '.join(parts)}): give --teacher-cache, or --teacher"
         )
     require_place(run.out, *FILES)
-    questions, batch = read_questions(run.questions), run.settings.training.batch_size
-    if len(questions) < batch:
+    chats, batch = read_chats(run.questions), run.settings.training.batch_size
+    if len(chats) < batch:
         raise LaidError(
-            f"{run.questions}: {len(questions)} questions do not fill one batch of {batch} (training.batch_size)"
+            f"{run.questions}: {len(chats)} questions do not fill one batch of {batch} (training.batch_size)"
+        )
+    if run.how.dilution.reach and all(chat.needles is None for chat in chats):
+        raise LaidError(
+            f"methods.{run.method}.dilution needs to know which images an answer rests on, and no conversation of"
+            f' {run.questions} says so ("needles": [0]): give them, or set dilution.reach to 0'
         )
     require_images(run.coco, run.images, [run.questions])
 

@@ -1,4 +1,4 @@
-"""Training samples: a question, its images in a fixed order, and the answer to learn."""
+"""Training samples: a conversation, its images in the order shown, and the answers to learn."""
 
 from __future__ import annotations
 
@@ -7,71 +7,50 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from laid.data.questions import Question, ordered_images
-from laid.errors import LaidError
+from laid.data.chat import Chat
 from laid.models.features import ImageFeatures
-from laid.models.prompts import OFFICIAL_PROMPT, EncodedPrompt
+from laid.models.prompts import EncodedPrompt
 
 
 @dataclass
 class Sample:
     """One training sample.
 
-    index: the question's place in its file. paths: its images, in the order shown. prompt: the encoded prompt
-    with the answer token appended, T tokens. labels: (2,) token ids, the answer and the end of the turn,
-    predicted at the last two tokens. text_start: index of the first text token after the last
-    image. needles: places of the needles among the images.
+    index: the conversation's place in its file. paths: its images, in the order shown. prompt: the encoded conversation, T tokens,
+    up to the last that predicts one. at, labels: (A,) the tokens that predict answers, and what they predict; of a one-word answer
+    the last two, which predict it and the end of the turn. answer_at: the token that predicts the last answer's first.
+    text_start: index of the first text token after the last image, None without images. needles: places of the needles
+    among the images, None where the data does not say.
     """
 
     index: int
     paths: list[str]
     prompt: EncodedPrompt
+    at: np.ndarray
     labels: np.ndarray
-    text_start: int
-    needles: list[int]
-
-    @property
-    def answer_at(self) -> int:
-        """Index of the token that predicts the answer."""
-        return len(self.prompt.ids) - 2
+    answer_at: int
+    text_start: int | None
+    needles: list[int] | None
 
 
-def build_samples(
-    questions: Sequence[Question],
-    features: ImageFeatures,
-    order_seed: int,
-    ahead: bool = True,
-) -> list[Sample]:
-    """Encode questions and compute the features of their images ahead, as far as memory allows.
+def build_samples(chats: Sequence[Chat], features: ImageFeatures, ahead: bool = True) -> list[Sample]:
+    """Encode conversations and compute the features of their images ahead, as far as memory allows.
 
     ahead=False leaves features to when they are asked for.
-    Raises LaidError where an answer is not one token, or an image is missing or broken.
+    Raises LaidError where an image is missing or broken, or the chat template does not serve.
     """
-    tokenizer, encoder = features.processor.tokenizer, features.processor.encoder
-    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    ordered = [ordered_images(question, order_seed) for question in questions]
-    for question in questions:
-        encoder.ends(OFFICIAL_PROMPT + question.text)  # one that cannot be asked is told before the work
-    if ahead:
-        features.prepare((path for paths, _ in ordered for path in paths), "images")
+    encoder = features.processor.encoder
     samples = []
-    for index, (question, (paths, needles)) in enumerate(zip(questions, ordered, strict=True)):
-        prompt = encoder.encode(question.text, features.grids(paths))
-        answer = tokenizer(question.answer, add_special_tokens=False)["input_ids"]
-        if len(answer) != 1:
-            raise LaidError(
-                f"the tokenizer splits the answer {question.answer!r} into {len(answer)} tokens, expected 1:"
-                " use the tokenizer of a Qwen vision-language model"
-            )
-        last = prompt.positions[:, -1:] + 1
-        text_start = int(np.flatnonzero(prompt.ids == encoder.end_id)[-1]) + 1
-        full = EncodedPrompt(
-            np.append(prompt.ids, answer[0]),
-            np.concatenate([prompt.positions, last], axis=1),
-            prompt.block_starts,
-            np.append(prompt.image_mask, False),
+    for index, chat in enumerate(chats):
+        paths = list(chat.images)
+        made = encoder.chat(chat, features.grids(paths))
+        text_start = int(np.flatnonzero(made.prompt.ids == encoder.end_id)[-1]) + 1 if paths else None
+        needles = None if chat.needles is None else list(chat.needles)
+        samples.append(
+            Sample(index, paths, made.prompt, made.at, made.labels, made.answer_at, text_start, needles)
         )
-        samples.append(Sample(index, paths, full, np.array([answer[0], end]), text_start, needles))
+    if ahead:  # after what cannot be asked was told
+        features.prepare((path for sample in samples for path in sample.paths), "images")
     return samples
 
 

@@ -1,4 +1,4 @@
-"""One training step: batch -> student -> teacher -> losses -> total -> backward, and then the optimiser."""
+"""One training step: batch -> teacher -> student -> losses -> total -> backward, and then the optimiser."""
 
 from __future__ import annotations
 
@@ -48,26 +48,29 @@ def lesson_of(model: nn.Module, method: TrainedMethod, teacher: Teacher | None) 
     if method.gain:
         gain = RopeGain(model).to(device).attach(model)
     distillation = Distillation(method, shape, teacher).to(device)
-    return Lesson(Student(model, distillation.student_layers), distillation, teacher, gain)
+    return Lesson(Student(model, distillation), distillation, teacher, gain)
 
 
 def forward_backward(
     lesson: Lesson, piece: Piece, progress: float, engine: Engine | None = None, share: float = 1.0
 ) -> dict[str, Tensor]:
-    """batch -> student -> teacher -> losses -> total -> backward. Returns the losses by part, and their total as "".
+    """batch -> teacher -> student -> losses -> total -> backward. Returns the losses by part, and their total as "".
 
     share: by how much these samples count in their step. engine: the other processes, if any.
     """
     distillation, tokens = lesson.distillation, piece.tokens
-    student = lesson.student(piece.inputs)
     taught = TeacherOutputs()
     if lesson.teacher is not None:
         wanted = (piece.indices, tokens.real.shape[1], distillation.teacher_layers, distillation.needs("kl"))
-        taught = lesson.teacher.outputs(*wanted).to(student.logits.device)
-    losses = distillation(student, taught, tokens, piece.labels, progress, piece.apart)
+        taught = lesson.teacher.outputs(*wanted).to(tokens.real.device)
+    student = lesson.student(piece.inputs, piece.labels, taught)
+    unused = student.words.pop("", None)  # of a student that gives no logits
+    losses = distillation(student, taught, tokens, progress, piece.apart)
+    for name in student.words if piece.share != 1 else ():
+        losses[name] = losses[name] * piece.share
     total = distillation.objective.total(losses)
-    if lesson.every_weight and not losses.keys() & {"sft", "kl"}:
-        total = total + 0.0 * student.logits.float().sum()
+    if lesson.every_weight and unused is not None:
+        total = total + unused
     del student, taught  # backward keeps what it needs
     if torch.is_grad_enabled():
         (engine.backward if engine else Tensor.backward)(total * share)
@@ -108,7 +111,7 @@ def training_step(t: Training, indices: Sequence[int], step: int) -> dict[str, f
     for part in pieces:
         # Dropout follows from step and samples alone, so that resuming is exact, in however many processes.
         torch.manual_seed(t.data.seed * 1_000_003 + step + (indices.index(part[0]) << 32))
-        piece, share = t.data.piece(part, step, t.steps), len(part) / len(indices)
+        piece, share = t.data.piece(part, step, t.steps, indices), len(part) / len(indices)
         with t.engine.accumulating(t.lesson.student, last=part is pieces[-1]):
             found = forward_backward(t.lesson, piece, progress, t.engine, share)
         for name, value in found.items():

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from laid.distill.distillation import StudentOutputs
+from laid.distill.distillation import Distillation, StudentOutputs, TeacherOutputs
 from laid.errors import LaidError
 from laid.models.capture import LayerQK, QKCapture
 from laid.models.decoder import text_model, vision_tower
-from laid.models.forward import Batch, hidden_states, logits_at, packs, padded, with_features
+from laid.models.forward import Batch, hidden_states, packs, padded, with_features
 from laid.settings.methods import Lora
 from laid.settings.training import Training
 
@@ -59,16 +59,21 @@ def make_trainable(model: nn.Module, lora: Lora | None, training: Training) -> n
 class Student(nn.Module):
     """The pass of a student, as a module, so that whatever wraps or shards it sees the whole pass as one forward.
 
-    model: adapters in place. layers: whose queries and keys are caught (absolute numbers).
+    model: adapters in place. distillation: makes losses of its answer tokens' logits, in the pass, and says whose layers' queries
+    and keys are caught; what it learns itself is no part of this module.
     """
 
-    def __init__(self, model: nn.Module, layers: Sequence[int] = ()) -> None:
+    def __init__(self, model: nn.Module, distillation: Distillation) -> None:
         super().__init__()
-        self.model, self.layers = model, layers
+        self.model, self.layers, self.words = model, distillation.student_layers, distillation.words
 
-    def forward(self, inputs: Batch) -> StudentOutputs:
-        """For samples whose last two tokens predict the answer and the end of the turn."""
-        return StudentOutputs(*answer_outputs(self.model, with_features(self.model, inputs), self.layers))
+    def forward(self, inputs: Batch, labels: Tensor, teacher: TeacherOutputs) -> StudentOutputs:
+        """labels: (N,) what is predicted at `inputs.answer_places`. teacher: its logits there."""
+        hidden, caught = answer_states(self.model, with_features(self.model, inputs), self.layers)
+        head = self.model.get_output_embeddings()
+        words = self.words(head, hidden, labels, teacher)
+        # The head takes part in every pass: a wrapper may wait for its gradient.
+        return StudentOutputs(words or {"": 0.0 * head(hidden[:1]).float().sum()}, caught)
 
 
 def compute_in(student: nn.Module, dtype: torch.dtype, device: torch.device | str) -> None:
@@ -80,10 +85,10 @@ def compute_in(student: nn.Module, dtype: torch.dtype, device: torch.device | st
         student.forward = torch.autocast(torch.device(device).type, dtype)(student.forward)
 
 
-def answer_outputs(
+def answer_states(
     model: nn.Module, inputs: Batch, layers: Sequence[int]
 ) -> tuple[Tensor, dict[int, LayerQK]]:
-    """One pass: (B, 2, vocabulary) logits at the last two tokens; queries and keys of `layers` before rotation."""
+    """One pass: (N, hidden) of the last layer where `inputs` predicts answers; queries and keys of `layers` before rotation."""
     caught: dict[int, LayerQK] = {}
     if layers:
         with QKCapture(model, layers) as capture:
@@ -93,10 +98,8 @@ def answer_outputs(
         hidden = hidden_states(model, inputs)
     if caught and packs(text_model(model), inputs):
         caught = {layer: _padded(qk, inputs) for layer, qk in caught.items()}
-    count = len(inputs.lengths)
-    rows = torch.arange(count, device=hidden.device).repeat_interleave(2)
-    columns = torch.stack([inputs.lengths - 2, inputs.lengths - 1], 1).flatten()
-    return logits_at(model, hidden, rows, columns).view(count, 2, -1), caught
+    rows, columns = (x.to(hidden.device) for x in inputs.answer_places)
+    return hidden[rows, columns], caught
 
 
 def _padded(qk: LayerQK, inputs: Batch) -> LayerQK:

@@ -1,6 +1,6 @@
 """The teacher of a training step: read from its cache, or a model that answers as training goes.
 
-Either gives the same: its logits at the answer, and queries and keys of the layers that are looked at. The cache is
+Either gives the same: its logits at the answers, and queries and keys of the layers that are looked at. The cache is
 `laid.training.teacher_cache.TeacherCache`.
 """
 
@@ -12,11 +12,11 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from laid.distill.distillation import TeacherOutputs
+from laid.distill.distillation import TeacherOutputs, Unsaid
 from laid.models.capture import LayerQK
 from laid.models.decoder import geometry
 from laid.models.forward import Batch
-from laid.training.student import answer_outputs
+from laid.training.student import answer_states
 
 
 class Teacher(Protocol):
@@ -31,7 +31,7 @@ class Teacher(Protocol):
     def outputs(
         self, indices: Sequence[int], tokens: int, layers: Sequence[int], logits: bool = True
     ) -> TeacherOutputs:
-        """For the samples `indices` (places in the question file), padded to `tokens`, of absolute `layers`."""
+        """What it says at every answer token and looks at, for the samples `indices` (places in the question file), padded to `tokens`, of absolute `layers`."""
 
 
 @torch.no_grad()
@@ -39,7 +39,8 @@ def teacher_outputs(
     model: nn.Module, inputs: Batch, layers: Sequence[int]
 ) -> tuple[Tensor, dict[int, LayerQK]]:
     """One pass without gradients: (B, 2, vocabulary) logits at the last two tokens; queries and keys before rotation."""
-    return answer_outputs(model, inputs, layers)
+    states, caught = answer_states(model, inputs, layers)
+    return model.get_output_embeddings()(states).view(len(inputs.lengths), 2, -1), caught
 
 
 class OnlineTeacher:
@@ -59,5 +60,7 @@ class OnlineTeacher:
     def outputs(
         self, indices: Sequence[int], tokens: int, layers: Sequence[int], logits: bool = True
     ) -> TeacherOutputs:
-        found, caught = teacher_outputs(self.model, self.batch(indices), layers)
-        return TeacherOutputs(found.float(), {layer: (qk.q, qk.k) for layer, qk in caught.items()})
+        with torch.no_grad():
+            states, caught = answer_states(self.model, self.batch(indices), layers)
+        said = Unsaid(states, self.model.get_output_embeddings()) if logits else None
+        return TeacherOutputs(said, {layer: (qk.q, qk.k) for layer, qk in caught.items()})

@@ -1,7 +1,8 @@
 """The teacher's one pass over the training questions, kept on disk for all epochs, students and ablations.
 
-Kept per question: the logits at the two answer positions, exact, and for chosen layers queries and keys of all tokens,
-before rotation. In float8 each head of each token has a power of two of its own, so that what is read back is exact in
+Kept per conversation: the logits at the two positions of a one-token answer, exact; of longer answers the TOP largest of each
+position, with the sum of the others at the temperatures of the methods (laid.distill.kl says what the divergence is short of);
+and for chosen layers queries and keys of all tokens, before rotation. In float8 each head of each token has a power of two of its own, so that what is read back is exact in
 bfloat16. The cache is computed at ordinary positions; gaps open for the student only. It is made of shards written
 whole, and an index written last: a killed pass goes on with the next shard.
 
@@ -16,7 +17,7 @@ import itertools
 import shutil
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NotRequired
 
@@ -26,9 +27,10 @@ from safetensors.torch import save_file
 from typing_extensions import TypedDict
 
 from laid import provenance
+from laid.data.chat import image_file, named_images, read_chats
 from laid.data.images import require_images
-from laid.data.questions import read_questions
-from laid.distill.distillation import TeacherOutputs
+from laid.distill.distillation import ROWS, Said, TeacherOutputs
+from laid.distill.kl import TopK
 from laid.errors import LaidError
 from laid.io import (
     atomic_path,
@@ -44,16 +46,17 @@ from laid.io import (
 )
 from laid.models.decoder import geometry, layer_indices
 from laid.models.features import ImageFeatures
-from laid.models.forward import collate
+from laid.models.forward import answers_at, collate
 from laid.models.loading import empty_model, load_model, source_of
 from laid.models.processing import Processor
 from laid.progress import Progress
-from laid.settings import Settings
+from laid.settings import Settings, TrainedMethod
 from laid.training.samples import Sample, build_samples
-from laid.training.teacher import teacher_outputs
+from laid.training.student import answer_states
 
 FORMAT = "laid-teacher-cache/1"
 FILES = ("shard-*.safetensors", "index.json", "cost.json")
+TOP = 128  # logits of a token of a long answer: a kilobyte
 SHARD = 512  # questions
 SHARD_BYTES = 256 << 20  # what a pass holds in memory, and loses when it is killed
 
@@ -73,8 +76,15 @@ class Record(TypedDict):
     data: MadeFrom
 
 
+class Top(TypedDict):
+    logits: int
+    temperatures: list[float]
+    words: int
+
+
 class Index(TypedDict):
-    """index.json, as far as it is read. lengths: tokens of each question. float8_error: in float8 alone."""
+    """index.json, as far as it is read. lengths: tokens of each question. float8_error: in float8 alone. answers, top: where
+    answers are of several tokens."""
 
     layers: list[int]
     model_layers: int
@@ -82,6 +92,8 @@ class Index(TypedDict):
     kv_heads: int
     head_dim: int
     lengths: list[int]
+    answers: NotRequired[list[int]]
+    top: NotRequired[Top]
     shards: list[Shard]
     provenance: Record
     float8_error: NotRequired[dict[str, float]]
@@ -91,7 +103,8 @@ class Index(TypedDict):
 class Kept:
     """What a cache keeps of a teacher: of which layers, in which format.
 
-    vocabulary is None where it is not known (a cache that is read).
+    vocabulary is None where it is not known (a cache that is read). temperatures: at which the logits that are not kept are summed;
+    top: how many are.
     """
 
     layers: Sequence[int]
@@ -100,10 +113,18 @@ class Kept:
     head_dim: int
     vocabulary: int | None
     dtype: str = "bfloat16"
+    temperatures: tuple[float, ...] = (1.0,)
+    top: int = TOP
 
-    def shapes(self, tokens: int, questions: int) -> dict[str, tuple[int | None, ...]]:
-        """Tensor -> shape, of one shard."""
-        shapes: dict[str, tuple[int | None, ...]] = {"logits": (questions, 2, self.vocabulary)}
+    def shapes(self, tokens: int, answers: Sequence[int]) -> dict[str, tuple[int | None, ...]]:
+        """Tensor -> shape, of one shard. answers: answer tokens of its questions."""
+        exact, cut = sum(map(_exact, answers)), sum(n for n in answers if not _exact(n))
+        shapes: dict[str, tuple[int | None, ...]] = {}
+        if exact:
+            shapes["logits"] = (exact, 2, self.vocabulary)
+        if cut:
+            shapes |= {f"top.{name}": (cut, self.top) for name in ("values", "ids")}
+            shapes["top.rest"] = (cut, len(self.temperatures))
         for layer in self.layers:
             for name, heads in (("q", self.heads), ("k", self.kv_heads)):
                 shapes[f"{name}.{layer}"] = (tokens, heads * self.head_dim)
@@ -124,7 +145,19 @@ class Kept:
 
     def sizes(self, samples: Sequence[Sample]) -> tuple[int, int]:
         """Bytes of (logits, queries and keys); the shards' headers add some hundred bytes each."""
-        return 8 * self.vocabulary * len(samples), sum(map(_tokens, samples)) * self.token_bytes
+        logits = sum(self.said_bytes(len(sample.labels)) for sample in samples)
+        return logits, sum(map(_tokens, samples)) * self.token_bytes
+
+    def said_bytes(self, answers: int) -> int:
+        """Bytes of the logits of a question with so many answer tokens."""
+        return (
+            8 * self.vocabulary if _exact(answers) else answers * (8 * self.top + 4 * len(self.temperatures))
+        )
+
+
+def _exact(answers: int) -> bool:
+    """Whether all logits of an answer of so many tokens, the end of the turn among them, are kept."""
+    return answers == 2
 
 
 def _tokens(sample: Sample) -> int:
@@ -154,18 +187,19 @@ def cache_size(
 ) -> str:
     """What `build_cache` would write, in a line, without running or even loading the teacher's weights."""
     model = empty_model(teacher)
-    features = ImageFeatures(model, Processor.load(teacher), lambda path: safe_join(coco_root, path))
-    order = settings.evaluation.order_seed
-    samples = build_samples(read_questions(questions), features, order, ahead=False)
+    features = ImageFeatures(model, Processor.load(teacher), image_file(coco_root))
+    samples = build_samples(read_chats(questions, settings.evaluation.order_seed), features, ahead=False)
     return _size_line(_kept(settings, model), samples)
 
 
 def _kept(settings: Settings, model: torch.nn.Module) -> Kept:
     asked, shape = settings.teacher_cache, geometry(model)
     layers = layer_indices(asked.layers, shape.layers) if asked.layers else ()
+    words = model.config.get_text_config().vocab_size
+    trained = (method for method in settings.methods.values() if isinstance(method, TrainedMethod))
+    temperatures = tuple(sorted({1.0, *(method.temperature for method in trained)}))
     return Kept(
-        layers, shape.heads, shape.kv_heads, shape.head_dim, model.config.get_text_config().vocab_size,
-        asked.dtype,
+        layers, shape.heads, shape.kv_heads, shape.head_dim, words, asked.dtype, temperatures, min(TOP, words - 1)
     )  # fmt: skip
 
 
@@ -193,8 +227,8 @@ def build_cache(
     Raises LaidError for inputs that are missing or wrong.
     """
     require_place(out, *FILES)
-    read = read_questions(questions)
-    images = sorted({path for question in read for path in (*question.needles, *question.distractors)})
+    read = read_chats(questions, settings.evaluation.order_seed)
+    images = named_images(read)
     require_images(coco_root, images, [questions])
     inputs = {"teacher": source_of(teacher), "questions": questions, "images": (coco_root, images)}
     record = provenance.collect("teacher_cache", settings, inputs)
@@ -205,17 +239,19 @@ def build_cache(
     features = ImageFeatures(
         model,
         processor,
-        lambda path: safe_join(coco_root, path),
+        image_file(coco_root),
         limit_bytes=int(settings.evaluation.feature_cache_gb * 2**30),
         store=features_folder,
     )
-    order = settings.evaluation.order_seed
-    samples = build_samples(read, features, order, ahead=False)
+    samples = build_samples(read, features, ahead=False)
     kept = _kept(settings, model)
     print(_size_line(kept, samples), flush=True)
+    answers = [len(sample.labels) for sample in samples]
+    cut = not all(map(_exact, answers))
     key = sha256_json(
         {
             "inputs": record["data"],
+            **({"temperatures": kept.temperatures} if cut else {}),
             "settings": record["settings"],
             "code": record["code"].get("source"),
             "libraries": record["libraries"],
@@ -231,12 +267,12 @@ def build_cache(
     )  # fmt: skip
     features.prepare((path for sample in samples for path in sample.paths), "images")
     lengths = [_tokens(s) for s in samples]
-    ranges = shard_ranges(lengths, kept.token_bytes, 8 * kept.vocabulary)
+    ranges = shard_ranges(lengths, kept.token_bytes, [kept.said_bytes(n) for n in answers])
     shards = []
     with Progress(len(samples), "teacher cache", unit="questions") as bar:
         for number, part in enumerate(ranges):
             file = partial / f"shard-{number:05d}.safetensors"
-            shapes = kept.shapes(sum(lengths[k] for k in part), len(part))
+            shapes = kept.shapes(sum(lengths[k] for k in part), [answers[k] for k in part])
             if not file.is_file() or _shard_problem(file, shapes):
                 tensors = _teacher_pass(
                     model,
@@ -262,6 +298,20 @@ def build_cache(
         "shards": shards,
         "provenance": record,
     }
+    if cut:
+        mean, largest = _outside(partial, shards, kept.temperatures.index(1.0))
+        index["answers"] = answers
+        index["top"] = {
+            "logits": kept.top,
+            "temperatures": list(kept.temperatures),
+            "words": kept.vocabulary,
+            "outside": {"mean": mean, "largest": largest},
+        }
+        print(
+            f"teacher cache: the {kept.top} largest logits of each token of a long answer; the others have {100 * mean:.3g} % of"
+            f" the probability, {100 * largest:.3g} % at most",
+            flush=True,
+        )
     if kept.dtype == "float8":
         index["float8_error"] = _float8_error(partial, shards, kept.layers)
         for name, error in index["float8_error"].items():
@@ -274,15 +324,31 @@ def build_cache(
     return index
 
 
-def shard_ranges(lengths: Sequence[int], token_bytes: int, question_bytes: int) -> list[range]:
+def _outside(folder: Path, shards: Sequence[Mapping[str, Any]], at: int) -> tuple[float, float]:
+    """(mean, largest) probability, at temperature 1, of all logits that are not kept; at: the column of that temperature."""
+    found = []
+    for shard in shards:
+        with safe_open(folder / shard["file"], "pt") as file:
+            if "top.rest" in file.keys():  # noqa: SIM118
+                kept, rest = file.get_tensor("top.values").logsumexp(-1), file.get_tensor("top.rest")[:, at]
+                found.append((rest - kept).sigmoid().double())
+    outside = torch.cat(found)
+    return round(float(outside.mean()), 9), round(float(outside.max()), 9)
+
+
+def shard_ranges(
+    lengths: Sequence[int], token_bytes: int, question_bytes: int | Sequence[int]
+) -> list[range]:
     """Consecutive questions that fill a shard: SHARD questions or SHARD_BYTES, whatever comes first, at least
     one.
 
-    lengths: tokens per question; token_bytes, question_bytes: what the cache keeps of each.
+    lengths: tokens per question; token_bytes, question_bytes: what the cache keeps of each (question_bytes: of all alike, or one by
+    one).
     """
     ranges, start, held = [], 0, 0
+    said = [question_bytes] * len(lengths) if isinstance(question_bytes, int) else question_bytes
     for k, length in enumerate(lengths):
-        size = length * token_bytes + question_bytes
+        size = length * token_bytes + said[k]
         if k > start and (k - start == SHARD or held + size > SHARD_BYTES):
             ranges.append(range(start, k))
             start, held = k, 0
@@ -329,7 +395,7 @@ def _teacher_pass(
     kept: Kept,
     batch_tokens: int,
 ) -> dict[str, torch.Tensor]:
-    """Tensors of one shard: logits (N, 2, vocabulary); q.<layer>, k.<layer> (tokens, heads * head_dim)."""
+    """Tensors of one shard: logits (N, 2, vocabulary) and top.* (tokens of long answers, ...); q.<layer>, k.<layer> (tokens, heads * head_dim)."""
     device = next(model.parameters()).device
     found: dict[str, list] = {}
     order = sorted(range(len(samples)), key=lambda k: len(samples[k].prompt.ids))
@@ -345,11 +411,16 @@ def _teacher_pass(
         at += len(batch)
         inputs = collate(
             [samples[k].prompt for k in batch], [f for k in batch for f in features.get(samples[k].paths)]
-        ).to(device)
-        logits, caught = teacher_outputs(model, inputs, kept.layers)
+        )
+        inputs.answers = answers_at([samples[k].at for k in batch])
+        inputs = inputs.to(device)
+        states, caught = answer_states(model, inputs, kept.layers)
+        for k, said in zip(
+            batch, _said(model, states, [len(samples[k].labels) for k in batch], kept), strict=True
+        ):
+            per_sample[k] |= said
         for row, k in enumerate(batch):
             length = int(inputs.lengths[row])
-            per_sample[k]["logits"] = logits[row].float().cpu()
             for layer, qk in caught.items():
                 for name, tensor in (("q", qk.q), ("k", qk.k)):
                     part = tensor[row, :, :length].transpose(0, 1)
@@ -375,6 +446,27 @@ def _teacher_pass(
     return {name: tensor.contiguous() for name, tensor in joined.items()}
 
 
+def _said(model, states: torch.Tensor, answers: Sequence[int], kept: Kept) -> list[dict[str, torch.Tensor]]:
+    """Per question, what is kept of its logits. states: (N, hidden) at the answer tokens of all, answers: how many each has."""
+    head, parts = model.get_output_embeddings(), states.split(list(answers))
+    exact = [part for part, n in zip(parts, answers, strict=True) if _exact(n)]
+    whole = iter(head(torch.cat(exact)).view(len(exact), 2, -1)) if exact else iter(())
+    found = []
+    for part, n in zip(parts, answers, strict=True):
+        if _exact(n):
+            found.append({"logits": next(whole).float().cpu()})
+            continue
+        tops = [TopK.of(head(rows).float(), kept.top, kept.temperatures) for rows in part.split(ROWS)]
+        rest = [torch.stack([top.rest[t] for t in kept.temperatures], -1) for top in tops]
+        columns = {
+            "values": [top.values for top in tops],
+            "ids": [top.ids.int() for top in tops],
+            "rest": rest,
+        }
+        found.append({f"top.{name}": torch.cat(rows).cpu() for name, rows in columns.items()})
+    return found
+
+
 class TeacherCache:
     """Reads a cache folder; shards are mapped, not loaded.
 
@@ -398,8 +490,17 @@ class TeacherCache:
             self.layers, self.heads, self.kv_heads, self.head_dim, None,
             "float8" if "float8_error" in index else "bfloat16",  # float32 is read as bfloat16 is
         )  # fmt: skip
-        if questions is not None and sha256_file(questions) != made_from:
-            read_questions(questions)  # a broken file says so itself
+        self.answers, self.words = index.get("answers") or [2] * len(self.lengths), None
+        if len(self.answers) != len(self.lengths) or min(self.answers, default=2) < 2:
+            raise LaidError(
+                f"{self.folder}/index.json: answers of {len(self.answers)} questions, lengths of {len(self.lengths)};"
+                " make the cache again"
+            )
+        if top := index.get("top"):
+            self.words = top["words"]
+            self.kept = replace(self.kept, temperatures=tuple(top["temperatures"]), top=top["logits"])
+        if questions is not None and provenance.fingerprint(Path(questions)) != made_from:
+            read_chats(questions)  # a broken file says so itself
             raise LaidError(f"{self.folder}: was made from other questions than {questions}: make it again")
         self.firsts = [first for _, first, _, _ in self.shards]
         if self.firsts != [0, *(first + count for _, first, count, _ in self.shards)][:-1] or (
@@ -410,10 +511,17 @@ class TeacherCache:
                 " make the cache again"
             )
         self.starts: list[list[int]] = []  # per shard: where its questions' tokens begin
+        self.said: list[list[int]] = []  # per question of a shard: where its logits lie, in either tensor
         self.open: list[Any] = []
         for name, first, count, _ in self.shards:
             self.starts.append([0, *itertools.accumulate(self.lengths[first : first + count])])
-            shapes = self.kept.shapes(self.starts[-1][-1], count)
+            answers = self.answers[first : first + count]
+            places = {True: 0, False: 0}
+            self.said.append([])
+            for n in answers:
+                self.said[-1].append(places[_exact(n)])
+                places[_exact(n)] += 1 if _exact(n) else n
+            shapes = self.kept.shapes(self.starts[-1][-1], answers)
             self.open.append(self._checked(safe_join(self.folder, name), shapes))
 
     def _checked(self, file: Path, shapes: Mapping[str, tuple[int | None, ...]]) -> Any:
@@ -430,8 +538,33 @@ class TeacherCache:
             raise LaidError(f"{problem}; make the cache again")
 
     def logits(self, indices: Sequence[int]) -> torch.Tensor:
-        """(B, 2, vocabulary) float32 logits at the answer and after it."""
+        """(B, 2, vocabulary) float32 logits of questions with answers of one token, at the answer and after it."""
         return torch.stack([self._rows(k, "logits") for k in indices])
+
+    def top(self, indices: Sequence[int]) -> TopK:
+        """The largest logits at the answer tokens of questions with longer answers, one question after the other."""
+        values, ids, rest = (
+            torch.cat([self._rows(k, f"top.{name}") for k in indices]) for name in ("values", "ids", "rest")
+        )
+        by_temperature = dict(zip(self.kept.temperatures, rest.unbind(-1), strict=True))
+        return TopK(values, ids.long(), by_temperature, self.words)
+
+    def _said(self, indices: Sequence[int]) -> Said | list[tuple[torch.Tensor, Said]]:
+        """The logits at the answer tokens of `indices`, as TeacherOutputs has them."""
+        counts = [self.answers[k] for k in indices]
+        kinds = set(map(_exact, counts))
+        if kinds == {True}:
+            return self.logits(indices)
+        if kinds == {False}:
+            return self.top(indices)
+        found = []
+        places = torch.arange(sum(counts)).split(counts)
+        for exact in (True, False):
+            mine = [at for at, n in enumerate(counts) if _exact(n) is exact]
+            own = [indices[at] for at in mine]
+            said = self.logits(own).flatten(0, 1) if exact else self.top(own)
+            found.append((torch.cat([places[at] for at in mine]), said))
+        return found
 
     def queries_keys(
         self, layer: int, indices: Sequence[int], tokens: int
@@ -465,14 +598,17 @@ class TeacherCache:
     ) -> TeacherOutputs:
         """As laid.training.teacher.Teacher has it."""
         heads = {layer: self.queries_keys(layer, indices, tokens) for layer in layers}
-        return TeacherOutputs(self.logits(indices) if logits else None, heads)
+        return TeacherOutputs(self._said(indices) if logits else None, heads)
 
     def _rows(self, question: int, name: str) -> torch.Tensor:
-        """A question's part of a tensor: (2, vocabulary) of logits, else (tokens, ...)."""
+        """A question's part of a tensor: (2, vocabulary) of logits, (answer tokens, ...) of top.*, else (tokens, ...)."""
         shard = bisect_right(self.firsts, question) - 1
         at = question - self.firsts[shard]
         tensor = self.open[shard].get_slice(name)
+        said = self.said[shard][at]
         if name == "logits":
-            return tensor[at : at + 1][0]
+            return tensor[said : said + 1][0]
+        if name.startswith("top."):
+            return tensor[said : said + self.answers[question]]
         starts = self.starts[shard]
         return tensor[starts[at] : starts[at + 1]]

@@ -1,0 +1,54 @@
+"""`laid ask` against transformers' own generation, logits and attention."""
+
+import itertools
+
+import pytest
+import torch
+
+from laid.analysis.ask import ask, images_in
+from laid.errors import LaidError
+from laid.methods.registry import load_with_method
+
+
+@torch.no_grad()
+def test_answer_probability_and_attention_are_the_models_own(micro, family, coco_root):
+    loaded = load_with_method(micro, "base", family["small"], None)
+    images = images_in(coco_root / "val2017")[:4]
+    answer = ask(loaded, images, "For the image with a star, is there a circle?", most=3)
+    processor = loaded.processor
+    pixels, grid = processor.pixels(images)
+    prompt = processor.encoder.encode(
+        "For the image with a star, is there a circle?", [(h // 2, w // 2) for _, h, w in grid.tolist()]
+    )
+    ids = torch.from_numpy(prompt.ids)[None]
+    loaded.model.set_attn_implementation("eager")
+    chance = 1.0
+    for step in range(3):
+        out = loaded.model(
+            input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=pixels, image_grid_thw=grid,
+            mm_token_type_ids=(ids == processor.encoder.pad_id).int(), output_attentions=True,
+        )  # fmt: skip
+        best = out.logits[0, -1].softmax(-1).max(-1)
+        if step == 0:
+            attentions = torch.stack([a[0, :, -1] for a in out.attentions])
+        chance *= float(best.values)
+        ids = torch.cat([ids, best.indices.view(1, 1)], 1)
+        if processor.tokenizer.decode(best.indices) == "<|im_end|>":
+            break
+    said = processor.tokenizer.decode(ids[0, len(prompt.ids) :], skip_special_tokens=True).strip()
+    assert answer.text == said and answer.probability == pytest.approx(chance, rel=1e-3)
+    starts = [*prompt.block_starts.tolist(), prompt.block_starts[-1] + 2 + grid[-1].prod().item() // 4]
+    for k, (begin, end) in enumerate(itertools.pairwise(starts)):
+        share = attentions[:, :, begin:end].sum(-1)
+        torch.testing.assert_close(
+            torch.from_numpy(answer.shares[:, :, k]).float(), share, rtol=1e-3, atol=1e-5
+        )
+    layer, head, share = answer.head_of(1)
+    assert share == answer.shares[:, :, 1].max() == answer.shares[layer, head, 1]
+
+
+def test_a_folder_without_images_is_told(tmp_path):
+    with pytest.raises(LaidError, match="holds no images"):
+        images_in(tmp_path)
+    with pytest.raises(LaidError, match="no such folder of images"):
+        images_in(tmp_path / "x")
