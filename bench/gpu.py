@@ -41,6 +41,7 @@ from laid.plan.rehearsal import Cost
 from laid.plan.shapes import meta_model, published_config
 from laid.plan.steps import meta_batch, reading, teacher_pass, training_step
 from laid.plan.tokens import DELIMITERS, TEXT, VISUAL
+from laid.provenance import code
 from laid.settings import TrainedMethod
 from laid.settings.training import Training as TrainingSettings
 from laid.training.data import Piece
@@ -357,13 +358,19 @@ def extrapolated(cases: list[Case], gpu: Gpu | None) -> list[str]:
     return [*lines, "- The vision tower, reading of images and of checkpoints are not in these hours."]
 
 
+def commit() -> str:
+    """The commit measured, and whether files were changed since."""
+    about = code()
+    return f"{(about['commit'] or 'unknown')[:12]}{', changed' if about['dirty'] else ''}"
+
+
 def report(bench: Bench, cases: list[Case], gpu: Gpu | None, device: str, spent: float) -> str:
     """The results as Markdown."""
     lines = [
         f"## {'Toy size' if bench.toy else 'Real shapes'}, {device}",
         "",
         (
-            f"torch {torch.__version__}, {bench.dtype}, gradient checkpointing in training;"
+            f"Commit {commit()}, torch {torch.__version__}, {bench.dtype}, gradient checkpointing in training;"
             f" {time.strftime('%Y-%m-%d')}; {spent:.0f} s in all."
         ),
         "",

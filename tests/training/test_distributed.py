@@ -56,7 +56,7 @@ def paths(family, coco_root, haystacks, cache, tmp_path_factory):
 TEACHER_ALONE = {"lambda_sft": 0.0, "lambda_kl": 0.0, "gain": False}
 CASES = {
     "ddp": {
-        "pieces": ("laid", {}),
+        "pieces": ("laid", {"tokens_per_pass": 10_000, "per_device_batch": 1}),
         "lora": ("sft", {"per_device_batch": 1}),
         "diluted": ("laid_plus", {}),
         "vision": ("kd", {"train_vision": True}),
@@ -67,13 +67,13 @@ CASES = {
         ),
     },
     "fsdp2": {
-        "diluted": ("laid_plus", {"gradient_checkpointing": True}),
+        "diluted": ("laid_plus", {"gradient_checkpointing": True, "tokens_per_pass": 10_000}),
         "tied": ("kd", {"student": "tied"}),
         "lora": ("sft", {"per_device_batch": 1}),
         "vision": ("kd", {"train_vision": True, "gradient_checkpointing": True}),
         "bf16": ("laid", {"dtype": "bfloat16"}),
         "teacher_alone": ("laid", {"settings": TEACHER_ALONE, "gradient_checkpointing": True}),
-        "online": ("laid", {"online": True}),
+        "online": ("laid", {"online": True, "tokens_per_pass": 10_000}),
         "one_to_two": ("laid", {}),
         "two_to_one": ("laid", {"stop": 2}),
     },

@@ -156,7 +156,8 @@ def test_stages_cover_what_the_rules_make(overlay, tmp_path):
     made = {path for line in re.findall(r"^ +output: (.*)$", plan, re.MULTILINE) for path in line.split(", ")}
     scale = yaml.safe_load((work.path / "config.yaml").read_text())["scale"]
     for path in made:
-        assert kept(path, outs), f"{path}: no stage keeps it"
+        store = path.startswith(f"results/{scale}/features/")  # what any job fills again is no result
+        assert store or kept(path, outs), f"{path}: no stage keeps it"
     for out in outs:
         # `mkdir` makes it where all models come from a hub, or no table goes beyond the test sizes.
         empty = [f"results/{scale}/{folder}" for folder in ("models", "beyond/haystacks", "cells/beyond")]
