@@ -73,7 +73,7 @@ CASES = {
         "vision": ("kd", {"train_vision": True, "gradient_checkpointing": True}),
         "bf16": ("laid", {"dtype": "bfloat16"}),
         "teacher_alone": ("laid", {"settings": TEACHER_ALONE, "gradient_checkpointing": True}),
-        "online": ("laid", {"online": True, "tokens_per_pass": 10_000}),
+        "online": ("laid", {"online": True}),
         "one_to_two": ("laid", {}),
         "two_to_one": ("laid", {"stop": 2}),
     },

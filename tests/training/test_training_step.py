@@ -42,8 +42,8 @@ def test_accumulation_is_one_large_batch(micro, start, tmp_path, method, setting
         torch.testing.assert_close(weights, found[0][1], rtol=1e-3, atol=2e-4)
 
 
-@pytest.mark.parametrize(("method", "size"), [("laid", 1), ("laid_plus", 2)])
-def test_packed_is_unpacked(micro, start, tmp_path, method, size):
+@pytest.mark.parametrize(("method", "size", "online"), [("laid", 1, True), ("laid_plus", 2, False)])
+def test_packed_is_unpacked(micro, start, family, tmp_path, method, size, online):
     """Losses, gradients and weights of a step in passes of several pieces, gaps, dilution and eq. 7 among them.
 
     The decoder sees the prompts without padding, as many tokens at a time as are asked for.
@@ -51,7 +51,8 @@ def test_packed_is_unpacked(micro, start, tmp_path, method, size):
     found, most = [], 300
     for tokens in (0, most):
         training = {"per_device_batch": size, "tokens_per_pass": tokens, "gradient_checkpointing": True}
-        run = Ready(start(changed(micro, training, method), method, tmp_path / str(tokens)))
+        teacher = {"teacher": family["teacher"], "teacher_cache": None} if online else {}
+        run = Ready(start(changed(micro, training, method), method, tmp_path / str(tokens), **teacher))
         run.model.train()
         seen = []
         text_model(run.model).layers[0].self_attn.register_forward_pre_hook(
