@@ -27,7 +27,6 @@ CONFIG: dict[str, Any] = {
     "tables": {
         "methods": ["base", "yarn", "self_extend", "sft", "laid"],
         "ablations": ["base", "laid_wo_kl", "laid_wo_laid", "laid"],
-        "table3_students": None,
         "omit": [2],
         "table3_omit": [2, 150],
         "short_max": 20,

@@ -55,7 +55,7 @@ def main() -> None:
     sizes = sorted(config.haystacks.test.sizes)
     first = [(config.models.teacher, "base")]
     first += [(student, method) for student in students for method in tables.methods]
-    third = [(s, m) for s in (tables.table3_students or students[:1]) for m in tables.ablations]
+    third = [(students[0 if tables.table3_student == "first" else -1], m) for m in tables.ablations]
     looked = check("table1", root, first, [s for s in sizes if s not in tables.omit])
     looked += check("table3", root, third, [s for s in sizes if s not in tables.table3_omit])
     print(

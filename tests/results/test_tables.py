@@ -175,7 +175,7 @@ def test_a_missing_cell_names_its_file_and_the_command(paper, tmp_path):
     assert str(error.value).endswith(f"snakemake --cores all {path}")
 
 
-@pytest.mark.parametrize("keys", [{"methods": ["laid", "base"]}, {"table3_students": ["9B"]}])
+@pytest.mark.parametrize("keys", [{"methods": ["laid", "base"]}, {"table3_student": "9B"}])
 def test_wrong_settings_are_one_clear_line(paper, keys):
     with pytest.raises(LaidError, match=r"^configuration: tables\.[^\n]*$"):
         Results(paper, synthetic.config(**keys), "cells")

@@ -42,7 +42,7 @@ def expected_jobs(config):
     evaluated = 1  # the teacher's base
     for student in students:
         methods = set(tables["methods"])
-        if student in (tables["table3_students"] or students[:1]):
+        if student == students[0 if tables["table3_student"] == "first" else -1]:
             methods |= set(tables["ablations"])
         evaluated += len(methods)
         trained += len(methods - {"base", "yarn", "self_extend"})

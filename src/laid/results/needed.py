@@ -19,7 +19,7 @@ def needed(settings: Settings) -> Iterator[Key]:
     tables, seen = settings.tables, set()
     blocks = [(settings.models.teacher, ["base"])]
     blocks += [(student, tables.methods) for student in settings.models.students]
-    blocks += [(student, tables.ablations) for student in table3_students(settings)]
+    blocks.append((table3_student(settings), tables.ablations))
     for student, methods in blocks:
         for method in methods:
             for size in sorted(settings.haystacks.test.sizes):
@@ -46,10 +46,9 @@ def needed_beyond(settings: Settings) -> Iterator[Key]:
                 yield student, method, size
 
 
-def table3_students(settings: Settings) -> list[str]:
-    """Students of Table 3."""
-    chosen, students = settings.tables.table3_students, list(settings.models.students)
-    return students[:1] if chosen is None else list(chosen)
+def table3_student(settings: Settings) -> str:
+    """The student of Table 3."""
+    return settings.models.students[0 if settings.tables.table3_student == "first" else -1]
 
 
 def missing_cells(folder: Path, missing: Sequence[Key]) -> str:

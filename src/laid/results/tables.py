@@ -13,7 +13,7 @@ from laid.io import dumps, update
 from laid.results.answers import Results
 from laid.results.comparisons import star_note, stars_against_base, tests_table
 from laid.results.names import NOT_IN_PAPER
-from laid.results.needed import table3_students
+from laid.results.needed import table3_student
 from laid.results.render import BEST, SECOND, Entry, Table, listed
 from laid.results.statistics import mean_relative_gain
 from laid.results.windows import continued, published_windows, window, window_tables
@@ -58,7 +58,7 @@ def table1_beyond(results: Results) -> Table:
 def table3(results: Results) -> Table:
     """The ablations: LAid and LAid+, whole and without one part each."""
     settings = results.settings
-    blocks = [(student, settings.tables.ablations) for student in table3_students(settings)]
+    blocks = [(table3_student(settings), settings.tables.ablations)]
     title = "Table 3. Ablations, accuracy (%) over images"
     return _accuracy_table(results, "table3", title, blocks, results.columns("table3_omit"))
 

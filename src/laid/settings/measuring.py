@@ -84,8 +84,8 @@ class Tables(Section):
     """Rows of each student in Table 1, in this order. base comes first: gains are relative to it."""
     ablations: Names = ["base"]
     """Rows of Table 3, in this order. base comes first."""
-    table3_students: Names | None = None
-    """Students in Table 3; null for the first student alone, as in the paper."""
+    table3_student: Literal["first", "last"] = "first"
+    """The student in Table 3: the first of models.students, as in the paper, or the last."""
     omit: Distinct[Count] = [2]
     """Test sizes that are measured but have no column in Tables 1 and 2, as in the paper."""
     table3_omit: Distinct[Count] = [2, 150]

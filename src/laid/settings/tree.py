@@ -160,7 +160,6 @@ def contradictions(settings: Settings) -> Iterator[tuple[Path, str]]:
             yield ("tables", key), f"{how}; base must come first, gains are against it"
     found = variants(settings.tune.methods)
     for path, names, allowed in (
-        (("tables", "table3_students"), settings.tables.table3_students or [], models.students),
         (("sweep", "students"), settings.sweep.students or [], models.students),
         (("sweep", "against"), settings.sweep.against, list(methods)),
         (("tune", "students"), settings.tune.students or [], models.students),
