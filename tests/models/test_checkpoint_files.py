@@ -124,6 +124,8 @@ WRONG = {
     "cut tokenizer": (lambda f: cut(f / "tokenizer.json"), "tokenizer.json: not valid JSON, line"),
     "no preprocessor": (lambda f: (f / "preprocessor_config.json").unlink(), "no preprocessor_config.json in this folder"),
     "cut preprocessor": (lambda f: cut(f / "preprocessor_config.json"), "preprocessor_config.json: not valid JSON, line"),
+    "mean": (lambda f: edit(f / "preprocessor_config.json", image_mean=[0.5]), "cannot be loaded: mean must have 3 elements"),
+    "scale": (lambda f: edit(f / "preprocessor_config.json", image_std=["nan"] * 3), "pixels that are not finite numbers"),
     "no template": (lambda f: (f / "chat_template.jinja").unlink(), "no chat template"),
     "foreign template": (lambda f: (f / "chat_template.jinja").write_text("{{ messages }}"), "renders 0 image blocks for 1 image"),
     "broken template": (lambda f: (f / "chat_template.jinja").write_text("{% for m"), "cannot be loaded: "),

@@ -177,6 +177,10 @@ class Evaluator:
         chunk = self.settings.chunk_tokens
         if self.by_logits:
             chances = probability_yes(last_logits(self.model, inputs, chunk), self.yes, self.no)
+            if not chances.isfinite().all():
+                raise LaidError(
+                    f"{self.label}: an answer's logits are not finite numbers: damaged weights, or too large for evaluation.dtype"
+                )
             return [("yes" if p > 0.5 else "no", round(p, 6)) for p in chances.tolist()]
         tokenizer = self.processor.tokenizer
         stops = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")} - {None}

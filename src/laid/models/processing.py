@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from PIL import Image
 from transformers import AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
@@ -75,6 +76,10 @@ class Processor:
             processor = cls(tokenizer, images, source if as_they_are else None)
             with source_errors(source):
                 processor.encoder.ends("")  # an unusable template is found here, not at the first question
+                # So are numbers that no pixel can be scaled by.
+                tried = images(images=[Image.new("RGB", (56, 56))], return_tensors="pt")["pixel_values"]
+                if not tried.isfinite().all():
+                    raise LaidError("its image processor makes pixels that are not finite numbers")
         except LaidError as error:
             raise LaidError(f"{source}: {str(error).removeprefix(f'{source}: ')}") from None
         return processor
