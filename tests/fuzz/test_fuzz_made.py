@@ -102,13 +102,13 @@ def test_adapters(family, micro, runs, tmp_path):
         load_with_method(micro, "sft", family["small"], run)
         assert set(load_file(file)) == names
 
-    @examples(0.25)
+    @examples(0.1)
     @given(broken_bytes(whole))
     def weights(data: bytes) -> None:
         file.write_bytes(data)
         refused("adapters: weights", read, [run])
 
-    @examples(0.25)
+    @examples(0.1)
     @given(broken_json(json.loads(config)))
     def configuration(data: bytes) -> None:
         said.write_bytes(data)
