@@ -30,7 +30,7 @@ def test_answer_probability_and_attention_are_the_models_own(micro, family, coco
         )  # fmt: skip
         best = out.logits[0, -1].softmax(-1).max(-1)
         if step == 0:
-            attentions = torch.stack([a[0, :, -1] for a in out.attentions])
+            attentions = torch.stack([a[0] for a in out.attentions])
         chance *= float(best.values)
         ids = torch.cat([ids, best.indices.view(1, 1)], 1)
         if processor.tokenizer.decode(best.indices) == "<|im_end|>":
@@ -38,13 +38,16 @@ def test_answer_probability_and_attention_are_the_models_own(micro, family, coco
     said = processor.tokenizer.decode(ids[0, len(prompt.ids) :], skip_special_tokens=True).strip()
     assert answer.text == said and answer.probability == pytest.approx(chance, rel=1e-3)
     starts = [*prompt.block_starts.tolist(), prompt.block_starts[-1] + 2 + grid[-1].prod().item() // 4]
+    tokens = processor.tokenizer.convert_ids_to_tokens(prompt.ids.tolist())
+    asked = starts[-1] + tokens[starts[-1] :].index("For")  # behind the official words
     for k, (begin, end) in enumerate(itertools.pairwise(starts)):
-        share = attentions[:, :, begin:end].sum(-1)
+        share, row = attentions[:, :, asked:, begin:end].sum(-1).max(-1)
         torch.testing.assert_close(
             torch.from_numpy(answer.shares[:, :, k]).float(), share, rtol=1e-3, atol=1e-5
         )
-    layer, head, share = answer.head_of(1)
-    assert share == answer.shares[:, :, 1].max() == answer.shares[layer, head, 1]
+    layer, head, share, word = answer.head_of(3)
+    assert share == answer.shares[:, :, 3].max() == answer.shares[layer, head, 3]
+    assert word == processor.tokenizer.decode([prompt.ids[asked + row[layer, head]]]).strip()
 
 
 def test_a_folder_without_images_is_told(tmp_path):

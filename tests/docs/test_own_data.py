@@ -57,7 +57,7 @@ def test_the_guide_runs_as_it_stands(export, family, micro_file, monkeypatch, ca
     assert re.search(r"small.*LAid\+", shown[-2]) and Path("tables/table1.csv").is_file()
     *_, numbers, looked = shown[-1].splitlines()
     assert re.match(r"probability [01]\.\d{3}.*; 160 images", numbers)
-    assert re.match(r"look.png: image \d+, \d+.png, gets \d+\.\d % of layer \d head \d", looked)
+    assert re.match(r"look.png: image \d+, \d+.png, gets \d+\.\d % of layer \d head \d at '", looked)
     with Image.open("look.png") as picture:
         assert picture.size[0] == 1400
 

@@ -1,4 +1,8 @@
-"""`laid ask`: one question about a few images, the answer's probability, and which images each head looks at as it is given."""
+"""`laid ask`: one question about a few images, the answer's probability, and which images each head looks at as it reads the question.
+
+As in laid.analysis.attention a head is taken at the token of the question where it sees most of an image: what the answer rests on
+is often fetched before the last token.
+"""
 
 from __future__ import annotations
 
@@ -31,18 +35,25 @@ _YES_OR_NO = re.compile(r"(^|,\s*)(is|are|was|were|do|does|did|has|have|can)\b",
 class Answer:
     """text: greedy. probability: of just these words. yes: the share of yes among yes and no, None where neither is said.
 
-    shares: (layers, heads, images) of the attention of the token that gives the answer.
+    shares: (layers, heads, images) the largest share of its attention that a token of the question gives an image; words: which
+    token that is.
     """
 
     text: str
     probability: float
     yes: float | None
     shares: np.ndarray
+    words: np.ndarray
 
-    def head_of(self, image: int) -> tuple[int, int, float]:
-        """(layer, head, share) of the head that looks most at an image."""
+    def head_of(self, image: int) -> tuple[int, int, float, str]:
+        """(layer, head, share, word) of the head that looks most at an image."""
         layer, head = np.unravel_index(self.shares[:, :, image].argmax(), self.shares.shape[:2])
-        return int(layer), int(head), float(self.shares[layer, head, image])
+        return (
+            int(layer),
+            int(head),
+            float(self.shares[layer, head, image]),
+            str(self.words[layer, head, image]),
+        )
 
 
 def images_in(folder: Path) -> list[Path]:
@@ -81,7 +92,12 @@ def ask(loaded: Loaded, images: Sequence[Path], question: str, most: int = 64) -
     yes = None
     if spoken_answer(text) in ("yes", "no"):
         yes = float(probability_yes(chances[:1], *answer_tokens(tokenizer)))
-    return Answer(text, probability, yes, _shares(model, inputs, prompt))
+    asked = len(tokenizer(words, add_special_tokens=False)["input_ids"]) if words else 0
+    shares, rows = _shares(model, inputs, prompt, asked)
+    tokens = np.array([tokenizer.decode([token]).strip() for token in prompt.ids.tolist()], dtype=object)[
+        rows
+    ]
+    return Answer(text, probability, yes, shares, tokens)
 
 
 def _with(prompt: EncodedPrompt, said: Sequence[int]) -> EncodedPrompt:
@@ -95,18 +111,27 @@ def _with(prompt: EncodedPrompt, said: Sequence[int]) -> EncodedPrompt:
     )
 
 
-def _shares(model: torch.nn.Module, inputs: Batch, prompt: EncodedPrompt) -> np.ndarray:
+def _shares(
+    model: torch.nn.Module, inputs: Batch, prompt: EncodedPrompt, skip: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """(layers, heads, images): the largest share over the question's tokens, and at which token of the prompt.
+
+    skip: tokens between the last image and the question.
+    """
     shape, starts = geometry(model), prompt.block_starts
     end = int(np.flatnonzero(prompt.image_mask)[-1]) + 2
     edges = torch.tensor([*starts.tolist(), end], device=inputs.ids.device)
-    rows = torch.tensor([[len(prompt.ids) - 1]], device=inputs.ids.device)
-    found = np.zeros((shape.layers, shape.heads, len(starts)))
+    rows = torch.arange(end + skip, len(prompt.ids), device=inputs.ids.device)
+    found, at = np.zeros((2, shape.layers, shape.heads, len(starts)))
 
     def visit(layer: int, qk: LayerQK) -> None:
-        seen = attention_rows(*qk.rotated(), rows).exp()[0, :, 0].double()
-        before = torch.cat([seen.new_zeros(len(seen), 1), seen.cumsum(-1)], dim=-1)[:, edges]
-        found[layer] = before.diff(dim=-1).cpu().numpy()
+        seen = attention_rows(*qk.rotated(), rows[None]).exp()[0].double()
+        seen = torch.nn.functional.pad(seen.cumsum(-1), (1, 0))[..., edges].diff(
+            dim=-1
+        )  # (heads, rows, images)
+        most = seen.max(1)
+        found[layer], at[layer] = most.values.cpu().numpy(), rows[most.indices].cpu().numpy()
 
     with LayerVisitor(model, range(shape.layers), visit):
         hidden_states(model, inputs)
-    return found
+    return found, at.astype(int)

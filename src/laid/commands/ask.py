@@ -18,7 +18,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--images", type=Path, required=True, metavar="FOLDER", help="its images, in the order of their names"
     )
     parser.add_argument(
-        "--show", type=Path, metavar="PNG", help="draw which images each head looks at as the answer is given"
+        "--show",
+        type=Path,
+        metavar="PNG",
+        help="draw which images each head looks at as the question is read",
     )
     device_arguments(parser)
 
@@ -45,8 +48,8 @@ def run(args: argparse.Namespace) -> int:
 
         show(answer, images, args.question, args.show)
         best = int(answer.shares.max((0, 1)).argmax())
-        layer, head, share = answer.head_of(best)
+        layer, head, share, word = answer.head_of(best)
         print(
-            f"{args.show}: image {best + 1}, {images[best].name}, gets {100 * share:.1f} % of layer {layer} head {head}"
+            f"{args.show}: image {best + 1}, {images[best].name}, gets {100 * share:.1f} % of layer {layer} head {head} at {word!r}"
         )
     return 0

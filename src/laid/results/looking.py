@@ -22,24 +22,25 @@ def show(answer: Answer, images: Sequence[Path], question: str, out: Path) -> No
     order = np.argsort(-answer.shares.max((0, 1)), kind="stable")[:SHOWN]
     lines = -(-len(order) // ACROSS)
     with style():
-        figure = new_figure(PAGE, 1.9 * lines + 1.0 + 0.11 * layers * heads)
+        figure = new_figure(PAGE, 2.1 * lines + 1.0 + 0.11 * layers * heads)
         figure.suptitle(f"{question}  {answer.text}", wrap=True)
-        above, below = figure.subfigures(2, 1, height_ratios=[1.9 * lines, 0.8 + 0.11 * layers * heads])
+        above, below = figure.subfigures(2, 1, height_ratios=[2.1 * lines, 0.8 + 0.11 * layers * heads])
         panels = np.ravel(above.subplots(lines, ACROSS, squeeze=False))
         for axes in panels:
             axes.set_axis_off()
         for axes, k in zip(panels, order):
             axes.imshow(open_image(images[k]))
-            layer, head, share = answer.head_of(int(k))
-            axes.set_title(f"{k + 1}: {images[k].name}\n{100 * share:.0f} %, layer {layer} head {head}")
+            layer, head, share, word = answer.head_of(int(k))
+            where = f"layer {layer} head {head}\nat {word!r}"
+            axes.set_title(f"{k + 1}: {images[k].name}\n{100 * share:.0f} %, {where}")
         axes = below.subplots()
         drawn = axes.imshow(100 * answer.shares.reshape(-1, count), aspect="auto", cmap="viridis", vmin=0)
         axes.grid(False)
-        axes.set(xlabel="Image", ylabel="Layer (its heads, one a row)")
+        axes.set(xlabel="Image", ylabel="Layer")
         axes.set_yticks(heads * (np.arange(layers) + 0.5) - 0.5, [str(k) for k in range(layers)])
         ticks = sorted({0, *range(4, count, 5 if count <= 50 else 25), count - 1})
         axes.set_xticks(ticks, [str(k + 1) for k in ticks])
-        below.colorbar(drawn, ax=axes, label="Attention of the answer, %")
+        below.colorbar(drawn, ax=axes, label="Attention, %")
         content = io.BytesIO()
         figure.savefig(content, format="png", dpi=200, metadata={"Software": None})
     update(out, content.getvalue())
