@@ -47,7 +47,7 @@ def test_the_same_losses_as_from_the_cache(micro, family, coco_root, haystacks, 
         assert one.keys() == two.keys() and one["loss_laid"] > 0 and one["loss_kl"] > 0
         for key in one:
             assert two[key] == pytest.approx(one[key], rel=1e-3, abs=1e-3), key
-    assert set(record["provenance"]["data"]) == {"questions", "student", "teacher"}
+    assert set(record["provenance"]["data"]) == {"images", "questions", "student", "teacher"}
 
 
 def test_wrong_uses_are_one_line(micro, family, cache, coco_root, haystacks, tmp_path, trained):
