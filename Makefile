@@ -18,6 +18,10 @@ RUNS ?= 1000
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONUNBUFFERED := 1
 unexport PYTHONPATH
+# Snakemake keeps its cache below the home folder; where that cannot be written, in this one.
+ifneq ($(shell test -w "$$HOME" && echo yes),yes)
+export XDG_CACHE_HOME := $(CURDIR)/.snakemake/cache
+endif
 
 help:
 	@echo "make demo    install into .venv, run the small scale on all cores, print Tables 1, 2 and 3"
