@@ -75,6 +75,17 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.parent.name != "workflow")
 
 
+@pytest.fixture
+def accelerator():
+    """accelerator(precision): Accelerate on a CPU. Its settings are the process's: other tests leave theirs, none of these stay."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield lambda precision: Accelerator(cpu=True, mixed_precision=precision)
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 @pytest.fixture(scope="session")
 def coco_root(tmp_path_factory) -> Path:
     """160 train and 100 val scenes of 84 x 84 pixels, laid out like COCO."""

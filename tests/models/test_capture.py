@@ -1,6 +1,5 @@
 """Captured Q and K against a forward pass written out by hand, and under every wrapper a trainer may use."""
 
-import accelerate
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -113,19 +112,12 @@ def test_adapter_added_after_attaching_is_refused():
             run(adapted)
 
 
-@pytest.fixture
-def accelerator():
-    """In bfloat16; its settings are the process's, so they are taken back for the tests that follow."""
-    yield accelerate.Accelerator(cpu=True, mixed_precision="bf16")
-    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
-
-
 def test_under_accelerate(accelerator):
     model = tiny_model()
     with QKCapture(model, -1) as capture:
         run(model)
         plain = capture.take()[1].q
-    prepared = accelerator.prepare(tiny_model())
+    prepared = accelerator("bf16").prepare(tiny_model())
     with QKCapture(prepared, -1) as capture:
         run(prepared)
         wrapped = capture.take()[1].q

@@ -160,11 +160,12 @@ def test_bfloat16_agrees_to_its_own_precision(both):
 
 def test_batches_that_do_not_divide_are_refused():
     place = SimpleNamespace(rank=1, world=4)
-    assert Engine.pieces(place, list(range(8)), 1) == [[1], [5]]
+    lengths = [1] * 8
+    assert Engine.pieces(place, list(range(8)), 1, lengths, 0) == [[1], [5]]
     with pytest.raises(
         LaidError, match="batch_size 8 is not a multiple of 4 processes x .*batch 4: set .* to 2"
     ):
-        Engine.pieces(place, list(range(8)), 4)
+        Engine.pieces(place, list(range(8)), 4, lengths, 0)
 
 
 def test_laid_train_under_accelerate_launch_stops_on_a_signal_and_goes_on(paths, micro_file, tmp_path):

@@ -131,7 +131,7 @@ class Engine:
         return student, self.accelerator.prepare_optimizer(optimizer())
 
     def pieces(
-        self, indices: Sequence[int], size: int, lengths: Sequence[int] = (), tokens: int = 0
+        self, indices: Sequence[int], size: int, lengths: Sequence[int], tokens: int
     ) -> list[Sequence[int]]:
         """The parts of a batch that this process computes, one forward pass each, `size` samples or fewer.
 
