@@ -38,7 +38,8 @@ def show(answer: Answer, images: Sequence[Path], question: str, out: Path) -> No
         axes.grid(False)
         axes.set(xlabel="Image", ylabel="Layer")
         axes.set_yticks(heads * (np.arange(layers) + 0.5) - 0.5, [str(k) for k in range(layers)])
-        ticks = sorted({0, *range(4, count, 5 if count <= 50 else 25), count - 1})
+        step = 1 if count <= 12 else 5 if count <= 50 else 25
+        ticks = sorted({0, *range(step - 1, count, step), count - 1})
         axes.set_xticks(ticks, [str(k + 1) for k in ticks])
         below.colorbar(drawn, ax=axes, label="Attention, %")
         content = io.BytesIO()
