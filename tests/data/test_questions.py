@@ -154,13 +154,27 @@ def test_every_cut_of_a_file_is_found(tmp_path):
             read_questions(tmp_path / "q.json")
 
 
-def test_official_id_twice_becomes_two_ids(tmp_path):
-    other = changed(MULTI, "pos_image", ["train2017/000000000004.jpg", "val2017/000000000009.jpg"])
-    ids = [q.id for q in read_questions(put(tmp_path / "q.json", MULTI, other))]
-    assert ids == [MULTI["id"], MULTI["id"] + ".2"]
-    third = changed(SINGLE, "id", MULTI["id"] + ".2")
-    ids = [q.id for q in read_questions(put(tmp_path / "q.json", MULTI, third, other))]
-    assert ids == [MULTI["id"], MULTI["id"] + ".2", MULTI["id"] + ".3"]
+@pytest.mark.parametrize(
+    ("needles", "ids", "said"),
+    [
+        ((2, 3), "aa", ["a", "a.2"]),  # as the official multi-needle files have it
+        ((3, 2, 4), "aaa", ["a", "a.2", "a.3"]),
+        ((2, 2), "aa", "questions 0 and 1 have the same id 'a': give each its own"),
+        ((2, 3, 3), "aaa", "questions 1 and 2 have the same id"),
+        ((2, 2, 3), ("a", "a.2", "a"), "question 2 has the id of question 0 and would be called 'a.2', which is the id of question 1"),
+    ],
+)  # fmt: skip
+def test_an_id_is_of_one_question_or_of_one_for_each_number_of_needles(tmp_path, needles, ids, said):
+    entries = []
+    for at, (count, ident) in enumerate(zip(needles, ids)):
+        paths = [f"val2017/{at}{k}.jpg" for k in range(count)]
+        entries.append(changed(changed(MULTI, "pos_image", paths), "id", ident))
+    file = put(tmp_path / "q.json", *entries)
+    if isinstance(said, list):
+        assert [q.id for q in read_questions(file)] == said
+    else:
+        with pytest.raises(LaidError, match=re.escape(f"{file}: {said}")):
+            read_questions(file)
 
 
 def test_what_could_not_be_read_back_is_not_written(tmp_path):

@@ -10,7 +10,6 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -140,8 +139,8 @@ def read_questions(path: str | Path) -> list[Question]:
 
     Raises LaidError with the file and the question's index for: a missing key, an answer that is not yes/no (any
     case), a question that does not ask about its needle and target, an image path that leaves the root or is not
-    <split>2017/<file>, an image twice, a needle among the distractors, a question twice, no questions at all.
-    The official multi-needle files use an id for a two-needle and for a three-needle question: the later one of a
+    <split>2017/<file>, an image twice, a needle among the distractors, a question twice, an id twice, no questions at
+    all. The official multi-needle files use an id for a two-needle and for a three-needle question: the later one of a
     file becomes "<id>.2", so that ids are unique here.
     """
     data = read_json(path)
@@ -159,14 +158,31 @@ def read_questions(path: str | Path) -> list[Question]:
             raise LaidError(f"{path}: question {at} repeats question {asked[key]}: same text, same images")
         asked[key] = at
         questions.append(question)
-    taken, used = {question.id for question in questions}, set()
+    try:
+        return _told_apart(questions)
+    except _Wrong as problem:
+        raise LaidError(f"{path}: {problem}") from None
+
+
+def _told_apart(questions: list[Question]) -> list[Question]:
+    """The same questions, the later of two with one id and another number of needles renamed."""
+    first: dict[str, list[int]] = {}  # id -> where it stands
     for at, question in enumerate(questions):
-        if question.id in used:
-            free = next(name for k in count(2) if (name := f"{question.id}.{k}") not in taken)
-            questions[at] = replace(question, id=free)
-            taken.add(free)
-        used.add(questions[at].id)
-    return questions
+        first.setdefault(question.id, []).append(at)
+    told = list(questions)
+    for ident, places in first.items():
+        for k, at in enumerate(places[1:], 2):
+            needles = len(questions[at].needles)
+            same = next((p for p in places if p < at and len(questions[p].needles) == needles), None)
+            if same is not None:
+                raise _Wrong(f"questions {same} and {at} have the same id {ident!r:.80}: give each its own")
+            if f"{ident}.{k}" in first:
+                raise _Wrong(
+                    f"question {at} has the id of question {places[0]} and would be called {ident + f'.{k}'!r:.80},"
+                    f" which is the id of question {first[f'{ident}.{k}'][0]}: give each its own"
+                )
+            told[at] = replace(questions[at], id=f"{ident}.{k}")
+    return told
 
 
 class _Wrong(Exception):
