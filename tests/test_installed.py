@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from laid.settings import merge
+
 pytestmark = pytest.mark.slow
 TOP = Path(__file__).resolve().parents[1]
 BLOCK = "import sys; sys.modules.update(dict.fromkeys({absent}))"
@@ -103,5 +105,7 @@ def test_distill_evaluate_plan_tokens(laid, family, coco_root, haystacks, tmp_pa
     assert cell["n"] == 10 and len(cell["answers"]) == 10
     found = laid("tokens", "--model", student, "--coco", coco_root, "--sizes", "1", "5", cwd=tmp_path)
     assert "M-RoPE positions" in found.stdout
-    shutil.copy(TOP / "configs/paper.yaml", tmp_path / "config.yaml")
+    few = {"tables": {"methods": ["base"], "ablations": ["base"]}}
+    paper = merge(yaml.safe_load((TOP / "configs/paper.yaml").read_text()), few)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(paper))
     assert "Qwen2.5-VL-32B" in laid("plan", cwd=tmp_path).stdout

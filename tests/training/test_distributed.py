@@ -1,5 +1,6 @@
 """Two real processes (gloo, CPU), started as a run on GPUs is, against one."""
 
+import functools
 import json
 import os
 import shutil
@@ -81,8 +82,14 @@ CASES = {
 
 
 @pytest.fixture(scope="module")
-def both(request, micro, paths, tmp_path_factory):
-    return in_one_and_two(micro, paths, tmp_path_factory.mktemp("runs"), request.param, CASES[request.param])
+def both(micro, paths, tmp_path_factory):
+    """both(layout): all its runs, launched when first asked for. A parameter of this fixture would launch them for every test."""
+
+    @functools.cache
+    def of(layout):
+        return in_one_and_two(micro, paths, tmp_path_factory.mktemp("runs"), layout, CASES[layout])
+
+    return of
 
 
 def in_one_and_two(micro, paths, root, layout, kinds):
@@ -124,10 +131,10 @@ def same(one, two, rel):
 ALIKE = [(layout, name) for layout in CASES for name in CASES[layout] if name not in ("bf16", "two_to_one")]
 
 
-@pytest.mark.parametrize(("both", "name"), ALIKE, indirect=["both"])
-def test_two_processes_train_as_one_does(both, name):
+@pytest.mark.parametrize(("layout", "name"), ALIKE)
+def test_two_processes_train_as_one_does(both, layout, name):
     """Losses, norms and gains of every step, and the exported weights, in the same files."""
-    agree(both[name], name)
+    agree(both(layout)[name], name)
 
 
 def agree(runs, name):
@@ -142,18 +149,18 @@ def agree(runs, name):
         torch.testing.assert_close(ours[key], theirs[key], rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("both", ["fsdp2"], indirect=True)
 def test_one_process_goes_on_where_two_stopped(both):
     """And the two stopped together, though one alone had the signal."""
-    (one, here), (two, there) = both["two_to_one"][1], both["two_to_one"][2]
+    runs = both("fsdp2")
+    (one, here), (two, there) = runs["two_to_one"][1], runs["two_to_one"][2]
     assert len(two) == 2 and not there.exists()
-    same(one, both["one_to_two"][2][0], 2e-4)
+    same(one, runs["one_to_two"][2][0], 2e-4)
     assert (here / "model/model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("both", CASES, indirect=True)
-def test_bfloat16_agrees_to_its_own_precision(both):
-    (one, _), (two, there) = both["bf16"][1], both["bf16"][2]
+@pytest.mark.parametrize("layout", CASES)
+def test_bfloat16_agrees_to_its_own_precision(both, layout):
+    (one, _), (two, there) = both(layout)["bf16"][1], both(layout)["bf16"][2]
     same(one, two, 0.05)
     assert {t.dtype for t in load_file(there / "model/model.safetensors").values()} == {torch.bfloat16}
 
