@@ -1,12 +1,15 @@
-"""tools/install.sh: uv where it is found, pip where uv finds no package."""
+"""tools/install.sh: uv where it is found, pip where uv finds no package. What the container takes from this checkout."""
 
+import json
 import os
+import re
 import subprocess
 from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).resolve().parents[1] / "tools/install.sh"
+TOP = Path(__file__).resolve().parents[1]
+SCRIPT = TOP / "tools/install.sh"
 
 
 def program(path: Path, says: str, status: int = 0) -> Path:
@@ -36,3 +39,17 @@ def test_who_installs(tmp_path, uv, said):
     )
     plain = done.stdout.replace(str(python), "PYTHON").replace(" --quiet --disable-pip-version-check", "")
     assert plain.splitlines() == said
+
+
+def test_the_container_fits_the_checkout():
+    settings = json.loads((TOP / ".devcontainer/devcontainer.json").read_text())
+    lines = (TOP / ".devcontainer" / settings["build"]["dockerfile"]).read_text()
+    python = re.search(r"^FROM python:([\d.]+)-", lines, re.MULTILINE)[1]
+    assert python in re.search(r"Python (3\.\d+) or (3\.\d+)", (TOP / "README.md").read_text()).groups()
+    assert re.search(rf"useradd .* {settings['remoteUser']}$", lines, re.MULTILINE)
+    makefile = (TOP / "Makefile").read_text().replace("$(VENV)", ".venv")
+    for command in (
+        settings["postCreateCommand"],
+        " ".join(json.loads(re.search(r"^CMD (.*)", lines, re.MULTILINE)[1])),
+    ):
+        assert f"\n{command.removeprefix('make ')}:" in makefile
