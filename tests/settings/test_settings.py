@@ -335,7 +335,7 @@ def test_methods_of_the_sweep_are_methods_like_others():
     assert full.methods["uniform_gaps"] == whole.changed(
         {"extends": "laid_plus", "gaps": {"draw": "uniform"}}
     )
-    assert full.methods["laid_plus_wo_gaps"].gaps.reach == 0 and full.methods["labels"].lambda_kl == 0
+    assert full.methods["laid_plus_wo_gaps"].gaps.reach == 0 and full.methods["teacher_alone"].lambda_sft == 0
     assert validate(full.model_dump()) == full
     assert slice_for("train", full, method="gain")["methods"].keys() == {"gain"}
 

@@ -5,10 +5,11 @@ from hypothesis import strategies as st
 
 from laid.data.chat import of_question
 from laid.data.questions import ordered_images, read_questions
+from laid.errors import LaidError
 from laid.models.features import ImageFeatures
 from laid.models.loading import load_model
 from laid.models.processing import Processor
-from laid.training.samples import batches_of, build_samples
+from laid.training.samples import batches_of, build_samples, mislabelled
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +39,25 @@ def test_a_sample_is_the_prompt_and_its_answer(features, haystacks):
         assert not sample.prompt.image_mask[-1] and sample.prompt.image_mask.sum() == 4 * question.size
         text = tokenizer.decode(sample.prompt.ids[sample.text_start :])
         assert text.startswith("You are given a set of images.") and "<|vision_end|>" not in text
+
+
+def test_a_share_of_the_labels_is_turned_and_nothing_else(features, haystacks):
+    questions = read_questions(haystacks / "train.json")
+    samples = build_samples([of_question(q, 7) for q in questions], features)
+    said = features.processor.tokenizer.decode
+    wrong = mislabelled(samples, 0.2, [0, 8])
+    turned = [k for k, (a, b) in enumerate(zip(samples, wrong, strict=True)) if (a.labels != b.labels).any()]
+    # of 40 or so labels a fifth, give or take four standard errors
+    assert abs(len(turned) - 0.2 * len(samples)) < 4 * (0.16 * len(samples)) ** 0.5 and turned
+    for k in turned:
+        other = {"yes": "no", "no": "yes"}[questions[k].answer]
+        assert [said(i) for i in wrong[k].labels] == [other, "<|im_end|>"]
+        assert wrong[k].prompt is samples[k].prompt
+    for none, every in ((mislabelled(samples, 0.0, [0]), mislabelled(samples, 1.0, [0])),):
+        assert all((a.labels == b.labels).all() for a, b in zip(none, samples, strict=True))
+        assert all((a.labels != b.labels).any() for a, b in zip(every, samples, strict=True))
+    with pytest.raises(LaidError, match="has 1 different answers"):
+        mislabelled(samples[:1], 0.2, [0])
 
 
 @settings(max_examples=60, deadline=None)

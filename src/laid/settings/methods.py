@@ -135,6 +135,8 @@ class TrainedMethod(Method):
     dilution: Dilution = Dilution()
     ordinary: Share = 0.0
     """Share of samples without gaps and dilution, so that short haystacks as they are stay in practice."""
+    label_noise: Share = 0.0
+    """Share of the training questions whose label is turned into the other of two: what wrong labels do. The teacher answers as ever."""
     gain: bool = False
     """Learn a gain of RoPE frequencies per query head (laid.distill.gain); folded into the weights on export."""
 

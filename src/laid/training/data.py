@@ -22,7 +22,7 @@ from laid.models.processing import Processor
 from laid.settings import TrainedMethod
 from laid.settings.measuring import Evaluation
 from laid.settings.methods import Dilution, Gaps
-from laid.training.samples import Sample, batches_of, build_samples
+from laid.training.samples import Sample, batches_of, build_samples, mislabelled
 
 
 @dataclass
@@ -162,6 +162,8 @@ def read_data(
         store=store,
     )
     samples = build_samples(read_chats(questions, evaluation.order_seed), features, ahead)
+    if method.label_noise:
+        samples = mislabelled(samples, method.label_noise, [how.get("seed", 0), 8])
     return Data(samples, features, method.gaps, method.dilution, method.ordinary, **how)
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from laid.data.chat import Chat
+from laid.errors import LaidError
 from laid.models.features import ImageFeatures
 from laid.models.prompts import EncodedPrompt
 
@@ -52,6 +53,25 @@ def build_samples(chats: Sequence[Chat], features: ImageFeatures, ahead: bool = 
     if ahead:  # after what cannot be asked was told
         features.prepare((path for sample in samples for path in sample.paths), "images")
     return samples
+
+
+def mislabelled(samples: Sequence[Sample], share: float, seed: Sequence[int]) -> list[Sample]:
+    """The samples, each with probability `share` under the other label: of two, as yes and no are; prompts stay as they are.
+
+    Raises LaidError where answers are not of two kinds of equal length.
+    """
+    kinds = {tuple(sample.labels.tolist()) for sample in samples}
+    if len(kinds) != 2 or len({len(kind) for kind in kinds}) != 1:
+        raise LaidError(
+            f"label_noise turns one of two answers of equal length into the other, and the data has {len(kinds)}"
+            " different answers: leave it out"
+        )
+    wrong = np.random.default_rng(list(seed)).random(len(samples)) < share
+    both = np.array(sorted(kinds)).sum(axis=0)
+    return [
+        replace(sample, labels=both - sample.labels) if turned else sample
+        for sample, turned in zip(samples, wrong, strict=True)
+    ]
 
 
 def batches_of(lengths: Sequence[int], batch: int, seed: Sequence[int], group: int = 8) -> list[list[int]]:
