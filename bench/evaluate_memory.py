@@ -18,7 +18,8 @@ import torch
 
 from laid.data.haystacks import build_haystacks
 from laid.errors import LaidError
-from laid.evaluation.evaluate import evaluate_cells, question_sets
+from laid.evaluation.evaluate import evaluate_cells
+from laid.evaluation.sets import question_sets
 from laid.plan.estimate import Estimator
 from laid.plan.measure import peak_bytes
 from laid.plan.shapes import meta_model, published_config

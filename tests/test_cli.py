@@ -197,7 +197,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(places, capsys, tmp_path, m
     def full(*_args, **_kwargs):
         raise OSError(28, "No space left on device", str(tmp_path / "made/out"))
 
-    monkeypatch.setattr("laid.evaluation.evaluate.write_cell", full)
+    monkeypatch.setattr("laid.evaluation.measure.write_cell", full)
     assert cli.main(command(places, "evaluate")) == 2
     lines = capsys.readouterr().err.splitlines()
     assert lines[-1] == f"laid evaluate: error: {tmp_path / 'made/out'}: No space left on device"

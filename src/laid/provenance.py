@@ -192,7 +192,7 @@ def cost(start: float) -> dict[str, Any]:
         "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "hardware": {
             "system": f"{platform.system()} {platform.machine()}",
-            "cpu": _cpu_name(),
+            "cpu": cpu_name(),
             "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
             "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
             "gpus": gpus,
@@ -215,7 +215,8 @@ def _git(*words: str) -> str | None:
 
 
 @cache
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The processor by its maker's name."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -8,8 +8,9 @@ import torch
 from laid.data.questions import haystack_file, ordered_images, read_questions, write_questions
 from laid.errors import LaidError
 from laid.evaluation.cells import read_cell
-from laid.evaluation.evaluate import Evaluator, evaluate_cells, question_sets, seed_of
+from laid.evaluation.evaluate import Evaluator, evaluate_cells, seed_of
 from laid.evaluation.scoring import spoken_answer
+from laid.evaluation.sets import question_sets
 from laid.io import read_json, write_json
 from laid.methods.registry import load_with_method
 
@@ -158,6 +159,71 @@ def test_cells_are_written_and_read_back_and_the_same_bytes_again(
 def test_any_folder_will_do(micro, family, coco_root, haystacks, tmp_path):
     (made,) = cells(micro, family, coco_root, haystacks, tmp_path / "anything", sizes=(1,))
     assert read_json(tmp_path / "anything/1.json") == made
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_a_killed_evaluation_goes_on_and_ends_with_the_same_bytes(
+    micro, family, coco_root, haystacks, tmp_path, monkeypatch, capsys
+):
+    config, out = changed(micro, batch_tokens=150), tmp_path / "cut"
+    data = (family, coco_root, haystacks)
+    cells(config, *data, tmp_path / "whole")
+    asked, answered = [], Evaluator._answered
+
+    def killed(after):
+        def answer(self, batch, spoken):
+            if len(asked) == after:
+                raise Killed
+            asked.append({item.question.id for item in batch})
+            return answered(self, batch, spoken)
+
+        asked.clear()
+        monkeypatch.setattr(Evaluator, "_answered", answer)
+        if after is None:
+            cells(config, *data, out)
+        else:
+            with pytest.raises(Killed):
+                cells(config, *data, out)
+        return list(asked)
+
+    first = killed(after=6)
+    assert (out / "1.json").is_file() and not (out / "5.json").exists()  # a size is written as it ends
+    (out / "1.json").unlink()  # as a workflow does with what a job that failed made
+    (part,) = out.glob(".2.json.part")
+    part.write_bytes(part.read_bytes()[:-9])  # its last batch is cut short
+    lost, *rest = killed(after=None)
+    assert lost == first[-1] and not [b for b in first[:-1] if b in rest]
+    assert f"goes on after {sum(map(len, first[:-1]))} of 30 answers" in capsys.readouterr().err
+    for size in (1, 2, 5):
+        assert (out / f"{size}.json").read_bytes() == (tmp_path / f"whole/{size}.json").read_bytes()
+    assert {p.name for p in out.iterdir()} == {"1.json", "2.json", "5.json", "cost.json"}
+
+    killed(after=2)
+    config = changed(micro, batch_tokens=150, order_seed=1)
+    whole = killed(after=None)
+    assert sum(map(len, whole)) == 30 and "asked again" in capsys.readouterr().err
+    cells(config, *data, tmp_path / "whole")
+    assert (out / "5.json").read_bytes() == (tmp_path / "whole/5.json").read_bytes()
+
+
+def test_all_answers_are_there_and_no_model_is_loaded(
+    micro, family, coco_root, haystacks, tmp_path, monkeypatch
+):
+    """Killed between the last answer and the end, of the second of two seeds."""
+    runs = [tmp_path / f"seed{k}" for k in (0, 1)]
+    for run in runs:
+        shutil.copytree(family["small"], run / "model")
+    place = (micro, family, coco_root, haystacks, tmp_path / "out", "sft", runs)
+    with monkeypatch.context() as patch:
+        patch.setattr("laid.evaluation.measure.write_cell", lambda *_: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            cells(*place, sizes=(1,))
+    monkeypatch.delattr("laid.evaluation.evaluate.load_with_method")
+    (cell,) = cells(*place, sizes=(1,))
+    assert cell["seeds"] == [0, 1] and cell["n"] == 20
 
 
 def test_only_base_is_base(micro, family, coco_root, haystacks, tmp_path):

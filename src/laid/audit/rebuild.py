@@ -9,7 +9,8 @@ from typing import Any
 
 from laid.audit.lineage import Lineage, Step
 from laid.errors import LaidError
-from laid.evaluation.evaluate import evaluate_cells, read_set
+from laid.evaluation.evaluate import evaluate_cells
+from laid.evaluation.sets import read_set
 from laid.io import read_json
 
 

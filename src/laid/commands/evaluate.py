@@ -29,7 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from laid.commands.shared import deterministic, features_folder, pick_device
-    from laid.evaluation.evaluate import evaluate_cells, question_sets
+    from laid.evaluation.evaluate import evaluate_cells
+    from laid.evaluation.sets import question_sets
     from laid.io import alone, require_place
     from laid.settings import load
 

@@ -71,8 +71,8 @@ class Cell(TypedDict):
     interval: Annotated[list[FiniteFloat], Field(min_length=2, max_length=2)]
     interval_method: Name
     answers: Annotated[list[Answer], Field(min_length=1)]
-    tokens_mean: FiniteFloat
-    positions_mean: FiniteFloat
+    tokens_mean: FiniteFloat | None
+    positions_mean: FiniteFloat | None
     provenance: Provenance
     digest: Name
 

@@ -33,12 +33,8 @@ def load_with_method(
     run: the folder of a trained method's run; its model/ is a plain checkpoint or a PEFT adapter, which is
     merged. Raises LaidError for an unknown method, or a trained method without a run.
     """
-    if method not in settings.methods:
-        raise LaidError(f"no method {method!r}; methods: {', '.join(settings.methods)}")
+    require_method(settings, method, run)
     how, evaluation = settings.methods[method], settings.evaluation
-    if isinstance(how, TrainedMethod) == (run is None):
-        need = "takes no --runs" if run else "is trained: give its run folders with --runs"
-        raise LaidError(f"method {method} {need}")
     dtype = getattr(torch, evaluation.dtype)
     processor = Processor.load(model)
     if run is None:
@@ -53,12 +49,23 @@ def load_with_method(
     return Loaded(student, processor)
 
 
+def require_method(settings: Settings, method: str, run: str | Path | None) -> None:
+    """Raise LaidError, before anything is loaded, for an unknown method, and a trained one without a run, or another with one."""
+    if method not in settings.methods:
+        raise LaidError(f"no method {method!r}; methods: {', '.join(settings.methods)}")
+    if isinstance(settings.methods[method], TrainedMethod) == (run is None):
+        need = "takes no --runs" if run else "is trained: give its run folders with --runs"
+        raise LaidError(f"method {method} {need}")
+    if run is not None and not (Path(run) / "model").is_dir():
+        raise LaidError(
+            f"{Path(run) / 'model'}: no such folder: this run did not finish; make it again with `laid train`"
+        )
+
+
 def load_run(
     folder: Path, base: str | Path, dtype: torch.dtype, attention: str, device: str
 ) -> torch.nn.Module:
     """A run's model: its own checkpoint, or its adapter merged into `base`."""
-    if not folder.is_dir():
-        raise LaidError(f"{folder}: no such folder: this run did not finish; make it again with `laid train`")
     if not (folder / "adapter_config.json").is_file():
         return load_model(folder, dtype, attention, device)
     weights = folder / "adapter_model.safetensors"
