@@ -69,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             module.add_arguments(sub)
             sub.set_defaults(run=module.run)
     args = parser.parse_args(argv)
+    args.words = argv
     if getattr(args, "config", ()) is None:
         from laid.commands.shared import configuration
 

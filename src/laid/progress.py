@@ -16,13 +16,15 @@ class Progress:
     file stays readable.
     """
 
+    silent = False  # in processes that help another one
+
     def __init__(self, total: int, label: str, unit: str = "step", every: float = 15.0):
         self.total, self.label, self.unit, self.every = total, label, unit, every
         self.done = 0
         self.metrics: dict[str, Any] = {}
         self.start = self.said = time.monotonic()
         self.bar = None
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and not self.silent:
             self.bar = tqdm(total=total, desc=label, unit=unit, dynamic_ncols=True)
 
     def __enter__(self) -> Self:
@@ -46,6 +48,8 @@ class Progress:
             self._say()
 
     def _say(self, final: bool = False) -> None:
+        if self.silent:
+            return
         now = time.monotonic()
         self.said = now
         spent = now - self.start

@@ -28,10 +28,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from laid.commands.shared import deterministic, features_folder, pick_device
+    from contextlib import nullcontext
+
+    from laid.commands.shared import deterministic, features_folder, pick_devices
     from laid.evaluation.evaluate import evaluate_cells
     from laid.evaluation.sets import question_sets
     from laid.io import alone, require_place
+    from laid.models import parallel
     from laid.settings import load
 
     settings = load(args.config)
@@ -39,13 +42,14 @@ def run(args: argparse.Namespace) -> int:
     sets = question_sets(args.questions, args.sizes, args.coco)
     if args.cost is not None:
         require_place(args.cost, file=True)
+    device = pick_devices(args, args.model, settings.evaluation.dtype)
     # Jobs that share a folder of cells have a file each for what they cost.
-    with alone(args.cost or args.out):
+    with alone(args.cost or args.out) if parallel.first() else nullcontext():
         cells = evaluate_cells(
             settings, args.student_name, args.method, args.model, args.runs, args.coco, sets, args.out,
-            pick_device(args.device), features_folder(args, settings), args.cost,
+            device, features_folder(args, settings), args.cost,
         )  # fmt: skip
-    for part, cell in zip(sets, cells, strict=True):
+    for part, cell in zip(sets, cells):  # of several processes, the first has cells
         low, high = (100 * bound for bound in cell["interval"])
         print(
             f"{args.student_name} {args.method}: {cell['size']} images:"

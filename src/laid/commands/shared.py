@@ -153,6 +153,24 @@ def pick_device(name: str, option: str = "--device") -> str:
     return name
 
 
+def pick_devices(args: argparse.Namespace, model: str, dtype: str) -> str:
+    """The device of this process, which may be one of several that share `model` (laid.models.parallel).
+
+    Where the model is large for one of the GPUs at hand, this process becomes the launcher of one process for each.
+    """
+    import torch
+
+    from laid.models import parallel
+    from laid.models.loading import read_config, spread
+
+    device = pick_device(args.device)
+    if parallel.launched() == 1 and hasattr(args, "words") and spread(model, getattr(torch, dtype), device):
+        count = parallel.processes(read_config(model), torch.cuda.device_count())
+        if count > 1:
+            parallel.start_processes(count, args.words)
+    return parallel.join(device)
+
+
 def deterministic(threads: int | None = None) -> None:
     """Same inputs, same seed, same bytes: deterministic kernels and a fixed number of threads."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

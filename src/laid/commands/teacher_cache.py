@@ -25,10 +25,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from contextlib import nullcontext
+
     from laid import provenance
-    from laid.commands.shared import deterministic, features_folder, pick_device
+    from laid.commands.shared import deterministic, features_folder, pick_devices
     from laid.errors import LaidError
     from laid.io import alone, require_place, write_json
+    from laid.models import parallel
     from laid.settings import load
     from laid.training.teacher_cache import FILES, build_cache, cache_size
 
@@ -41,11 +44,14 @@ def run(args: argparse.Namespace) -> int:
         raise LaidError("give --out, a folder for the cache, or --size to learn how large it would be")
     deterministic(args.threads)
     require_place(args.out, *FILES)
-    with alone(args.out):
+    device = pick_devices(args, args.teacher, settings.training.dtype)
+    with alone(args.out) if parallel.first() else nullcontext():
         index = build_cache(
-            settings, args.teacher, args.coco, args.questions, args.out, pick_device(args.device),
+            settings, args.teacher, args.coco, args.questions, args.out, device,
             features_folder=features_folder(args, settings),
         )  # fmt: skip
+        if not parallel.first():
+            return 0
         write_json(args.out / "cost.json", provenance.cost(start))
     print(
         f"teacher cache: {len(index['lengths'])} questions in {len(index['shards'])} shards,"

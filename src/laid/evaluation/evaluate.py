@@ -20,6 +20,7 @@ from laid.evaluation.scoring import answer_tokens, probability_yes, spoken_answe
 from laid.evaluation.sets import QuestionSet, prompt_of
 from laid.io import read_json, require_place, safe_join
 from laid.methods.registry import Loaded, load_with_method, require_method
+from laid.models import parallel
 from laid.models.features import ImageFeatures
 from laid.models.forward import collate, generate, last_logits
 from laid.models.loading import empty_model, parameter_label, parameters, source_of
@@ -180,7 +181,8 @@ def evaluate_cells(
     model: the checkpoint of the student as it is. runs: for a trained method, one run folder per seed.
     cost: file for time and memory (None: out/cost.json); jobs that share `out` take one each. What a killed call
     has answered is not asked again (laid.evaluation.kept). Raises LaidError for a method without its runs, two runs
-    of one seed, a broken image; nothing is written then.
+    of one seed, a broken image; nothing is written then. Of processes that share a model
+    (laid.models.parallel) the first alone writes cells and returns them; the others follow what it asks.
     """
     require_place(Path(out) / f"{sets[0].size}.json", file=True)
     seeds = [seed_of(run) for run in runs]
@@ -201,10 +203,20 @@ def evaluate_cells(
         loaded = load_with_method(config, method, model, by_seed[seed], device)
         return Evaluator(loaded, coco_root, config.evaluation, f"{student} {method}", features_folder)
 
-    def ask(seed: int, part: QuestionSet, done: set[Any]) -> Iterator[list[dict[str, Any]]]:
+    def ask_here(seed: int, part: QuestionSet, done: set[Any]) -> Iterator[list[dict[str, Any]]]:
         if any(question.id not in done for question in part.questions):
             yield from evaluator(seed).answers(part, done)
 
+    def ask(seed: int, part: QuestionSet, done: set[Any]) -> Iterator[list[dict[str, Any]]]:
+        parallel.agree(lambda: (seed, sets.index(part), done))
+        yield from ask_here(seed, part, done)
+
+    if not parallel.first():
+        while asked := parallel.agree(lambda: None):
+            seed, at, done = asked
+            for _batch in ask_here(seed, sets[at], done):
+                pass
+        return []
     labelled = {
         f"annotations_{split}": annotation_file(coco_root, split)
         for split in SPLITS
@@ -227,16 +239,19 @@ def evaluate_cells(
         )
         for part in sets
     ]
-    return measure(
+    cells = measure(
         config, student, method, sets, out, ask, label=label, records=records, by=_hardware(device),
         seeds=list(by_seed), cost=cost,
     )  # fmt: skip
+    parallel.agree(lambda: None)  # nothing more is asked
+    return cells
 
 
 def _hardware(device: str) -> list[Any]:
     """What the last digits of an answer depend on, beside all that stands in a cell's record."""
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else provenance.cpu_name()
-    return [name, torch.get_num_threads()]
+    shared = [parallel.world()] if parallel.world() > 1 else []
+    return [name, torch.get_num_threads(), *shared]
 
 
 def _check_run(run: str | Path | None, method: str) -> None:

@@ -12,6 +12,7 @@ from laid.errors import LaidError
 from laid.io import read_json
 from laid.methods.self_extend import apply_self_extend
 from laid.methods.yarn import apply_yarn
+from laid.models import parallel
 from laid.models.loading import load_model, require_floats, resolve, source_errors
 from laid.models.processing import Processor
 from laid.settings import SelfExtend, Settings, TrainedMethod, Yarn
@@ -72,6 +73,11 @@ def load_run(
     if not weights.is_file():  # peft would read a pickled one instead
         raise LaidError(
             f"{folder}: no adapter_model.safetensors beside adapter_config.json; make the run again"
+        )
+    if parallel.world() > 1:
+        raise LaidError(
+            f"{folder}: an adapter cannot be merged into a model that several processes share: merge it first"
+            " (peft: merge_and_unload, then save_pretrained), or use one GPU that is large enough"
         )
     from peft import PeftModel, get_peft_model_state_dict
 

@@ -12,6 +12,7 @@ from torch import nn
 from laid.errors import LaidError
 from laid.models.decoder import layer_indices, refuse_compiled, rotate, text_model
 from laid.models.families import family_of
+from laid.models.parallel import all_heads
 
 
 @dataclass
@@ -135,6 +136,7 @@ class QKCapture:
         def hook(_module, _args, output):
             if self._open:
                 batch, tokens = output.shape[:2]
-                self._caught[layer][name] = output.view(batch, tokens, -1, head_dim).transpose(1, 2)
+                heads = output.view(batch, tokens, -1, head_dim).transpose(1, 2)
+                self._caught[layer][name] = all_heads(heads)
 
         return hook

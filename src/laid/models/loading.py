@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
+from transformers.distributed import DistributedConfig
 from transformers.utils import logging as hf_logging
 
 from laid.errors import LaidError
 from laid.io import read_json
+from laid.models import parallel
 from laid.models.families import FAMILIES, unsupported
 
 hf_logging.disable_progress_bar()
@@ -93,8 +95,7 @@ def require_family(source: str) -> None:
         raise LaidError(
             f"{source}: config.json names weights of its own (transformers_weights): rename them to model.safetensors"
         )
-    with source_errors(source):
-        text = AutoConfig.from_pretrained(source, trust_remote_code=False).get_text_config()
+    text = read_config(source).get_text_config()
     if "sliding_attention" in (getattr(text, "layer_types", None) or ()):
         raise LaidError(f"{source}: has sliding-window layers (use_sliding_window), which are not supported")
 
@@ -166,14 +167,20 @@ def load_model(
     """A vision-language model, in evaluation mode; only safetensors weights are read and no remote code is
     run.
 
-    device: "cuda" without a number lays a model that is large for one GPU over all that are visible (see `spread`).
+    device: "cuda" without a number lays a model that is large for one GPU over all that are visible (see `spread`). Where
+    several processes share models (laid.models.parallel), each has its part of this one.
     Raises LaidError, one line naming `source`, for files that are missing, cut short, not safetensors, or
     another model's, and for a model too large for the GPUs.
     """
     source = resolve(source)
     require_family(source)
     require_weights(source)
-    over = spread(source, dtype, device)
+    shared = parallel.world() > 1
+    over = None if shared else spread(source, dtype, device)
+    place: dict[str, Any] = {"device_map": over}
+    if shared:
+        parallel.require_shares(source, read_config(source))
+        place = {"distributed_config": DistributedConfig(tp_size=parallel.world())}
     with source_errors(source):
         model, report = AutoModelForImageTextToText.from_pretrained(
             source,
@@ -182,7 +189,7 @@ def load_model(
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
-            device_map=over,
+            **place,
             ignore_mismatched_sizes=True,  # refused below, with the sizes
         )
     for name, theirs, ours in sorted(report["mismatched_keys"]):
@@ -201,6 +208,8 @@ def load_model(
             f"{source}: {len(surplus)} weights are of layers that config.json does not have, first {min(surplus)}:"
             " they belong to different models"
         )
+    if shared:
+        return model.eval()
     if over is None:
         return model.to(device).eval()
     outside = [name for name, place in model.hf_device_map.items() if place in ("cpu", "disk")]
@@ -216,6 +225,7 @@ def spread(source: str, dtype: torch.dtype | str, device: str | torch.device) ->
     """transformers' device_map: None for one device, "auto" for layers laid over all visible GPUs, one after another.
 
     That is done where device is "cuda", there are several, and the weights alone are more than SPREAD of one GPU's memory.
+    The verbs that read much let several processes share such a model instead (laid.models.parallel).
     """
     if str(device) != "cuda" or torch.cuda.device_count() < 2:
         return None
@@ -227,9 +237,15 @@ def empty_model(source: str | Path) -> PreTrainedModel:
     """The model that `source` describes, without weights (on the meta device): to count or compare shapes."""
     source = resolve(source)
     require_family(source)
+    config = read_config(source)
     with source_errors(source), torch.device("meta"):
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         return AutoModelForImageTextToText.from_config(config, trust_remote_code=False)
+
+
+def read_config(source: str | Path) -> PreTrainedConfig:
+    """The configuration of the checkpoint `source`. Raises LaidError, one line naming it, where it cannot be read."""
+    with source_errors(str(source)):
+        return AutoConfig.from_pretrained(resolve(source), trust_remote_code=False)
 
 
 def parameters(model: torch.nn.Module) -> int:

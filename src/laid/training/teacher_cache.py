@@ -44,6 +44,7 @@ from laid.io import (
     size_text,
     write_json,
 )
+from laid.models import parallel
 from laid.models.decoder import geometry, layer_indices
 from laid.models.features import ImageFeatures
 from laid.models.forward import answers_at, collate
@@ -224,7 +225,8 @@ def build_cache(
 
     features_folder: keeps visual features for other runs (laid.models.feature_store). Finished
     shards of a pass that was killed (same teacher, questions, settings and code) are taken up, not computed again.
-    Raises LaidError for inputs that are missing or wrong.
+    Raises LaidError for inputs that are missing or wrong. Of processes that share the teacher (laid.models.parallel) the first
+    alone writes, and returns the index.
     """
     require_place(out, *FILES)
     read = read_chats(questions, settings.evaluation.order_seed)
@@ -273,7 +275,7 @@ def build_cache(
         for number, part in enumerate(ranges):
             file = partial / f"shard-{number:05d}.safetensors"
             shapes = kept.shapes(sum(lengths[k] for k in part), [answers[k] for k in part])
-            if not file.is_file() or _shard_problem(file, shapes):
+            if parallel.agree(lambda: not file.is_file() or _shard_problem(file, shapes)):  # noqa: B023 (called here)
                 tensors = _teacher_pass(
                     model,
                     features,
@@ -281,12 +283,16 @@ def build_cache(
                     kept,
                     settings.evaluation.batch_tokens,
                 )
-                with atomic_path(file, sum(t.nbytes for t in tensors.values())) as beside:
-                    save_file(tensors, beside)
-            shards.append(
-                {"file": file.name, "first": part[0], "questions": len(part), "sha256": sha256_file(file)}
-            )
+                if parallel.first():
+                    with atomic_path(file, sum(t.nbytes for t in tensors.values())) as beside:
+                        save_file(tensors, beside)
             bar.update(len(part))
+            if parallel.first():
+                shards.append(
+                    {"file": file.name, "first": part[0], "questions": len(part), "sha256": sha256_file(file)}
+                )
+    if not parallel.first():
+        return {}
     index = {
         "format": FORMAT,
         "layers": list(kept.layers),
