@@ -22,6 +22,8 @@ def as_before(monkeypatch):
 
     threads = torch.get_num_threads()
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    # Read from there once, when that was imported: a hub that does not answer is asked for 20 seconds.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     yield
     torch.use_deterministic_algorithms(False)
     torch.set_num_threads(threads)

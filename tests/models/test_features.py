@@ -6,6 +6,7 @@ import torch
 from laid.models.features import ImageFeatures
 from laid.models.loading import load_model
 from laid.models.processing import Processor
+from laid.models.windows import windows_at_once
 
 
 @pytest.fixture(scope="module")
@@ -112,3 +113,30 @@ def test_grids_come_from_headers_alone(loaded, coco_root, paths):
     found, seen = features(loaded, coco_root)
     assert found.grids(paths[:3] * 2) == [(2, 2)] * 6
     assert seen == paths[:3] and found.computed == 0
+
+
+def test_windows_of_one_length_at_once_are_one_after_the_other(loaded, monkeypatch):
+    """Three images of other sizes, windows cut off at their edges: the tower's own attention, in as many calls as there are lengths."""
+    model, _ = loaded
+    grid = torch.tensor([[1, 20, 12], [1, 4, 18], [1, 20, 12]])
+    pixels = torch.randn(int(grid.prod(1).sum()), 1176, generator=torch.Generator().manual_seed(0))
+    calls, real = [], torch.nn.functional.scaled_dot_product_attention
+
+    def counted(query, *args, **kwargs):
+        calls.append(query.shape)
+        return real(query, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
+    config = model.config.vision_config
+    monkeypatch.setattr(config, "_attn_implementation", "sdpa")  # and back at the end
+    found = []
+    with torch.no_grad():
+        for _ in range(2):
+            found.append(torch.cat(model.model.get_image_features(pixels, grid).pooler_output))
+            calls.append(None)
+            windows_at_once(model)
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
+    ends = calls.index(None)
+    one, all_at_once = calls[:ends], calls[ends + 1 : -1]
+    lengths = {shape[2] for shape in one}
+    assert len(all_at_once) == len(lengths) * config.depth < len(one)

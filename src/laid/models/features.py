@@ -13,6 +13,7 @@ from laid.models.decoder import text_model, vision_tower
 from laid.models.families import family_of
 from laid.models.feature_store import FeatureStore
 from laid.models.processing import Processor
+from laid.models.windows import windows_at_once
 from laid.progress import Progress
 
 LEAST = 8  # visual tokens in a pass of the vision tower
@@ -48,6 +49,8 @@ class ImageFeatures:
         self.store = FeatureStore(store, model, processor) if store is not None else None
         self._grids: dict[str, tuple[int, int]] = {}
         ahead = next(vision_tower(model).parameters()).device.type == "cuda"
+        if ahead:  # on a CPU, where nothing is gained, features stay the same bits
+            windows_at_once(model)
         self._readers = ThreadPoolExecutor() if ahead else None
         self._read: dict[str, Future[tuple[torch.Tensor, torch.Tensor]]] = {}
 
