@@ -6,8 +6,9 @@
 
 Needs torch and transformers (and peft for LoRA, which is left out without it), no checkpoint, no image and no network. Cases: the teacher's pass of
 32B, a training step of 7B and 3B (all weights, and LoRA) at 1.8k, 7.4k and 35k tokens and with nine samples of 1.8k packed
-into one pass, and the reading of an evaluation prompt of 53k tokens in chunks, SelfExtend's too. All run the project's own code: laid.training.step, laid.training.teacher,
-laid.models.forward. What the plan says cannot fit is not started, and said. Of these rates the GPU-hours of the whole
+into one pass, the reading of an evaluation prompt of 53k tokens in chunks, SelfExtend's too, and photographs on their first reading
+(decoding, resizing, vision tower). All run the project's own code: laid.training.step, laid.training.teacher,
+laid.models.forward, laid.models.features. What the plan says cannot fit is not started, and said. Of these rates the GPU-hours of the whole
 paper are extrapolated.
 """
 
@@ -18,22 +19,28 @@ import copy
 import gc
 import importlib.util
 import json
+import os
+import tempfile
 import time
 import traceback
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 from transformers import PreTrainedConfig
 
 from laid.distill.distillation import TeacherOutputs
 from laid.methods.self_extend import apply_self_extend
 from laid.models.attention import cache_for
-from laid.models.decoder import geometry
+from laid.models.decoder import geometry, vision_tower
+from laid.models.features import ImageFeatures
 from laid.models.forward import last_logits
 from laid.plan.gpus import GIB, GPUS, Gpu
 from laid.plan.measure import peak_bytes
@@ -41,9 +48,11 @@ from laid.plan.rehearsal import Cost
 from laid.plan.shapes import meta_model, published_config
 from laid.plan.steps import meta_batch, reading, teacher_pass, training_step
 from laid.plan.tokens import DELIMITERS, TEXT, VISUAL
+from laid.plan.vision import image_flops, pass_bytes
 from laid.provenance import code
 from laid.settings import TrainedMethod
 from laid.settings.training import Training as TrainingSettings
+from laid.toy.family import build_processor
 from laid.training.data import Piece
 from laid.training.step import forward_backward, lesson_of
 from laid.training.student import compute_in, make_trainable
@@ -54,6 +63,7 @@ MEMBERS = {size: f"Qwen/Qwen2.5-VL-{size}-Instruct" for size in ("32B", "7B", "3
 LENGTHS, LONGEST, CHUNK = (1_800, 7_400, 35_000), 53_000, 8_192
 TOY_LENGTHS, TOY_LONGEST, TOY_CHUNK = (48, 96, 192), 256, 64
 PACKED = 9  # samples of the shortest length in one pass
+PHOTOGRAPHS = 256  # read for the first time, in passes of 64
 SELF_EXTEND = {"group": 4, "window": 1024}  # as configs/paper.yaml
 IMAGE_POSITIONS = 24  # of a photograph
 BATCH = 8  # samples of an optimiser step
@@ -73,7 +83,8 @@ PAPER_HOURS = {"7B": 296, "3B": 172}  # A800-hours
 
 @dataclass
 class Case:
-    """kind: teacher, train, lora (with packed_ before them: PACKED samples), read or extend. Measured: seconds of one pass, of the optimiser's step, peak bytes."""
+    """kind: teacher, train, lora (with packed_ before them: PACKED samples), read, extend or images. Measured: seconds of one
+    pass, of the optimiser's step, peak bytes. images: photographs in it, where there are any to be decoded."""
 
     kind: str
     member: str
@@ -84,6 +95,7 @@ class Case:
     peak: int = 0
     note: str = ""
     rate: float = field(default=0.0)  # FLOP/s
+    images: int = 0
 
     @property
     def samples(self) -> int:
@@ -99,6 +111,7 @@ class Case:
             "packed_lora": f"training, LoRA, {PACKED} packed",
             "read": "reading",
             "extend": "reading, SelfExtend",
+            "images": f"{self.images} photographs",
         }
         return f"{self.member} {what[self.kind]}"
 
@@ -111,6 +124,7 @@ class Bench:
         self.dtype = "float32" if device == "cpu" else "bfloat16"
         self.lengths = TOY_LENGTHS if toy else LENGTHS
         self.longest, self.chunk = (TOY_LONGEST, TOY_CHUNK) if toy else (LONGEST, CHUNK)
+        self.photographs, self.visual_of_image = (4, 4) if toy else (PHOTOGRAPHS, VISUAL)
         self.configs = {m: toy_config(m) if toy else published_config(name) for m, name in MEMBERS.items()}
         self.kinds = ("train", "lora") if importlib.util.find_spec("peft") else ("train",)
         self.methods = {
@@ -132,6 +146,13 @@ class Bench:
             return teacher_pass(config, [-1], self.dtype, 1, tokens, visual)
         if kind in ("read", "extend"):
             return reading(config, self.dtype, 1, tokens, visual, self.chunk, keep=True)
+        if kind == "images":
+            model, size = meta_model(config, self.dtype), getattr(torch, self.dtype).itemsize
+            count, each = self.photographs, self.visual_of_image
+            weights = sum(p.nbytes for p in vision_tower(model).parameters())
+            activations = pass_bytes(config, min(64, count), each, size)
+            held = Counter(weights=weights, activations=activations)
+            return Cost({"": held}, linear=round(count * image_flops(model, each)))
         method = self.methods[kind.removeprefix("packed_")]
         cost = training_step(config, self.configs["32B"], method, self.training, tokens, visual)
         if kind.startswith("packed_"):  # each attends to itself alone
@@ -149,6 +170,8 @@ class Bench:
                 yield Case(packed, member, together, self.plan(packed, member, together))
             for kind in ("read", "extend"):
                 yield Case(kind, member, self.longest, self.plan(kind, member, self.longest))
+        seen = round(self.photographs * self.visual_of_image)
+        yield Case("images", "3B", seen, self.plan("images", "3B", seen), images=self.photographs)
         for tokens in self.lengths:
             yield Case("teacher", "32B", tokens, self.plan("teacher", "32B", tokens))
         yield Case("read", "32B", self.longest, self.plan("read", "32B", self.longest))
@@ -159,6 +182,8 @@ class Bench:
         model = meta_model(config, self.dtype, device=self.device)
         if kind.endswith(("train", "lora")):
             work = Training(self, model, kind)
+        elif kind == "images":
+            work = Photographs(self, model)
         else:
             work = Pass(self, model, kind)
         for case in cases:
@@ -223,6 +248,34 @@ class Pass:
 
         case.seconds = self.bench.timed(work)
         case.peak = self.bench.peak(work, [*self.model.parameters(), *self.model.buffers(), *given])
+
+
+class Photographs:
+    """JPEG files of 640 x 480 pixels and noise, decoded, resized and shown to the vision tower, each for the first time."""
+
+    def __init__(self, bench: Bench, model: nn.Module):
+        self.bench, self.model = bench, model
+        self.processor = build_processor(["thing"], round(784 * bench.visual_of_image))
+        ids = self.processor.encoder
+        model.config.image_token_id = ids.pad_id
+
+    def __call__(self, case: Case) -> None:
+        noise = np.random.default_rng(0)
+        with tempfile.TemporaryDirectory() as folder:
+            for number in range(case.images):
+                blocks = noise.integers(0, 256, (60, 80, 3), dtype=np.uint8)
+                photograph = Image.fromarray(blocks).resize((640, 480), Image.Resampling.BICUBIC)
+                photograph.save(Path(folder) / f"{number}.jpg", quality=90)
+            names = [f"{number}.jpg" for number in range(case.images)]
+
+            def work():
+                features = ImageFeatures(self.model, self.processor, lambda name: Path(folder) / name)
+                features.prepare(names)
+
+            case.seconds = self.bench.timed(work, most=2)
+            standing = [*self.model.parameters(), *self.model.buffers()]
+            unseen = sum(t.nbytes for t in standing) - case.plan.peak["weights"]
+            case.peak = self.bench.peak(work, standing) - unseen
 
 
 class CachedTeacher:
@@ -397,6 +450,13 @@ def report(bench: Bench, cases: list[Case], gpu: Gpu | None, device: str, spent:
         ),
         "",
     ]
+    for case in cases:
+        if case.images and case.seconds:
+            what = "decoding, resizing and vision tower, nothing kept before"
+            notes += [
+                f"Images: {case.images / case.seconds:,.0f} a second on {os.cpu_count()} CPU cores ({what}).",
+                "",
+            ]
     if "lora" not in bench.kinds:
         notes += ["LoRA is left out: peft is not installed.", ""]
     if not bench.toy:
@@ -440,7 +500,7 @@ def measure(bench: Bench, room: int, budget: float) -> tuple[list[Case], float]:
     return cases, time.perf_counter() - start
 
 
-def main() -> int:
+def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -450,7 +510,7 @@ def main() -> int:
     )
     parser.add_argument("--write", action="store_true", help=f"put the report into {RESULTS.name}")
     parser.add_argument("--json", type=Path, help="also write plain numbers here")
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     warnings.simplefilter("ignore")
     if not args.toy and not torch.cuda.is_available():
         parser.error("no CUDA GPU here; --toy runs the same cases at toy size on the CPU")

@@ -1,9 +1,10 @@
 """`laid plan` as its user meets it: the table, what it refuses, what it advises, and whether the advice is right."""
 
+import importlib
 import io
 import json
-import subprocess
-import sys
+import re
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from laid.plan.estimate import Estimator
 from laid.plan.fit import refusal, ways_out
 from laid.plan.gpus import GIB, GPUS
 from laid.plan.jobs import jobs_of, need_of
+from laid.plan.speed import SHARES, share_of_peak
 from laid.plan.table import job_tables, record
 from laid.results.render import column_parts, rich_table
 from laid.settings import load, merge
@@ -89,8 +91,10 @@ def test_the_paper_offline_as_typed(plan):
     by_hand = 8 * layers * laid["tokens"]
     assert laid["tokens"] == pytest.approx(50_000 * (51 + 11 * 347.4))
     assert by_hand < laid["flop"] < 1.5 * by_hand
-    hours = laid["flop"] / (312e12 * 0.4 * laid["devices"]) / 3600
-    assert laid["hours"]["A800-80GB"] == pytest.approx(hours, rel=1e-3)
+    # Passes of two questions, some 16,000 tokens: half way from 0.337 at 7,400 to 0.434 at 35,000, by their logarithms.
+    assert laid["share_of_peak"] == pytest.approx(0.385, abs=0.003)
+    hours = (20 + laid["flop"] / (312e12 * laid["share_of_peak"] * laid["devices"])) / 3600
+    assert laid["hours"]["A800-80GB"] == pytest.approx(hours, rel=2e-3)
     teacher = jobs["evaluate", "qwen32b", "base", 150]
     assert teacher["memory"]["weights"] == pytest.approx(2 * 33_452_718_336, rel=1e-4)
     assert teacher["memory"]["cache"] == pytest.approx(
@@ -99,6 +103,8 @@ def test_the_paper_offline_as_typed(plan):
     features = jobs["features", "qwen3b", ""]  # one pass over the distinct images, kept in bfloat16
     images = features["disk_bytes"] / (345.4 * 2048 * 2)
     assert 40_000 < images < 60_000 and features["flop"] > 0
+    assert features["images"] == pytest.approx(images, rel=1e-4) and laid["images"] == 0
+    assert features["hours"]["A800-80GB"] == pytest.approx((20 + images / 13) / 3600, rel=1e-3)
     cache = jobs["teacher_cache", "qwen32b", ""]
     assert cache["disk_bytes"] == pytest.approx(cache["tokens"] * 48 * 128 * 2 + 5000 * 2 * 152064 * 4)
 
@@ -176,14 +182,39 @@ def test_tables_fit_a_terminal(tight):
 
 
 def test_a_large_model_is_laid_over_the_gpus_of_its_job(tight):
-    """Two GPUs hold half of the weights each, and work in turn: memory is shared, hours are not."""
+    """Two GPUs hold half of the weights, keys and values each, and compute at once."""
     estimator, jobs = tight
     job = next(job for job in jobs if (job.rule, job.student) == ("evaluate", "qwen7b"))
     assert job.need.memory["weights"] > 0.5 * SMALL_GPU.gib * GIB
     two = estimator.config.changed({"resources": {"evaluate": {"gpu": 2}}})
     need = need_of(estimator.under(two), SMALL_GPU, "evaluate", "qwen7b", "base", job.sizes)
     assert need.memory["weights"] == pytest.approx(job.need.memory["weights"] / 2, rel=0.1)
-    assert (need.flops, need.devices) == (job.need.flops, 1)
+    assert need.memory["cache"] == job.need.memory["cache"] // 2
+    assert (need.flops, need.devices) == (job.need.flops, 2)
+
+
+def test_shares_of_peak_are_those_measured():
+    """The table of bench/GPU.md's entry that laid.plan.speed names."""
+    text = (
+        (TOP / "bench/GPU.md")
+        .read_text(encoding="utf-8")
+        .partition("commit a2fbb0a")[2]
+        .partition("\n## ")[0]
+    )
+    rows = re.findall(r"^\| (\d+)B (.+?) \| ([\d,]+) \|.*?\| ([\d.]+) % \|", text, re.MULTILINE)
+    kinds = {
+        "LoRA step": "lora",
+        "reading": "read",
+        "step, all weights": "train",
+        "teacher's pass": "teacher",
+    }
+    found = {}
+    for size, what, tokens, share in rows:
+        found.setdefault((kinds[what], int(size)), {})[int(tokens.replace(",", ""))] = float(share) / 100
+    names = {3.75e9: 3, 8.29e9: 7, 33.5e9: 32}
+    said = {(kind, names[size]): by for kind, sizes in SHARES.items() for size, by in sizes.items()}
+    assert said == {key: pytest.approx(by) for key, by in found.items()} and len(rows) == 14
+    assert share_of_peak("teacher", 8_000_000_000, 100) == 0.525  # shorter than any; of the only model
 
 
 @pytest.mark.parametrize(
@@ -204,21 +235,25 @@ def test_wrong_words_are_one_line(plan, words, says):
     )
 
 
-def test_the_benchmark_runs_at_toy_size(tmp_path):
-    """bench/gpu.py as a process of its own: every case is measured, and the plan is within 15 % of every peak."""
-    done = subprocess.run(
-        [sys.executable, TOP / "bench/gpu.py", "--toy", "--json", tmp_path / "toy.json"],
-        capture_output=True, text=True, check=False, timeout=600,
-        env={"PYTHONPATH": str(TOP / "src"), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", "HOME": str(tmp_path)},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
+def test_the_benchmark_runs_at_toy_size(tmp_path, capsys, monkeypatch):
+    """bench/gpu.py: every case is measured, the plan is within 15 % of every peak, and the entry says where, when and what."""
+    monkeypatch.syspath_prepend(TOP / "bench")
+    bench = importlib.import_module("gpu")
+    monkeypatch.setattr(bench, "RESULTS", tmp_path / "GPU.md")
+    with warnings.catch_warnings():
+        assert bench.main(["--toy", "--write", "--json", str(tmp_path / "toy.json")]) == 0
+    entry = (tmp_path / "GPU.md").read_text()
+    assert re.search(r"^## Toy size, CPU$", entry, re.MULTILINE)
+    assert f"Commit {bench.commit()}, torch" in entry and re.search(r"; 20\d\d-\d\d-\d\d; ", entry)
+    assert re.search(r"^Images: [\d,]+ a second on \d+ CPU cores", entry, re.MULTILINE)
     cases = json.loads((tmp_path / "toy.json").read_text())["cases"]
     assert {(c["kind"], c["member"]) for c in cases} == {
-        ("teacher", "32B"), ("read", "32B"),
+        ("teacher", "32B"), ("read", "32B"), ("images", "3B"),
         *((kind, member) for kind in ("train", "packed_train", "lora", "packed_lora", "read", "extend")
           for member in ("7B", "3B")),
     }  # fmt: skip
     for case in cases:
         assert case["seconds"] > 0 and not case["note"], case
-        assert case["planned"] == pytest.approx(case["peak"], rel=0.15), case
-    assert "planned / measured" in done.stdout
+        if case["kind"] != "images":  # planned in closed form, for towers of the published width
+            assert case["planned"] == pytest.approx(case["peak"], rel=0.15), case
+    assert "planned / measured" in capsys.readouterr().out

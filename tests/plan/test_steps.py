@@ -217,12 +217,17 @@ def test_teacher_pass(teacher):
     assert cost.bytes - cost.peak["weights"] - given == pytest.approx(peak_bytes(one_pass), rel=0.15)
 
 
-@pytest.mark.parametrize("what", ["step", "autocast", "sharded", "teacher", "read"])
+@pytest.mark.parametrize("what", ["step", "autocast", "words", "sharded", "teacher", "read"])
 def test_depth_is_extrapolated_to_the_byte(student, teacher, what, monkeypatch):
-    """Eight layers from four and six, against all eight rehearsed."""
-    deep = copy.deepcopy(student)
+    """Eight layers from four and six, against all eight rehearsed.
+
+    words: so many that few layers are the most at their gradient, more layers at the end of the forward pass.
+    """
+    deep, layers = copy.deepcopy(student), 16 if what == "words" else 8
     text = deep.get_text_config()
-    text.num_hidden_layers, text.layer_types = 8, [text.layer_types[0]] * 8
+    text.num_hidden_layers, text.layer_types = layers, [text.layer_types[0]] * layers
+    if what == "words":
+        text.vocab_size = 4096
     method = TrainedMethod(**METHODS["laid"] | {"alignment": {"pairs": [[7, -1], [0, 0]]}})
 
     def rehearse():
@@ -231,6 +236,9 @@ def test_depth_is_extrapolated_to_the_byte(student, teacher, what, monkeypatch):
         if what in ("autocast", "sharded"):
             low, sharded = settings(True, dtype="bfloat16"), what == "sharded"
             return steps.training_step(deep, teacher, method, low, TOKENS, VISUAL, sharded=sharded)
+        if what == "words":
+            low = settings(True, dtype="bfloat16")
+            return steps.training_step(deep, teacher, TrainedMethod(), low, *FEW["bfloat16"])
         if what == "teacher":
             return steps.teacher_pass(deep, [7], "bfloat16", 2, TOKENS, VISUAL)
         return steps.reading(deep, "bfloat16", 2, TOKENS, VISUAL, 200, keep=True)
@@ -238,7 +246,8 @@ def test_depth_is_extrapolated_to_the_byte(student, teacher, what, monkeypatch):
     quick = rehearse()
     monkeypatch.setattr(steps, "DEPTHS", (4, 99))
     whole = rehearse()
-    assert quick == whole and quick.bytes > 0
+    assert quick.peak == whole.peak and quick.bytes > 0
+    assert (quick.flops, quick.trained) == (whole.flops, whole.trained)
 
 
 def test_flops_by_hand(teacher):
@@ -253,12 +262,9 @@ def test_flops_by_hand(teacher):
     assert keys == 2 * 28 * 4 * 128 * 2 * tokens
 
 
-def test_a_longer_prompt_costs_more_memory_and_a_checkpoint_less(teacher):
-    config = published_config("Qwen/Qwen2.5-VL-3B-Instruct")
-    method = TrainedMethod()
-
+def test_a_longer_prompt_costs_more_memory_and_a_checkpoint_less(student, teacher):
     def peak(tokens, checkpointing):
-        training = settings(checkpointing, dtype="bfloat16").changed({"per_device_batch": 1})
-        return steps.training_step(config, teacher, method, training, tokens, tokens - 50).bytes
+        training = settings(checkpointing)
+        return steps.training_step(student, teacher, TrainedMethod(), training, tokens, tokens - 50).bytes
 
     assert peak(4000, True) < peak(8000, True) < peak(8000, False)

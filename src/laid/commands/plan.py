@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     settings = load(args.config)
     given = settings.plan
     utilisation = given.utilisation if args.utilisation is None else args.utilisation
-    if not 0 < utilisation <= 1:
+    if utilisation is not None and not 0 < utilisation <= 1:
         raise LaidError(f"--utilisation {utilisation:g}: a share of peak, above 0 and at most 1")
     gpu = gpu_named(args.gpu or given.gpu)
     others = [gpu_named(name) for name in given.compare]

@@ -39,6 +39,8 @@ class Need:
 
     longest: tokens of the longest prompt expected. tokens: read in the whole job, every pass counted. flops: of the
     whole job. memory: peak bytes on one device, by part. disk: bytes it leaves. devices: that share the work.
+    kind: of its passes (laid.plan.speed). together: tokens of an average pass. images: that it decodes and shows the vision
+    tower; seeing: FLOPs of that, among flops.
     """
 
     parameters: int
@@ -50,6 +52,10 @@ class Need:
     memory: Counter = field(default_factory=Counter)
     disk: float = 0.0
     devices: int = 1
+    kind: str = "read"
+    together: float = 0.0
+    images: float = 0.0
+    seeing: float = 0.0
 
     @property
     def bytes(self) -> int:
@@ -140,8 +146,9 @@ class Estimator:
         cost = self._once(
             name, teacher_pass, member.config, layers, dtype, batch, longest, visual, self.attention
         )
-        need = Need(member.parameters, dtype, longest)
+        need = Need(member.parameters, dtype, longest, kind="teacher")
         sizes = range(asked.min_size, asked.max_size + 1)
+        need.together = batch * self.lengths.prompt(_mean(sizes))
         need.memory += cost.peak
         self._prompts(need, cost, batch, longest, [(n, asked.questions / len(sizes)) for n in sizes], extra=1)
         self._images(need, member, "train", asked.questions * _mean(sizes), BATCH)
@@ -160,10 +167,11 @@ class Estimator:
         images = self.lengths.distinct("train", train.questions * mean)
         images += self.lengths.distinct("test", test.questions * sum(test.sizes))
         visual, need = self.lengths.visual, Need(member.parameters, c.evaluation.dtype)
-        size = _size(need.dtype)
+        size = size_of(need.dtype)
         need.memory["weights"] = parameters(tower(member.model)) * size
         need.memory["activations"] = pass_bytes(member.config, BATCH, visual, size)
-        need.flops = images * image_flops(member.model, visual)
+        need.images = images
+        need.flops = need.seeing = images * image_flops(member.model, visual)
         need.disk = images * visual * member.hidden * size
         return need
 
@@ -177,11 +185,14 @@ class Estimator:
         longest, visual = self.lengths.longest(asked.max_size)
         longest += 1
         devices = max(1, c.resources.train.gpu)
-        need = Need(member.parameters, settings.dtype, longest)
+        need = Need(member.parameters, settings.dtype, longest, kind="lora" if m.lora else "train")
+        sizes = range(asked.min_size, asked.max_size + 1)
+        need.together = batch * self.lengths.prompt(_mean(sizes))
         if settings.tokens_per_pass:  # rehearsed as one sample as long as all that a pass may hold
             together = -(-settings.batch_size // devices) * longest
             held = max(batch * longest, min(settings.tokens_per_pass, together)) // batch
             visual, longest = visual * held // longest, held
+            need.together = batch * held
         alike = [m.lora, m.gain, m.alignment]
         alike = [*plain(alike), m.dilution.reach > 0, [p for p in PARTS if objective.needs(p)]]
         sharded = devices > 1 and settings.parallel != "ddp"
@@ -193,12 +204,12 @@ class Estimator:
         steps = round((m.epochs or settings.epochs) * (asked.questions // settings.batch_size))
         samples = max(1, steps) * settings.batch_size
         need.trained, need.devices = cost.trained, devices
-        sizes = range(asked.min_size, asked.max_size + 1)
         need.memory += cost.peak
         self._prompts(need, cost, batch, longest, [(n, samples / len(sizes)) for n in sizes], extra=1)
         seen = samples * _mean(sizes)
         if settings.train_vision:  # in the step, forward and backward; the memory is the rehearsed step's
             passes = 4 if settings.gradient_checkpointing else 3
+            need.images = seen
             need.flops += seen * passes * image_flops(member.model, self.lengths.visual)
         else:
             self._images(need, member, "train", seen, min(BATCH, batch * asked.max_size))
@@ -207,7 +218,7 @@ class Estimator:
         written = need.trained if m.lora else member.parameters
         # Weights and the optimiser's two moments.
         kept = 3 * need.trained if settings.checkpoint_minutes else 0
-        need.disk = written * _size(settings.dtype) + kept * 4
+        need.disk = written * size_of(settings.dtype) + kept * 4
         return need
 
     def evaluate(self, student: str, method: str, sizes: Iterable[int]) -> Need:
@@ -272,7 +283,7 @@ class Estimator:
         draws: images asked for over the job. at_once: images in one pass of the tower. Features are kept up to
         evaluation.feature_cache_gb; where not all can be, an image not kept is computed again whenever asked for.
         """
-        visual, size = self.lengths.visual, _size(need.dtype)
+        visual, size = self.lengths.visual, size_of(need.dtype)
         distinct = self.lengths.distinct(pool, draws)
         each = visual * member.hidden * size
         kept = min(distinct, self.config.evaluation.feature_cache_gb * GIB / each)
@@ -280,7 +291,9 @@ class Estimator:
         if self.config.evaluation.keep_features:  # read from disk
             need.memory["features"] = int(kept * each)
             return
-        need.flops += passes * image_flops(member.model, visual)
+        need.images = passes
+        need.seeing = passes * image_flops(member.model, visual)
+        need.flops += need.seeing
         # The tower runs before the language model does: what stands then is there, what the other pass makes is not.
         seeing = Counter({p: need.memory[p] for p in STANDING})
         seeing["activations"] = pass_bytes(member.config, min(at_once, distinct), visual, size)
@@ -296,7 +309,7 @@ def shard(need: Need, member: Member, adapter: bool, vision: bool = False) -> No
     gradients of one go out in float32, those of the output wait for the end. At the end of backward: the gradients of
     all that is no layer's go out, as a copy in float32 and the piece that comes back. adapter: only LoRA is trained.
     """
-    text, size = text_model(member.model), _size(need.dtype)
+    text, size = text_model(member.model), size_of(need.dtype)
     layer = parameters(text.layers[0])
     seen = parameters(tower(member.model))
     rest = member.parameters - seen - layer * len(text.layers)
@@ -319,7 +332,8 @@ def shard(need: Need, member: Member, adapter: bool, vision: bool = False) -> No
     need.memory = max(need.memory, last, key=_total)
 
 
-def _size(dtype: str) -> int:
+def size_of(dtype: str) -> int:
+    """Bytes of a number."""
     return getattr(torch, dtype).itemsize
 
 

@@ -7,9 +7,12 @@ from dataclasses import dataclass
 
 from laid.distill.objective import Objective
 from laid.models.decoder import geometry
-from laid.models.loading import SPREAD
-from laid.plan.estimate import Estimator, Need
+from laid.models.loading import SPREAD, parameters
+from laid.models.parallel import processes
+from laid.plan.estimate import Estimator, Need, size_of
 from laid.plan.gpus import GIB, Gpu
+from laid.plan.speed import IMAGES, START, share_of_peak
+from laid.plan.vision import tower
 from laid.results.needed import needed, needed_beyond
 from laid.settings import Settings, TrainedMethod
 
@@ -40,11 +43,18 @@ class Job:
         """Devices that are taken while it runs: those it uses, and those reserved beside."""
         return max(self.need.devices, self.reserved)
 
-    def hours(self, gpu: Gpu, utilisation: float) -> float:
-        """Of one job, on its devices, at that share of peak."""
-        return self.need.flops / (gpu.rate(self.need.dtype) * utilisation * self.need.devices) / 3600
+    @property
+    def share(self) -> float:
+        """Of a GPU's peak, as jobs of its kind were measured."""
+        return share_of_peak(self.need.kind, self.need.parameters, self.need.together)
 
-    def gpu_hours(self, gpu: Gpu, utilisation: float) -> float:
+    def hours(self, gpu: Gpu, utilisation: float | None) -> float:
+        """Of one job, on its devices, at that share of peak (None: the measured one), starting and images included."""
+        need = self.need
+        rate = gpu.rate(need.dtype) * (utilisation or self.share) * need.devices
+        return (START + need.images / IMAGES + (need.flops - need.seeing) / rate) / 3600
+
+    def gpu_hours(self, gpu: Gpu, utilisation: float | None) -> float:
         """Of all jobs like it."""
         return self.count * self.devices * self.hours(gpu, utilisation)
 
@@ -99,13 +109,20 @@ def need_of(
         # A cell of a trained method answers with one model per seed, one after the other.
         trained = isinstance(estimator.config.methods[method], TrainedMethod)
         runs = estimator.config.seeds if trained else 1
-        need.flops, need.tokens, need.disk = need.flops * runs, need.tokens * runs, need.disk * runs
+        for part in ("flops", "tokens", "disk", "images", "seeing"):
+            setattr(need, part, getattr(need, part) * runs)
     gpus = getattr(estimator.config.resources, rule).gpu
     if gpus > 1 and need.memory["weights"] > SPREAD * gpu.gib * GIB:
-        # Layers, and their keys and values, lie on one GPU or another and work in turn; a layer may be one too many.
-        depth = geometry(estimator.members[student].config).layers
-        for part in ("weights", "cache"):
-            need.memory[part] = int(need.memory[part] * (1 / gpus + 1 / depth))
+        member = estimator.members[student]
+        need.devices = processes(member.config, gpus)
+        if need.devices > 1:  # a share of everything but the vision tower, which each has whole
+            whole = {"weights": parameters(tower(member.model)) * size_of(need.dtype), "cache": 0}
+            for part, kept in whole.items():
+                need.memory[part] = kept + (need.memory[part] - kept) // need.devices
+        else:  # Layers, and their keys and values, lie on one GPU or another and work in turn; a layer may be one too many.
+            depth = geometry(member.config).layers
+            for part in ("weights", "cache"):
+                need.memory[part] = int(need.memory[part] * (1 / gpus + 1 / depth))
     return need
 
 

@@ -42,22 +42,31 @@ PARTS = ("weights", "gradients", "optimizer", "activations", "teacher", "cache",
 class Cost:
     """What was rehearsed.
 
-    peak: bytes alive at the worst moment, by part (PARTS). linear, attention: FLOPs of matrix products and of attention,
-    half of tokens x tokens where it is causal. trained: weights that an optimiser changes.
+    stages: of each stretch of the pass, bytes alive at its worst moment, by part (PARTS). linear, attention: FLOPs of matrix
+    products and of attention, half of tokens x tokens where it is causal. trained: weights that an optimiser changes.
     """
 
-    peak: Counter = field(default_factory=Counter)
+    stages: dict[str, Counter] = field(default_factory=dict)
     linear: int = 0
     attention: int = 0
     trained: int = 0
 
     @property
+    def peak(self) -> Counter:
+        """Bytes by part at the worst moment of all."""
+        return max(self.stages.values(), key=_total, default=Counter())
+
+    @property
     def bytes(self) -> int:
-        return sum(self.peak.values())
+        return _total(self.peak)
 
     @property
     def flops(self) -> int:
         return self.linear + self.attention
+
+
+def _total(memory: Counter) -> int:
+    return sum(memory.values())
 
 
 class Rehearsal(TorchDispatchMode):
@@ -68,6 +77,8 @@ class Rehearsal(TorchDispatchMode):
         self.cost = Cost()
         self.live: Counter = Counter()
         self.part = "activations"  # of what appears now
+        self.stage = ""  # of the pass, in which it appears
+        self._most: Counter = Counter()  # bytes, by stage
         self._part_of: dict[int, str] = {}  # a storage's number -> its part
 
     def add(self, tensor: Tensor, part: str | None = None) -> None:
@@ -83,8 +94,32 @@ class Rehearsal(TorchDispatchMode):
             self._part_of[number] = part
             self.live[before] -= size
             self.live[part] += size
-        if sum(self.live.values()) > self.cost.bytes:
-            self.cost.peak = Counter(self.live)
+        held = _total(self.live)
+        if held > self._most[self.stage]:
+            self._most[self.stage] = held
+            self.cost.stages[self.stage] = Counter(self.live)
+
+    def follow(self, text: nn.Module) -> None:
+        """Tell apart what lies before, in and behind the pass of the decoder `text`, and the same of its backward pass.
+
+        The worst moment of each lies in the same layer whatever the depth; which is the worst of all may change with it.
+        """
+
+        def enter(stage: str) -> None:
+            self.stage = stage
+
+        def before(_text, _args, kwargs):
+            enter("forward")
+            if kwargs["inputs_embeds"].requires_grad:
+                kwargs["inputs_embeds"].register_hook(lambda _: enter("backward of what is before"))
+
+        def after(_text, _args, output):
+            enter("losses")
+            if output.last_hidden_state.requires_grad:
+                output.last_hidden_state.register_hook(lambda _: enter("backward"))
+
+        text.register_forward_pre_hook(before, with_kwargs=True)
+        text.register_forward_hook(after)
 
     def part_of(self, tensor: Tensor) -> str | None:
         """Which part a tensor's storage counts as; None where it is not counted."""

@@ -2,8 +2,9 @@
 
 Each runs the project's own code (laid.training.step, laid.training.teacher, laid.models.forward) on the meta device.
 
-All layers of a decoder are alike, so that bytes and FLOPs are affine in their number: a deep model is rehearsed with
-DEPTHS layers and extrapolated. Not where gradients appear during the pass: the worst moment may then be another one.
+All layers of a decoder are alike, so that bytes of each stage and FLOPs are affine in their number: a deep model is rehearsed
+with DEPTHS layers and extrapolated. Not where gradients appear during the pass: the worst moment of its backward stage
+may then be another one.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from transformers import PreTrainedConfig
 from laid.distill.distillation import TeacherOutputs
 from laid.errors import LaidError
 from laid.models.attention import cache_for
-from laid.models.decoder import geometry, layer_indices, vision_tower
+from laid.models.decoder import geometry, layer_indices, text_model, vision_tower
 from laid.models.forward import Batch, last_logits
 from laid.plan.rehearsal import Cost, Rehearsal, as_if_real, rehearse
 from laid.plan.shapes import meta_model
@@ -54,8 +55,13 @@ def by_depth(
     def there(x: float, y: float) -> int:
         return round(y + (full - high) * (y - x) / (high - low))
 
-    peak = Counter({part: there(a.peak[part], b.peak[part]) for part in b.peak})
-    return Cost(peak, there(a.linear, b.linear), there(a.attention, b.attention), there(a.trained, b.trained))
+    stages = {
+        stage: Counter({part: there(a.stages[stage][part], held[part]) for part in held})
+        for stage, held in b.stages.items()
+    }
+    return Cost(
+        stages, there(a.linear, b.linear), there(a.attention, b.attention), there(a.trained, b.trained)
+    )
 
 
 def _with_layers(config: PreTrainedConfig, count: int) -> PreTrainedConfig:
@@ -210,6 +216,7 @@ def _training_step(student, teacher, method, training, tokens, visual, attention
             see_images(model, inputs, batch * images, order)
         with rehearse() as rehearsal:
             served.rehearsal = rehearsal
+            rehearsal.follow(text_model(model))
             hold_weights(rehearsal, model)
             for master in masters:
                 rehearsal.add(master, "weights")

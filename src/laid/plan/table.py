@@ -11,6 +11,7 @@ from laid.plan.estimate import Estimator
 from laid.plan.gpus import GIB, USABLE, Gpu
 from laid.plan.jobs import Job
 from laid.plan.rehearsal import PARTS
+from laid.plan.speed import IMAGES, START
 from laid.results.render import Entry, Table
 
 PAPER = {"7B": 74, "3B": 43}  # hours on 4 x A800 80 GB (arXiv 2512.21576)
@@ -40,7 +41,7 @@ def _name(job: Job) -> str:
     return job.label.split(" ")[0]
 
 
-def job_tables(jobs: Sequence[Job], gpu: Gpu, utilisation: float, estimator: Estimator) -> list[Table]:
+def job_tables(jobs: Sequence[Job], gpu: Gpu, utilisation: float | None, estimator: Estimator) -> list[Table]:
     """What every job does and what memory it takes, one row per job in both, like ones together.
 
     Two tables, because all columns side by side are wider than any terminal.
@@ -99,7 +100,7 @@ def job_tables(jobs: Sequence[Job], gpu: Gpu, utilisation: float, estimator: Est
     sources = "; ".join(f"{name} {m.source}" for name, m in estimator.members.items())
     notes = [
         "Hours, longest prompt, tokens, FLOP and disk of one job; GPU-hours of all jobs of the row, GPUs that wait for one another counted.",
-        f"Hours on {gpu.name} at {utilisation:.0%} of its peak.",
+        f"Hours on {gpu.name}: {_speed(utilisation)}.",
         "Size: weights. FLOP: matrix products and attention, causal attention at half.",
         f"Tokens: {estimator.lengths.visual:g} visual ones an image; longest prompt: three standard deviations above.",
         *many,
@@ -114,7 +115,13 @@ def job_tables(jobs: Sequence[Job], gpu: Gpu, utilisation: float, estimator: Est
     ]
 
 
-def gpu_table(jobs: Sequence[Job], gpus: Sequence[Gpu], utilisation: float) -> Table:
+def _speed(utilisation: float | None) -> str:
+    """What hours are made of, in words."""
+    at = f"{utilisation:.0%} of peak" if utilisation else "the shares of peak that one H100 reached"
+    return f"at {at}, {START:g} s to start each job, {IMAGES:g} images a second where they are first read"
+
+
+def gpu_table(jobs: Sequence[Job], gpus: Sequence[Gpu], utilisation: float | None) -> Table:
     """GPU-hours of each stage on each GPU."""
     header = ["GPU", "Usable GiB", "Peak TFLOP/s", "Jobs that do not fit", *STAGES, "GPU-hours in all"]
     rows = []
@@ -124,11 +131,13 @@ def gpu_table(jobs: Sequence[Job], gpus: Sequence[Gpu], utilisation: float) -> T
         unfit = sum(job.count for job in on_gpu if job.need.bytes > gpu.usable)
         texts = [gpu.name, _number(gpu.usable / GIB), f"{gpu.half:g}", str(unfit), *map(_number, hours)]
         rows.append([Entry(text) for text in (*texts, _number(sum(hours)))])
-    note = f"At {utilisation:.0%} of peak: an assumption (plan.utilisation), to be replaced by what bench/gpu.py measures."
+    note = f"{_speed(utilisation).capitalize()} (plan.utilisation; bench/GPU.md)."
     return Table("gpus", "GPU-hours of all jobs", header, rows, [note], names=1)
 
 
-def paper_table(jobs: Sequence[Job], gpu: Gpu, utilisation: float, labels: dict[str, str]) -> Table | None:
+def paper_table(
+    jobs: Sequence[Job], gpu: Gpu, utilisation: float | None, labels: dict[str, str]
+) -> Table | None:
     """The paper's hours of LAid beside ours, where its students are planned."""
     teacher = sum(j.gpu_hours(gpu, utilisation) for j in jobs if j.rule == "teacher_cache")
     rows, sums = [], [0.0, 0.0]
@@ -148,7 +157,7 @@ def paper_table(jobs: Sequence[Job], gpu: Gpu, utilisation: float, labels: dict[
     notes = [
         "The paper: about 74 h (7B) and 43 h (3B) on 4 x A800 80 GB = 296 + 172 A800-hours.",
         "It does not say whether the teacher ran in every epoch; here it runs once and its answers are kept.",
-        f"The plan takes {utilisation:.0%} of peak for granted and knows no time but that of matrix products.",
+        "The plan leaves out sending between GPUs.",
     ]
     return Table(
         "paper", "Beside the paper", header, [[Entry(t) for t in row] for row in rows], notes, names=1
@@ -156,7 +165,7 @@ def paper_table(jobs: Sequence[Job], gpu: Gpu, utilisation: float, labels: dict[
 
 
 def record(
-    jobs: Sequence[Job], gpus: Sequence[Gpu], utilisation: float, refusals: Sequence[str]
+    jobs: Sequence[Job], gpus: Sequence[Gpu], utilisation: float | None, refusals: Sequence[str]
 ) -> dict[str, Any]:
     """The plan as JSON: every job with plain numbers (bytes, FLOP, hours)."""
     return {
@@ -177,6 +186,8 @@ def record(
                 "longest_tokens": job.need.longest,
                 "tokens": round(job.need.tokens),
                 "flop": round(job.need.flops),
+                "images": round(job.need.images),
+                "share_of_peak": round(utilisation or job.share, 3),
                 "memory": {part: int(size) for part, size in job.need.memory.items() if size},
                 "peak_bytes": job.need.bytes,
                 "has_bytes": job.has,

@@ -55,6 +55,6 @@ class Plan(Section):
     """The GPU that jobs run on, by its name in laid.plan.gpus; the default is the paper's. Jobs without a GPU (`resources.<rule>.gpu: 0`) are checked against mem_mb."""
     compare: Distinct[str] = ["H100-80GB", "H200-141GB"]
     """Other GPUs whose hours are listed too."""
-    utilisation: Annotated[float, Field(gt=0, le=1)] = 0.4
-    """Share of the peak FLOP/s that jobs are assumed to reach."""
+    utilisation: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Share of the peak FLOP/s that jobs are assumed to reach; null: what each kind of pass reached on one H100 (bench/GPU.md)."""
     images: PlanImages = PlanImages()
