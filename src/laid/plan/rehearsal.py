@@ -99,10 +99,11 @@ class Rehearsal(TorchDispatchMode):
             self._most[self.stage] = held
             self.cost.stages[self.stage] = Counter(self.live)
 
-    def follow(self, text: nn.Module) -> None:
+    def follow(self, student: nn.Module, text: nn.Module) -> None:
         """Tell apart what lies before, in and behind the pass of the decoder `text`, and the same of its backward pass.
 
         The worst moment of each lies in the same layer whatever the depth; which is the worst of all may change with it.
+        student: the module whose pass is under autocast, which forgets its copies of weights at the end of it.
         """
 
         def enter(stage: str) -> None:
@@ -114,12 +115,13 @@ class Rehearsal(TorchDispatchMode):
                 kwargs["inputs_embeds"].register_hook(lambda _: enter("backward of what is before"))
 
         def after(_text, _args, output):
-            enter("losses")
+            enter("answers")
             if output.last_hidden_state.requires_grad:
                 output.last_hidden_state.register_hook(lambda _: enter("backward"))
 
         text.register_forward_pre_hook(before, with_kwargs=True)
         text.register_forward_hook(after)
+        student.register_forward_hook(lambda *_: enter("losses"))
 
     def part_of(self, tensor: Tensor) -> str | None:
         """Which part a tensor's storage counts as; None where it is not counted."""

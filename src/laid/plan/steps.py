@@ -216,7 +216,7 @@ def _training_step(student, teacher, method, training, tokens, visual, attention
             see_images(model, inputs, batch * images, order)
         with rehearse() as rehearsal:
             served.rehearsal = rehearsal
-            rehearsal.follow(text_model(model))
+            rehearsal.follow(lesson.student, text_model(model))
             hold_weights(rehearsal, model)
             for master in masters:
                 rehearsal.add(master, "weights")
