@@ -30,6 +30,7 @@ from laid.settings import (
     slice_json,
     validate,
 )
+from laid.settings.loading import look_at
 
 TOP = Path(__file__).resolve().parents[2]
 BASE = TOP / "config.yaml"
@@ -501,6 +502,31 @@ def test_mistakes_in_methods_and_their_names(tmp_path, text, said):
 )
 def test_what_yaml_can_say_and_settings_cannot(tmp_path, text, said):
     assert said in complaint(BASE, write(tmp_path, text + "\n"))
+
+
+@pytest.mark.parametrize("words", [["-n", "--configfile", "x.yaml"], ["--configfile=x.yaml"], ["-n"]])
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("seeds: !!int foo", "line 1: foo: no whole number"),
+        ("results: 2024-13-45", "Snakemake cannot read it: month must be in 1..12: put that value in quotes"),
+        ("a: =", "Snakemake cannot read it: could not determine a constructor"),
+        ("a: 0b_", "Snakemake cannot read it: invalid literal for int"),
+        ("__use_yte__: true", "__use_yte__: Snakemake would run what stands in this file"),
+        ("seeds: 1", None),
+    ],
+)
+def test_what_snakemake_would_stumble_over_is_said_before_it_reads(tmp_path, monkeypatch, words, text, said):
+    """profiles/default/config.yaml calls it with the words of `snakemake`, which reads config.yaml anyway."""
+    monkeypatch.chdir(tmp_path)
+    file = "x.yaml" if len(words) != 1 or "=" in words[0] else "config.yaml"
+    Path(file).write_text(text)
+    if said is None:
+        assert look_at(words) is None
+        return
+    with pytest.raises(SystemExit) as caught:
+        look_at(words)
+    assert caught.value.code.startswith(f"snakemake: error: {file}: {said}") and "\n" not in caught.value.code
 
 
 def test_numbers_and_dates_are_read_as_they_look(tmp_path):

@@ -5,14 +5,14 @@ from __future__ import annotations
 import difflib
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from laid.errors import LaidError
-from laid.io import dumps, sha256_json, write_text
+from laid.io import dumps, read_text, sha256_json, write_text
 from laid.settings.base import Section, merge, plain
 from laid.settings.reading import from_text, read_yaml
 from laid.settings.tree import Invalid, Settings
@@ -57,6 +57,41 @@ def _counted(sources: list[tuple]) -> list[tuple]:
     """The files from the last complete one on: nothing before it counts."""
     complete = [at for at, (_, values, _) in enumerate(sources) if values.get("complete") is True]
     return sources[complete[-1] :] if complete else sources
+
+
+def look_at(words: Sequence[str]) -> None:
+    """Exit, in one line, where one of the files that `snakemake` with these words will read cannot be read.
+
+    Its own reader would end in a traceback, and where aliases stand for billions of values, not at all.
+    """
+    files = [] if any(word.startswith(("-d", "--dir")) for word in words) else ["config.yaml"]
+    taken = False
+    for word in words:
+        if word.startswith("-"):
+            option, _, value = word.partition("=")
+            taken = option in ("--configfile", "--configfiles")
+            files += [value] if taken and value else []
+        elif taken:
+            files.append(word)
+    try:
+        for file in files:
+            if file != "config.yaml" or Path(file).is_file():
+                if "__use_yte__" in read_yaml(file)[0]:
+                    raise LaidError(
+                        f"{file}: __use_yte__: Snakemake would run what stands in this file: take it out"
+                    )
+                _require_readable(file)
+    except LaidError as error:
+        raise SystemExit(f"snakemake: error: {error}") from None
+
+
+def _require_readable(file: str) -> None:
+    """Raise LaidError where YAML 1.1, which Snakemake reads, ends over what is fine here: 2024-13-45 is no date, but a text."""
+    try:
+        yaml.load(read_text(file), Loader=yaml.FullLoader)
+    except (yaml.YAMLError, ValueError, TypeError, KeyError, OverflowError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise LaidError(f"{file}: Snakemake cannot read it: {reason}: put that value in quotes") from None
 
 
 def resolved_file(settings: Settings, folder: str | Path) -> Path:
