@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo report readme test fuzz lint format clean distclean
+.PHONY: help demo report readme test fuzz chaos lint format clean distclean
 
 # Any Python 3.11 or 3.12: `make demo PYTHON=/path/to/python3.12`. Left empty, it is looked for.
 PYTHON ?=
@@ -14,6 +14,8 @@ WORKERS ?= 2
 
 # Broken files of each kind that `make fuzz` draws.
 RUNS ?= 1000
+# Times that `make chaos` kills a build.
+KILLS ?= 20
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONUNBUFFERED := 1
@@ -28,21 +30,13 @@ help:
 	@echo "make report  Snakemake's own HTML report beside the results page"
 	@echo "make test    install test tools too, run the tests"
 	@echo "make fuzz    RUNS (1000) broken files of every kind, new ones each time (docs/reliability.md)"
+	@echo "make chaos   the ci configuration, killed KILLS (20) times and disturbed in other ways, gives the same bytes"
 	@echo "make lint    ruff, snakefmt, snakemake --lint, import-linter"
 	@echo "make format  let ruff and snakefmt rewrite the sources"
 	@echo "make clean   remove results; make distclean: .venv and caches too"
 
-# A `make demo` that is killed leaves its mark, which nobody then holds: the next one removes Snakemake's lock too.
-MARK := .snakemake/demo
-
 demo: $(VENV)/.demo
-	@mkdir -p .snakemake; killed=; [ ! -e $(MARK) ] || killed=yes; exec 9>$(MARK); \
-	if ! command -v flock >/dev/null; then killed=; \
-	elif ! flock -n 9; then echo "make demo is already at work in this folder" >&2; exit 1; fi; \
-	trap 'rm -f $(MARK)' EXIT; \
-	[ -z "$$killed" ] || snakemake --unlock --quiet all; \
-	snakemake --cores $(CORES) --rerun-incomplete
-	@laid tables
+	@bash tools/demo.sh $(CORES)
 
 report: $(VENV)/.demo
 	@snakemake --cores $(CORES) all page
@@ -58,6 +52,9 @@ test: $(VENV)/.dev
 
 fuzz: $(VENV)/.dev
 	@LAID_FUZZ=$(RUNS) OMP_NUM_THREADS=1 python -m pytest -n $(WORKERS) tests/fuzz
+
+chaos: $(VENV)/.demo
+	@OMP_NUM_THREADS=1 python tools/chaos.py --config config.yaml configs/ci.yaml --kills $(KILLS)
 
 lint: $(VENV)/.dev
 	ruff check .
