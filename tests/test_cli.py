@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from laid import __version__, cli, provenance
+from laid.errors import LaidError
 from laid.io import read_json
 
 TOP = Path(__file__).resolve().parents[1]
@@ -36,6 +38,9 @@ def places(micro_file, coco_root, haystacks, family, tmp_path):
     (tmp_path / "unknown.yaml").write_text("scala: micro\n")
     (tmp_path / "broken.json").write_text('[{"id": "1", ')
     (tmp_path / "file").write_text("a file")
+    (tmp_path / "large.yaml").write_text("training: {batch_size: 64}\n")
+    (tmp_path / "list/seed0").mkdir(parents=True)
+    (tmp_path / "list/seed0/run.json").write_text("[]")
     return {
         "micro": micro_file, "coco": coco_root, "questions": haystacks / "train.json", "test": haystacks / "test",
         "teacher": family["teacher"], "small": family["small"], "out": tmp_path / "made/out", "tmp": tmp_path,
@@ -72,6 +77,7 @@ WRONG = [
     ("teacher-cache", ("{teacher}", "{tmp}"), "no config.json in this folder"),
     ("teacher-cache", ("{questions}", "{tmp}/none.json"), "none.json"),
     ("teacher-cache", ("{questions}", "{tmp}/broken.json"), "broken.json: not valid JSON, line 1"),
+    ("teacher-cache", ("{micro}", "{micro} {tmp}/large.yaml"), "24 questions do not fill one batch of 64"),
     ("teacher-cache", ("{coco}", "{tmp}"), "no such image"),
     ("train", ("sft", "base"), "'base' is not a trained method; trained methods: sft, kd, laid"),
     ("train", ("sft", "kd"), "give --teacher-cache"),
@@ -88,6 +94,7 @@ WRONG = [
     ("evaluate", ("base", "sft"), "method sft is trained: give its run folders with --runs"),
     ("evaluate", ("base", "base --runs {tmp}/seed0"), "method base takes no --runs"),
     ("evaluate", ("base", "sft --runs {tmp}/seed0"), "this run did not finish"),
+    ("evaluate", ("base", "sft --runs {tmp}/list/seed0"), "run.json: expected an object, found list"),
     ("evaluate", ("{small}", "{tmp}/none"), "no such checkpoint folder"),
     ("evaluate", ("{test}", "{tmp}"), "visual_haystack_1.json: no such file"),
     ("evaluate", ("--sizes 1 2", "--sizes 3"), "visual_haystack_3.json: no such file"),
@@ -161,6 +168,8 @@ def test_wrong_configurations(places, capsys, tmp_path, verb, file, says):
         ("evaluate", ("--sizes 1 2", "--sizes two"), "'two' is not a whole number"),
         ("evaluate", ("--device cpu", "--threads -1"), "not a whole number|expected one argument"),
         ("train", ("sft", "sft --seed -1"), "not a whole number from 0 on|expected one argument"),
+        ("train", ("sft", "sft --seed 99999999999999"), "'99999999999999' is more than 2147483647"),
+        ("train", ("--device cpu", "--threads 2147483648"), "is more than 2147483647"),
         ("train", ("--out {out}", ""), "the following arguments are required: --out"),
         ("train", ("--device cpu", "--epochs 3"), "unrecognized arguments: --epochs 3"),
     ],
@@ -195,14 +204,29 @@ def test_every_verb_explains_itself(verb, capsys):
     assert cli.VERBS[verb].split()[0] in out and "--config" in out
 
 
-def test_a_folder_that_cannot_be_written_is_one_line(places, capsys, tmp_path, monkeypatch):
-    def full(*_args, **_kwargs):
-        raise OSError(28, "No space left on device", str(tmp_path / "made/out"))
+@pytest.mark.parametrize("verb", ["haystacks", "pretrain", "teacher-cache", "train", "evaluate", "analyse"])
+def test_a_limit_on_the_size_of_files_is_one_line_and_leaves_nothing(places, capsys, tmp_path, verb):
+    """`ulimit -f`, which a full disk and a quota are told as, too (tests/test_io.py)."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, before[1]))
+    try:
+        assert cli.main(command(places, verb)) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(f"laid {verb}: error: {tmp_path}/made/") and ".tmp-" not in line, line
+    assert "File too large: " in line and "give the same command again" in line
+    assert not [p for p in (tmp_path / "made").rglob("[!.]*") if p.is_file()]
 
-    monkeypatch.setattr("laid.evaluation.measure.write_cell", full)
-    assert cli.main(command(places, "evaluate")) == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert lines[-1] == f"laid evaluate: error: {tmp_path / 'made/out'}: No space left on device"
+
+@pytest.mark.parametrize("verb", ["data", "haystacks", "pretrain", "teacher-cache", "train", "evaluate"])
+def test_two_of_a_verb_on_one_output_wait_for_each_other(places, capsys, monkeypatch, verb):
+    def held(target):
+        raise LaidError(f"waits for {target}")
+
+    monkeypatch.setattr("laid.io.alone", held)
+    assert cli.main(command(places, verb)) == 2
+    one_line(capsys, verb, f"waits for {places['out']}")
 
 
 def test_home_is_meant_by_a_tilde_wherever_it_stands(tmp_path, monkeypatch, capsys):
@@ -240,11 +264,14 @@ def test_a_line_is_a_line_whatever_it_names(tmp_path, capsys):
         assert said.count("\n") == 1 and said[:-1].isprintable() and len(said) < 1000
 
 
-def test_interrupted_by_hand(places, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    "where", ["laid.evaluation.evaluate.evaluate_cells", "laid.cli.importlib.import_module"]
+)
+def test_interrupted_by_hand(places, capsys, monkeypatch, where):
     def interrupted(*_args, **_kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("laid.evaluation.evaluate.evaluate_cells", interrupted)
+    monkeypatch.setattr(where, interrupted)
     assert cli.main(command(places, "evaluate")) == 130
     assert capsys.readouterr().err == "laid evaluate: interrupted\n"
 

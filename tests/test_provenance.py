@@ -3,7 +3,9 @@
 import hashlib
 import json
 import os
+import resource
 import shutil
+import subprocess
 import time
 from pathlib import Path
 
@@ -93,6 +95,22 @@ def test_a_large_file_is_read_once_by_all_processes(tmp_path, monkeypatch):
     assert len(reads) == 5
 
 
+@pytest.mark.parametrize("full", [False, True])
+def test_a_home_that_is_full_or_cannot_be_written_costs_time_alone(tmp_path, monkeypatch, full):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache") if full else "/proc/none")
+    monkeypatch.setattr(provenance, "LARGE", 0)
+    monkeypatch.setattr(provenance, "SETTLED", 0)
+    (tmp_path / "w.bin").write_bytes(b"1")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10 if full else before[0], before[1]))
+    try:
+        found = provenance.fingerprint(tmp_path / "w.bin", kept=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert found == hashlib.sha256(b"1").hexdigest()
+    assert not [p for p in (tmp_path / "cache").rglob("*") if p.is_file()]
+
+
 @pytest.mark.parametrize(
     ("text", "same"),
     [
@@ -121,6 +139,19 @@ def test_code_names_commit_and_dirt(monkeypatch):
     assert provenance.code.__wrapped__()["dirty"] is False
     monkeypatch.setattr(provenance, "_git", lambda *words: None)
     assert provenance.code.__wrapped__()["commit"] is None and provenance.code.__wrapped__()["dirty"] is None
+
+
+def test_the_checkout_is_looked_at_and_left_as_it_is(tmp_path, monkeypatch):
+    """`git status` would write its index: in the way of the user's own git, and half-written where there is no room."""
+    monkeypatch.setattr(provenance, "PACKAGE", tmp_path / "src/laid")
+    (tmp_path / "a").write_text("a")
+    words = ["git", "-C", tmp_path, "-c", "user.name=t", "-c", "user.email=t@example.org"]
+    for more in (["init", "-q"], ["add", "a"], ["commit", "-qm", "a"]):
+        subprocess.run([*words, *more], check=True)
+    os.utime(tmp_path / "a", (1, 1))
+    before = (tmp_path / ".git/index").read_bytes()
+    assert provenance._git("status", "--porcelain") == "" and provenance._git("rev-parse", "HEAD")
+    assert (tmp_path / ".git/index").read_bytes() == before
 
 
 def test_cost_measures_time_and_memory():

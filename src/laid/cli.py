@@ -58,40 +58,45 @@ def main(argv: Sequence[str] | None = None) -> int:
     if hasattr(sys.stdout, "reconfigure"):  # no verb ends because the locale cannot print a character
         sys.stdout.reconfigure(errors="backslashreplace")
     argv = [_expanded(word) for word in (sys.argv[1:] if argv is None else argv)]
-    parser = argparse.ArgumentParser(prog="laid", description=__doc__)
-    parser.add_argument("--version", action=_Version, nargs=0, help="version, and the commit in a checkout")
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    wanted = next((word for word in argv if word in VERBS), None)
-    for verb, text in VERBS.items():
-        sub = verbs.add_parser(verb, help=text, description=text)
-        if verb == wanted:
-            module = importlib.import_module(f"laid.commands.{verb.replace('-', '_')}")
-            module.add_arguments(sub)
-            sub.set_defaults(run=module.run)
-    args = parser.parse_args(argv)
-    args.words = argv
-    if getattr(args, "config", ()) is None:
-        from laid.commands.shared import configuration
-
-        args.config = configuration()
+    verb = next((word for word in argv if word in VERBS), "")
     try:
+        args = _parsed(argv, verb)
+        args.words = argv
+        if getattr(args, "config", ()) is None:
+            from laid.commands.shared import configuration
+
+            args.config = configuration()
         if getattr(args, "out", None) is not None:  # before any work: what is made may have taken hours
-            require_place(args.out, file=args.verb in ("analyse", "why"))
+            require_place(args.out, file=verb in ("analyse", "why"))
         return args.run(args) or 0
     except LaidError as error:
-        return _refused(args.verb, str(error))
+        return _refused(verb, str(error))
     except UnicodeEncodeError as error:  # the name of a file, in a locale without its characters
         return _refused(
-            args.verb, f"{error.object[:200]}: no name in this locale ({error.encoding}): set LC_ALL=C.UTF-8"
+            verb, f"{error.object[:200]}: no name in this locale ({error.encoding}): set LC_ALL=C.UTF-8"
         )
     except KeyboardInterrupt:
-        print(f"laid {args.verb}: interrupted", file=sys.stderr)
+        print(f"laid {verb}: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
         return 141
     except OSError as error:  # a folder that cannot be written, a full disk
         where = f"{error.filename}: " if error.filename else ""
-        return _refused(args.verb, f"{where}{error.strerror or error}")
+        return _refused(verb, f"{where}{error.strerror or error}")
+
+
+def _parsed(argv: Sequence[str], verb: str) -> argparse.Namespace:
+    """The words as `verb` takes them; its module, and with it torch, is imported here."""
+    parser = argparse.ArgumentParser(prog="laid", description=__doc__)
+    parser.add_argument("--version", action=_Version, nargs=0, help="version, and the commit in a checkout")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for name, text in VERBS.items():
+        sub = verbs.add_parser(name, help=text, description=text)
+        if name == verb:
+            module = importlib.import_module(f"laid.commands.{verb.replace('-', '_')}")
+            module.add_arguments(sub)
+            sub.set_defaults(run=module.run)
+    return parser.parse_args(argv)
 
 
 def _expanded(word: str) -> str:

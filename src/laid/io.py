@@ -58,7 +58,7 @@ def atomic_path(target: str | Path, size: int = 0) -> Iterator[Path]:
         if code == errno.EFBIG:
             free = "the limit on a file's size (ulimit -f) is below that"
         raise LaidError(
-            f"{target}: {os.strerror(code)}: {needed}, {free}; nothing half-written is left:"
+            f"{_meant(target)}: {os.strerror(code)}: {needed}, {free}; nothing half-written is left:"
             " make room or choose another place, and give the same command again"
         ) from None
     finally:
@@ -82,6 +82,11 @@ def size_text(count: float) -> str:
         if count >= unit:
             return f"{count / unit:.1f} {name}"
     return f"{count / 1e3:.1f} kB"
+
+
+def _meant(target: Path) -> Path:
+    """Where `target` will be once the folder that is being written around it has its name."""
+    return Path(*(part for part in target.parts if not re.fullmatch(r"\..+\.tmp-\w+", part)))
 
 
 def _behind(target: Path) -> Path:
@@ -240,6 +245,16 @@ def read_json(path: str | Path) -> Any:
         raise LaidError(
             f"{path}: holds a number of more than {sys.get_int_max_str_digits():,} digits"
         ) from None
+
+
+def read_record(path: str | Path) -> dict[str, Any]:
+    """Read a JSON file that holds an object. Raises LaidError as `read_json` does, and for anything else in it."""
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise LaidError(
+            f"{path}: expected an object, found {type(found).__name__}: changed by hand? make it again"
+        )
+    return found
 
 
 def parsed(value: Any, kind: Any, where: str | Path) -> Any:

@@ -125,7 +125,7 @@ def _hashes(root: Path, files: Mapping[str, Path], kept: bool) -> dict[str, str]
     found = held | {name: read(name) for name in files if name not in held}
     fresh = {n: [*stamps[n], found[n]] for n in files if n not in held and stats[n].st_ctime_ns < settled}
     if fresh:
-        with suppress(OSError):  # a home that cannot be written costs time alone
+        with suppress(OSError, LaidError):  # a home that cannot be written, or is full, costs time alone
             write_json(store, known | fresh, indent=None)
     return found
 
@@ -207,7 +207,11 @@ def _git(*words: str) -> str | None:
         return None
     try:
         done = subprocess.run(
-            ["git", "-C", str(top), *words], capture_output=True, text=True, timeout=30, check=False
+            ["git", "--no-optional-locks", "-C", str(top), *words],
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=False,
         )
     except (OSError, subprocess.TimeoutExpired):
         return None

@@ -17,7 +17,7 @@ from laid.errors import LaidError
 from laid.evaluation.chats import ChatEvaluator
 from laid.evaluation.evaluate import Evaluator
 from laid.evaluation.scoring import is_right
-from laid.io import dumps, read_json, safe_join, sha256_json, write_json, write_text
+from laid.io import dumps, read_record, safe_join, sha256_json, write_json, write_text
 from laid.methods.registry import load_with_method
 from laid.model_card import card, per_token
 from laid.models.loading import empty_model, parameters, require_weights, resolve, source_of
@@ -109,8 +109,8 @@ def finished(run: Run, held_out: str | Path | None) -> dict[str, Any] | None:
     """The record of the distillation that lies in `out`, if it is this very one."""
     if not (run.out / "distill.json").is_file():
         return None
-    record = read_json(run.out / "distill.json")
-    hashes = {name: digest for name, digest in record.get("hashes", {}).items() if name != "exported"}
+    record = read_record(run.out / "distill.json")
+    hashes = {name: digest for name, digest in (record.get("hashes") or {}).items() if name != "exported"}
     wanted = made_from(run, held_out)
     same = dumps({name: record.get(name) for name in wanted} | {"hashes": hashes}) == dumps(wanted)
     return record if same else None

@@ -51,7 +51,17 @@ def test_answer_probability_and_attention_are_the_models_own(micro, family, coco
 
 
 def test_a_folder_without_images_is_told(tmp_path):
+    (tmp_path / "._a.jpg").touch()
     with pytest.raises(LaidError, match="holds no images"):
         images_in(tmp_path)
     with pytest.raises(LaidError, match="no such folder of images"):
         images_in(tmp_path / "x")
+
+
+@pytest.mark.parametrize(
+    ("question", "said"), [(" ", "is blank"), ("Is <|image_pad|> there?", "holds <.image_pad.>")]
+)
+def test_what_is_no_question_is_told(micro, family, coco_root, question, said):
+    loaded = load_with_method(micro, "base", family["small"], None)
+    with pytest.raises(LaidError, match=said):
+        ask(loaded, images_in(coco_root / "val2017")[:1], question)

@@ -103,13 +103,36 @@ def test_questions_are_conversations(haystacks):
         ({"question": "?", "answer": "x", "image": "https://a.b/c.png"}, "download it first"),
         ({"question": "?", "answer": "x", "image": "a", "needles": [1]}, r"needles is \[1\], expected places among its 1"),
         ({"messages": [{"role": "tool", "content": "x"}, SAID]}, "turn 0 is of 'tool', expected one of"),
+        ({"messages": [{"role": ["user"], "content": "x"}, SAID]}, "turn 0 is of .'user'., expected one of"),
+        ({"question": "a\ud800", "answer": "x"}, "a text holds half a character"),
+        ({"question": "?", "answer": "x", "id": "a\ud800"}, "id is .*, which is not printable"),
+        ({"question": "?", "answer": "x", "pos_image": []}, "is a Visual Haystacks question"),
         ({"messages": [{"role": "user", "content": [{"type": "video"}]}, SAID]}, "of type 'video'"),
     ],
 )  # fmt: skip
 def test_mistakes_are_told_with_their_place(entry, said, tmp_path):
-    (tmp_path / "a.json").write_text(json.dumps([entry]))
-    with pytest.raises(LaidError, match=rf"a.json: entry 0: .*{said}|a.json: {said}"):
-        read_chats(tmp_path / "a.json")
+    (tmp_path / "a.jsonl").write_text(json.dumps(entry))
+    with pytest.raises(LaidError, match=rf"a.jsonl: entry 0: .*{said}|a.jsonl: {said}"):
+        read_chats(tmp_path / "a.jsonl")
+
+
+@pytest.mark.parametrize("line", ["9" * 5000, "[" * 100_000, '{"a": 1', "\xff"])
+def test_lines_that_no_reader_takes_are_told(line, tmp_path):
+    good = json.dumps({"question": "?", "answer": "x"})
+    (tmp_path / "a.jsonl").write_text(f"{good}\n{line}\n", encoding="latin-1")
+    with pytest.raises(LaidError, match=r"a.jsonl: (.*line 2|.*after line \d)") as caught:
+        read_chats(tmp_path / "a.jsonl")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_cache_folder_that_cannot_be_written_is_told(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/none")
+    entry = {"question": "?", "answer": "x", "image": "data:image/png;base64,aGk="}
+    (tmp_path / "a.jsonl").write_text(json.dumps(entry))
+    with pytest.raises(
+        LaidError, match="/proc/none/laid/images: .* name another cache folder with XDG_CACHE"
+    ):
+        read_chats(tmp_path / "a.jsonl")
 
 
 def test_paths_stay_below_their_folder(tmp_path):

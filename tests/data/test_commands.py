@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,20 @@ def test_local_folder_is_checked_and_linked(coco_root, tmp_path, capsys):
     assert main(["data", *config, "--out", str(tmp_path / "full")]) == 2
     assert (tmp_path / "full" / "mine.txt").read_text() == "precious"
     assert "not replaced" in capsys.readouterr().err
+
+
+def test_two_jobs_may_link_the_same_folder_at_once(coco_root, tmp_path, monkeypatch):
+    """The workflow looks for the images of haystacks, of beyond and of POPE side by side."""
+    link, real = tmp_path / "coco", os.symlink
+
+    def both(root, path, **more):
+        real(root, link)  # the other was faster
+        real(root, path, **more)
+
+    monkeypatch.setattr(os, "symlink", both)
+    config = overlay(tmp_path, data={"source": "local", "root": str(coco_root)})
+    assert main(["data", *config, "--out", str(link)]) == 0
+    assert link.resolve() == coco_root.resolve() and len(list(tmp_path.iterdir())) == 2
 
 
 @pytest.mark.parametrize(

@@ -69,13 +69,29 @@ def test_the_overlay_fits_the_configurations_that_the_guide_names(tmp_path):
         assert load([*(TOP / file for file in files), tmp_path / "mine.yaml"]).scale == "mine"
 
 
+@pytest.mark.parametrize("above", ["images\\", "C:\\work\\images\\", "/data/upload/1/", "../images/"])
+def test_paths_of_the_tools_own_are_found_by_their_names(above, export, tmp_path):
+    """As tools on Windows and servers write them; nothing outside of --images is looked at."""
+    content = read_json(export / "export/result.json")
+    for entry in content["images"]:
+        entry["file_name"] = above + entry["file_name"].removeprefix("images/")
+    (tmp_path / "e.json").write_text(json.dumps(content))
+    counts = lay_out(tmp_path / "e.json", export / "export/images", tmp_path / "coco")
+    assert sum(counts.values()) == len(content["images"]) == 160
+    assert all(f.resolve().parent == export / "export/images" for f in tmp_path.glob("coco/*2017/*"))
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
         ({"images": None}, "not a COCO export: it lacks a list of images"),
         ({"images": [{"id": 1}]}, "image 0 has no file_name"),
         ({"images": [{"id": 1, "file_name": "no.png"}]}, "image 0: no.png is not below"),
-        ({"images": [{"id": 1, "file_name": "../x.png"}]}, "leaves its folder"),
+        ({"images": [{"id": 1, "file_name": "../x.png"}]}, "image 0: ../x.png is not below"),
+        ({"images": [{"id": [], "file_name": "no.png"}]}, r"image 0: id is \[\], expected a whole number"),
+        ({"annotations": [{"image_id": "1"}]}, "annotation 0: image_id is '1', expected a whole number"),
+        ({"info": float("nan")}, "holds a number or a character that JSON does not have"),
+        ({"info": "\ud800"}, "holds a number or a character that JSON does not have"),
     ],
 )
 def test_an_export_that_is_none_is_told(change, said, export, tmp_path):

@@ -24,6 +24,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 from laid.cli import main
+from laid.errors import LaidError
 
 SECONDS = 60  # of the processor; the clock on the wall stops what hangs, as reading a FIFO does
 COUNTS: Counter[tuple[str, str]] = Counter()  # (kind of file, what came out) -> runs
@@ -193,6 +194,18 @@ def judge(
         left = [path for path in made.rglob("*") if not path.name.startswith(".")]
         assert not left, left
     return code
+
+
+def refused(kind: str, read: Callable[[], Any], names: Sequence[Any]) -> bool:
+    """Whether `read` refuses, in one line that holds one of `names`; anything else than a refusal is an error."""
+    try:
+        read()
+    except LaidError as error:
+        assert any(str(name) in str(error) for name in names) and "\n" not in str(error), error
+        COUNTS[kind, "refused"] += 1
+        return True
+    COUNTS[kind, "read"] += 1
+    return False
 
 
 @contextlib.contextmanager

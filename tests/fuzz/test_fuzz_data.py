@@ -11,12 +11,14 @@ from pathlib import Path
 
 import pytest
 import yaml
-from harness import broken_bytes, broken_json, broken_yaml, examples, judge
+from harness import broken_bytes, broken_json, broken_yaml, examples, judge, refused
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from laid.data.chat import read_chats
 from laid.data.coco import load_labels
+from laid.data.export import lay_out
 from laid.data.images import open_image
 from laid.data.pope import read_pope
 from laid.data.questions import check_haystacks, read_questions, write_questions
@@ -89,6 +91,55 @@ def test_popes_questions(outside, tmp_path):
         file.write_bytes(data)
         words = ["data", "--config", outside.config, "--out", out, "--questions", file]
         judge("POPE files", words, [file], sound=lambda _: read_pope(file, outside.coco))
+
+    broken()
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl"])
+def test_conversations(tmp_path, monkeypatch, suffix):
+    """Of every form that laid reads; images that come as bytes are kept in the cache folder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    file = tmp_path / f"chats.{suffix}"
+    part = {"type": "image_url", "image_url": {"url": "data:image/png;base64,aGk="}}
+    asked = {"role": "user", "content": [part, {"type": "text", "text": "What?"}]}
+    said = [
+        {"id": 1, "image": "a.png", "needles": [0], "conversations": [
+            {"from": "human", "value": "<image>What?"}, {"from": "gpt", "value": "A star."}]},
+        {"messages": [{"role": "system", "content": "Be brief."}, asked, {"role": "assistant", "content": "That."}]},
+        {"prompt": [asked], "completion": [{"role": "assistant", "content": "That."}]},
+        {"question": "Which?", "answer": "This.", "images": ["a.png", {"path": "b/c.png"}]},
+    ]  # fmt: skip
+
+    def read() -> None:
+        for chat in read_chats(file):
+            assert chat.turns[-1].learned and chat.turns[-1].text.strip()
+            assert sum(part is None for turn in chat.turns for part in turn.content) == chat.size
+            json.dumps([turn.text for turn in chat.turns] + list(chat.images), ensure_ascii=False).encode()
+
+    @examples()
+    @given(broken_json(said, lines=suffix == "jsonl"))
+    def broken(data: bytes) -> None:
+        file.write_bytes(data)
+        refused("conversations", read, [file])
+
+    broken()
+
+
+def test_exports(outside, tmp_path):
+    """Of annotation tools: one file for all images."""
+    file, out = tmp_path / "export.json", tmp_path / "made"
+    whole = json.loads((outside.coco / "annotations/instances_val2017.json").read_text())
+
+    def read() -> None:
+        shutil.rmtree(out, ignore_errors=True)
+        lay_out(file, outside.coco / "val2017", out)
+        load_labels(out)
+
+    @examples()
+    @given(broken_json(whole))
+    def broken(data: bytes) -> None:
+        file.write_bytes(data)
+        refused("exports of annotation tools", read, [file, out])
 
     broken()
 

@@ -7,28 +7,15 @@ import shutil
 
 import pytest
 import torch
-from harness import COUNTS, broken_bytes, broken_json, examples, judge
+from harness import broken_bytes, broken_json, examples, judge, refused
 from hypothesis import given
 from safetensors.torch import load, load_file
 
-from laid.errors import LaidError
 from laid.evaluation.cells import read_cell, write_cell
 from laid.methods.registry import load_with_method
 from laid.training.checkpoint import Checkpoint, State
 from laid.training.teacher_cache import TeacherCache
 from synthetic import cell as synthetic_cell
-
-
-def refused(kind: str, read, names) -> bool:
-    """Whether `read` refuses, in one line that holds one of `names`; anything else than a refusal is an error."""
-    try:
-        read()
-    except LaidError as error:
-        assert any(str(name) in str(error) for name in names) and "\n" not in str(error), error
-        COUNTS[kind, "refused"] += 1
-        return True
-    COUNTS[kind, "read"] += 1
-    return False
 
 
 @pytest.mark.parametrize(

@@ -228,6 +228,24 @@ ENTRY = "{id: a, title: A, claim: c, where: w, how: h, test: shrinkage}"
         (f"claims: [{ENTRY.replace('shrinkage', 'magic')}]", "asks for test 'magic'"),
         (f"claims: [{ENTRY.replace('shrinkage', 'decay')}]", "test decay takes times under `with`"),
         (f"claims: [{ENTRY}, {ENTRY}]", "is there twice"),
+        ("claims: !!int x", "no whole number"),
+        (
+            f"claims: [{ENTRY.replace('id: a', 'id: [a]')}]",
+            "claim 1: id is ['a']: Input should be a valid string",
+        ),
+        (
+            f"claims: [{ENTRY.replace('shrinkage', '{}')}]",
+            "claim 1: test is {}: Input should be a valid string",
+        ),
+        (
+            f"claims: [{ENTRY[:-1]}, methods: sft}}]",
+            "claim 1: methods is 'sft': Input should be a valid list",
+        ),
+        (f"claims: [{ENTRY[:-1]}, with: [a]}}]", "claim 1: with is ['a']: Input should be a valid dict"),
+        (
+            f"claims: [{ENTRY.replace('shrinkage', 'decay')[:-1]}, with: {{times: often}}}}]",
+            "claim 'a': with.times is 'often': Input should be a valid number",
+        ),
     ],
 )
 def test_a_broken_ledger_is_one_clear_line(tmp_path, text, complaint):

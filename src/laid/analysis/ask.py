@@ -16,7 +16,7 @@ import torch
 
 from laid.analysis.attention import LayerVisitor
 from laid.analysis.attention_rows import attention_rows
-from laid.data.questions import OFFICIAL_PROMPT
+from laid.data.questions import OFFICIAL_PROMPT, special_token
 from laid.errors import LaidError
 from laid.evaluation.scoring import answer_tokens, probability_yes, spoken_answer
 from laid.methods.registry import Loaded
@@ -60,7 +60,8 @@ def images_in(folder: Path) -> list[Path]:
     """The image files of a folder, by name. Raises LaidError where there are none."""
     if not folder.is_dir():
         raise LaidError(f"{folder}: no such folder of images")
-    found = sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES)
+    named = (file for file in folder.iterdir() if not file.name.startswith("."))  # ._a.jpg is macOS's own
+    found = sorted(file for file in named if file.suffix.lower() in SUFFIXES)
     if not found:
         raise LaidError(f"{folder}: holds no images ({', '.join(SUFFIXES)})")
     return found
@@ -68,7 +69,11 @@ def images_in(folder: Path) -> list[Path]:
 
 @torch.inference_mode()
 def ask(loaded: Loaded, images: Sequence[Path], question: str, most: int = 64) -> Answer:
-    """most: tokens of an answer. Raises LaidError for an image that is missing or broken."""
+    """most: tokens of an answer. Raises LaidError for an image that is missing or broken, and for what is no question."""
+    if not question.strip():
+        raise LaidError("the question is blank")
+    if token := special_token(question):
+        raise LaidError(f"the question holds {token}, which a model would not read as text: take it out")
     model, processor = loaded.model, loaded.processor
     device, head, tokenizer = (
         next(model.parameters()).device,

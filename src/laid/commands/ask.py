@@ -30,10 +30,13 @@ def run(args: argparse.Namespace) -> int:
     from laid.analysis.ask import ask, images_in
     from laid.commands.shared import deterministic, pick_device
     from laid.errors import LaidError
+    from laid.io import require_place
     from laid.methods.registry import load_with_method
     from laid.settings import load
 
     images = images_in(args.images)
+    if args.show:
+        require_place(args.show, file=True)
     if (Path(args.model) / "adapter_config.json").is_file():
         raise LaidError(
             f"{args.model}: an adapter, not a checkpoint: merge it into its base first (merge_and_unload of peft)"

@@ -50,7 +50,8 @@ def run(args: argparse.Namespace) -> int:
 
     settings = load(args.config)
     if args.export is not None:
-        return _from_export(args)
+        with alone(args.out):
+            return _from_export(args)
     # The images of haystacks and of POPE may be asked for at the same time.
     with alone(args.out) if settings.data.source != "local" else nullcontext():
         return _make(args, settings)
@@ -105,16 +106,16 @@ def _make(args: argparse.Namespace, everything: Settings) -> int:
         for split in SPLITS:
             load_coco(root, split, check="sizes")
         if not (out.exists() and out.samefile(root)):
-            if out.is_symlink():
-                out.unlink()
-            elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-                raise LaidError(
-                    f"{out}: exists and is not a link, so it is not replaced by one to {root}: remove it"
-                )
-            elif out.exists():
+            if out.exists() and not out.is_symlink():
+                if not out.is_dir() or any(out.iterdir()):
+                    raise LaidError(
+                        f"{out}: exists and is not a link, so it is not replaced by one to {root}: remove it"
+                    )
                 out.rmdir()
             out.parent.mkdir(parents=True, exist_ok=True)
-            os.symlink(root, out, target_is_directory=True)
+            fresh = out.with_name(f".{out.name}.link-{os.getpid()}")  # several jobs look for images at once
+            os.symlink(root, fresh, target_is_directory=True)
+            os.replace(fresh, out)
     if named:
         splits = [load_coco(out, split) for split in SPLITS]
         unknown = [path for path in sorted(named) if not any(path in coco.images for coco in splits)]

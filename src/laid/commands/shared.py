@@ -124,9 +124,11 @@ def threads_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def count(text: str, least: int = 1) -> int:
-    """A flag's value that counts something: a whole number, `least` or more."""
-    if not text.isdecimal() or int(text) < least:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} on")
+    """A flag's value that counts something: a whole number of 32 bits, `least` or more."""
+    if not text.isdecimal() or len(text) <= 10 and int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text!r:.40} is not a whole number from {least} on")
+    if len(text) > 10 or int(text) >= 2**31:
+        raise argparse.ArgumentTypeError(f"{text!r:.40} is more than {2**31 - 1}")
     return int(text)
 
 

@@ -33,6 +33,7 @@ def run(args: argparse.Namespace) -> int:
     from laid.io import alone, require_place, write_json
     from laid.models import parallel
     from laid.settings import load
+    from laid.training.recipe import read_lessons
     from laid.training.teacher_cache import FILES, build_cache, cache_size
 
     start = time.perf_counter()
@@ -44,6 +45,7 @@ def run(args: argparse.Namespace) -> int:
         raise LaidError("give --out, a folder for the cache, or --size to learn how large it would be")
     deterministic(args.threads)
     require_place(args.out, *FILES)
+    read_lessons(args.questions, settings)  # the teacher's pass may take hours
     device = pick_devices(args, args.teacher, settings.training.dtype)
     with alone(args.out) if parallel.first() else nullcontext():
         index = build_cache(

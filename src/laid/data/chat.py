@@ -151,17 +151,21 @@ def _lines(path: Path) -> Iterator[Any]:
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     yield json.loads(line)
+        except UnicodeDecodeError as error:
+            raise LaidError(f"{path}: not UTF-8 text (after line {number}: {error.reason})") from None
         except json.JSONDecodeError as error:
             raise LaidError(
                 f"{path}: not valid JSON, line {number} column {error.colno}: {error.msg}"
             ) from None
-        except UnicodeDecodeError as error:
-            raise LaidError(f"{path}: not UTF-8 text (after line {number}: {error.reason})") from None
+        except (ValueError, RecursionError):
+            raise LaidError(
+                f"{path}: line {number}: a number or a nesting beyond what JSON is used for"
+            ) from None
 
 
 def _tables(folder: Path) -> list[Path]:
     """The Parquet or Arrow files of a dataset's folder; of several splits, those of train."""
-    files = sorted([*folder.rglob("*.parquet"), *folder.rglob("*.arrow")])
+    files = sorted([*folder.rglob("[!.]*.parquet"), *folder.rglob("[!.]*.arrow")])
     if not files:
         raise LaidError(f"{folder}: a folder without Parquet or Arrow files: name a file of conversations")
     train = [file for file in files if "train" in file.relative_to(folder).as_posix()]
@@ -198,6 +202,8 @@ class _Wrong(Exception):
 def _parse(entry: Any, at: int) -> Chat:
     if not isinstance(entry, dict):
         raise _Wrong(f"expected an object, found {type(entry).__name__}")
+    if "pos_image" in entry:
+        raise _Wrong("is a Visual Haystacks question: those stand in a list of their own, in a .json file")
     listed = [_image(value) for value in _listed(entry)]
     turns = _turns(entry)
     inline: list[str] = []
@@ -224,6 +230,8 @@ def _parse(entry: Any, at: int) -> Chat:
         raise _Wrong("has an empty answer")
     shown = sum(part is None for turn in made for part in turn.content)
     name = entry.get("id")
+    if isinstance(name, str) and not name.isprintable():
+        raise _Wrong(f"id is {name!r:.40}, which is not printable")
     return Chat(
         str(at) if name is None else str(name), tuple(made), tuple(images[:shown]), _needles(entry, shown)
     )
@@ -255,8 +263,8 @@ def _turns(entry: Mapping[str, Any]) -> list[tuple[str, Any, bool]]:
         if not isinstance(turn, dict):
             raise _Wrong(f"turn {number} is {type(turn).__name__}, expected an object")
         role = turn.get("role") or turn.get("from")
-        if role not in ROLES:
-            raise _Wrong(f"turn {number} is of {role!r}, expected one of {', '.join(ROLES)}")
+        if not isinstance(role, str) or role not in ROLES:
+            raise _Wrong(f"turn {number} is of {role!r:.40}, expected one of {', '.join(ROLES)}")
         content = turn.get("content") if turn.get("content") is not None else turn.get("value")
         found.append((ROLES[role], content, learned and ROLES[role] == "assistant"))
     return found
@@ -304,10 +312,15 @@ def _tagged(text: str) -> tuple[str | None, ...]:
     return tuple(found)
 
 
+_HALF = re.compile("[\ud800-\udfff]")
+
+
 def _plain(text: str) -> str:
     special = re.search(r"<\|\w+\|>|<video>|<audio>", text)
     if special:
         raise _Wrong(f"a text holds {special[0]}, which a model would not read as text: take it out")
+    if _HALF.search(text):
+        raise _Wrong("a text holds half a character (a surrogate): take it out")
     return text
 
 
@@ -336,9 +349,15 @@ def _image(value: Any) -> str:
 def _stored(content: bytes) -> str:
     name = hashlib.sha256(content).hexdigest()
     file = store_folder() / name
-    if not file.is_file():
-        with atomic_path(file) as beside:
-            beside.write_bytes(content)
+    try:
+        if not file.is_file():
+            with atomic_path(file) as beside:
+                beside.write_bytes(content)
+    except OSError as error:
+        raise LaidError(
+            f"{file.parent}: keeps the images that come as bytes, and cannot be written to: {error.strerror}:"
+            " name another cache folder with XDG_CACHE_HOME"
+        ) from None
     return STORED + name
 
 

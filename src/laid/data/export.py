@@ -10,7 +10,7 @@ from typing import Any
 
 from laid.data.coco import SPLITS, annotation_file
 from laid.errors import LaidError
-from laid.io import read_json, safe_join, write_json
+from laid.io import path_problem, read_json, write_json
 
 HELD_OUT = 0.3  # of the images, for test questions
 
@@ -32,13 +32,20 @@ def lay_out(export: str | Path, images: str | Path, out: str | Path) -> dict[str
         written = entry.get("file_name") if isinstance(entry, dict) else None
         if not isinstance(written, str) or not written:
             raise LaidError(f"{export}: image {at} has no file_name")
-        name = written.replace("\\", "/").rsplit("/", 1)[-1]
-        file = next((f for f in (safe_join(images, written), Path(images) / name) if f.is_file()), None)
+        _require_number(entry, "id", f"{export}: image {at}")
+        written = written.replace("\\", "/")
+        name = written.rsplit("/", 1)[-1]
+        places = [
+            place for place in (written, name) if not path_problem(place)
+        ]  # of a path of the tool's own, the name
+        file = next((f for place in places if (f := Path(images) / place).is_file()), None)
         if file is None:
             raise LaidError(f"{export}: image {at}: {written} is not below {images}")
         if name in found:
             raise LaidError(f"{export}: two images are called {name}: give them different names")
         found[name] = ({**entry, "file_name": name}, file)
+    for at, entry in enumerate(content["annotations"]):
+        _require_number(entry, "image_id", f"{export}: annotation {at}")
     out = Path(out)
     if (
         out.exists()
@@ -55,12 +62,21 @@ def lay_out(export: str | Path, images: str | Path, out: str | Path) -> dict[str
     )
     for split, names in parts.items():
         (out / split).mkdir(parents=True, exist_ok=True)
-        ids = {found[name][0].get("id") for name in names}
-        held = [a for a in content["annotations"] if isinstance(a, dict) and a.get("image_id") in ids]
+        ids = {found[name][0]["id"] for name in names}
+        held = [a for a in content["annotations"] if a["image_id"] in ids]
         for name in names:
             link = out / split / name
             if not link.exists():
                 os.symlink(found[name][1].absolute(), link)
         part = {**content, "images": [found[name][0] for name in sorted(names)], "annotations": held}
-        write_json(annotation_file(out, split), part)
+        try:
+            write_json(annotation_file(out, split), part)
+        except ValueError:  # NaN, half a character
+            raise LaidError(f"{export}: holds a number or a character that JSON does not have") from None
     return {split: len(names) for split, names in parts.items()}
+
+
+def _require_number(entry: Any, key: str, who: str) -> None:
+    value = entry.get(key) if isinstance(entry, dict) else None
+    if not isinstance(value, int):
+        raise LaidError(f"{who}: {key} is {value!r:.40}, expected a whole number")

@@ -243,17 +243,22 @@ LONGEST = 200  # characters of a name or an id
 _SPECIAL = re.compile(r"<\|.*?\|>")
 
 
+def special_token(text: str) -> str | None:
+    """What in `text` a tokenizer would read as one of its special tokens, <|vision_start|> as an image that is not there."""
+    found = _SPECIAL.search(text)
+    return found[0] if found else None
+
+
 def name_problem(name: str) -> str | None:
-    """Why `name` cannot be one of an object in a question, or None. What looks like a tokenizer's special token would be
-    read as one, <|vision_start|> as an image that is not there."""
+    """Why `name` cannot be one of an object in a question, or None."""
     if not name.strip():
         return "is blank"
     if unprintable(name):
         return UNPRINTABLE
     if len(name) > LONGEST:
         return f"is {len(name):,} characters long, more than {LONGEST}"
-    if token := _SPECIAL.search(name):
-        return f"holds the special token {token[0]}"
+    if token := special_token(name):
+        return f"holds the special token {token}"
     return None
 
 

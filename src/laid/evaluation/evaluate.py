@@ -18,7 +18,7 @@ from laid.errors import LaidError
 from laid.evaluation.measure import measure
 from laid.evaluation.scoring import answer_tokens, probability_yes, spoken_answer
 from laid.evaluation.sets import QuestionSet, prompt_of
-from laid.io import read_json, require_place, safe_join
+from laid.io import read_record, require_place, safe_join
 from laid.methods.registry import Loaded, load_with_method, require_method
 from laid.models import parallel
 from laid.models.features import ImageFeatures
@@ -257,7 +257,7 @@ def _hardware(device: str) -> list[Any]:
 def _check_run(run: str | Path | None, method: str) -> None:
     """Raise LaidError where a run folder says that it is of another method."""
     record = Path(run or "") / "run.json"
-    theirs = read_json(record).get("method") if record.is_file() else method
+    theirs = read_record(record).get("method") if record.is_file() else method
     if theirs != method:
         raise LaidError(
             f"{record}: a run of {theirs}, not of {method}: give the runs of {method} with --runs"

@@ -86,9 +86,9 @@ def read_records(folder: str | Path, kind: str) -> dict[str, dict[str, Any]]:
     for path in sorted(Path(folder).glob("[!.]*.json")):
         record = read_json(path)
         if isinstance(record, dict) and record.get("format") == kind:
-            if path.stem != record["student"]:
+            if path.stem != record.get("student"):
                 raise LaidError(
-                    f"{path}: holds the record of {record['student']!r}: moved or copied from there?"
+                    f"{path}: holds the record of {record.get('student')!r}: moved or copied from there?"
                 )
             found[record["student"]] = record
     return found

@@ -7,9 +7,9 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
-import yaml
+from pydantic import TypeAdapter, ValidationError
 
 from laid.errors import LaidError
 from laid.results.answers import Curves
@@ -17,18 +17,15 @@ from laid.results.claim_tests import TESTS
 from laid.results.names import SHIPPED
 from laid.results.render import Entry, Table
 from laid.results.render import markdown as table_markdown
+from laid.settings.reading import read_yaml
 
 
 def read_ledger(path: str | Path) -> list[dict[str, Any]]:
     """The claims of claims.yaml. Raises LaidError for a broken file, a missing key or an unknown test."""
     path = Path(path)
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise LaidError(f"{path}: no such ledger of claims; it lies at the root of the repository") from None
-    except yaml.YAMLError as error:
-        raise LaidError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    entries = content.get("claims") if isinstance(content, dict) else None
+    if not path.exists():
+        raise LaidError(f"{path}: no such ledger of claims; it lies at the root of the repository")
+    entries = read_yaml(path)[0].get("claims")
     if not isinstance(entries, list) or not entries:
         raise LaidError(f"{path}: expected a list under `claims`")
     seen = set()
@@ -38,6 +35,9 @@ def read_ledger(path: str | Path) -> list[dict[str, Any]]:
             raise LaidError(
                 f"{path}: claim {i + 1} needs {', '.join(sorted(wanted))} and may have `methods` and `with`"
             )
+        for key in sorted(entry):
+            kinds = {"methods": list[str], "with": dict[str, Any]}
+            _require(entry[key], kinds.get(key, str), f"{path}: claim {i + 1}: {key}")
         if entry["test"] not in TESTS:
             raise LaidError(
                 f"{path}: claim {entry['id']!r} asks for test {entry['test']!r}; tests: {', '.join(TESTS)}"
@@ -50,10 +50,20 @@ def read_ledger(path: str | Path) -> list[dict[str, Any]]:
         if sorted(entry.get("with") or {}) != sorted(known):
             asked = ", ".join(known) or "nothing"
             raise LaidError(f"{path}: claim {entry['id']!r}: test {entry['test']} takes {asked} under `with`")
+        kinds = get_type_hints(TESTS[entry["test"]])
+        for name, value in (entry.get("with") or {}).items():
+            _require(value, kinds[name], f"{path}: claim {entry['id']!r}: with.{name}")
         if entry["id"] in seen:
             raise LaidError(f"{path}: claim {entry['id']!r} is there twice")
         seen.add(entry["id"])
     return [one for entry in entries for one in _by_method(entry)]
+
+
+def _require(value: Any, kind: Any, what: str) -> None:
+    try:
+        TypeAdapter(kind, config={"strict": True}).validate_python(value)
+    except ValidationError as error:
+        raise LaidError(f"{what} is {value!r:.60}: {error.errors()[0]['msg']}") from None
 
 
 def _by_method(entry: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from typing_extensions import TypedDict
 
 from laid.errors import LaidError
-from laid.io import dumps, read_json, safe_join, sha256_json
+from laid.io import dumps, parsed, read_json, safe_join, sha256_json
 from laid.results import tables as table_module
 from laid.results.answers import Results
 from laid.results.claims import verdict_text
@@ -113,9 +114,17 @@ def _badge(verdict: str) -> str:
 # ------------------------------------------------------------------ figures
 
 
+class Caption(TypedDict):
+    """An entry of captions.json, which `laid figures` writes beside the drawings."""
+
+    name: str
+    title: str
+    caption: str
+
+
 def _figures(folder: Path) -> str:
-    parts = []
-    for entry in read_json(folder / "captions.json"):
+    parts, file = [], folder / "captions.json"
+    for entry in parsed(read_json(file), list[Caption], file):
         name, title, caption = (entry[key] for key in ("name", "title", "caption"))
         path = safe_join(folder, f"{name}.svg")
         if not path.is_file():

@@ -22,11 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from laid import provenance
-from laid.data.chat import named_images, read_chats
+from laid.data.chat import Chat, named_images, read_chats
 from laid.data.images import require_images
 from laid.distill.objective import PARTS, Objective
 from laid.errors import LaidError
-from laid.io import atomic_path, read_json, require_place, require_room, sha256_json, write_json
+from laid.io import atomic_path, read_record, require_place, require_room, sha256_json, write_json
 from laid.models.loading import load_model, source_of
 from laid.models.processing import Processor
 from laid.progress import Progress
@@ -207,11 +207,21 @@ def made(run: Run) -> dict[str, Any] | None:
     """The record of the run that lies in `out`, if it is this very run: same code, settings, inputs, libraries."""
     if not (run.out / "run.json").is_file():
         return None
-    record = read_json(run.out / "run.json")
+    record = read_record(run.out / "run.json")
     return record if record.get("provenance") == _provenance(run) else None
 
 
 # ------------------------------------------------------------------ before the first step
+
+
+def read_lessons(file: str | Path, settings: Settings) -> list[Chat]:
+    """The conversations of a training file. Raises LaidError where they do not fill a batch."""
+    chats, batch = read_chats(file), settings.training.batch_size
+    if len(chats) < batch:
+        raise LaidError(
+            f"{file}: {len(chats)} questions do not fill one batch of {batch} (training.batch_size)"
+        )
+    return chats
 
 
 def require_sensible(run: Run) -> None:
@@ -227,11 +237,7 @@ def require_sensible(run: Run) -> None:
             f"method {run.method} learns from the teacher ({', '.join(parts)}): give --teacher-cache, or --teacher"
         )
     require_place(run.out, *FILES)
-    chats, batch = read_chats(run.questions), run.settings.training.batch_size
-    if len(chats) < batch:
-        raise LaidError(
-            f"{run.questions}: {len(chats)} questions do not fill one batch of {batch} (training.batch_size)"
-        )
+    chats = read_lessons(run.questions, run.settings)
     if run.how.dilution.reach and all(chat.needles is None for chat in chats):
         raise LaidError(
             f"methods.{run.method}.dilution needs to know which images an answer rests on, and no conversation of"
