@@ -3,7 +3,8 @@
 Nothing is downloaded: checkpoints are made, images rendered and resized to as many visual tokens as the real ones have. Each job is
 the verb that the workflow calls, in this process and on one device; several GPUs for one training are not rehearsed. Beside each
 other stand memory as planned and as measured, and the hours of the whole run at the rates of these jobs. Their seconds hold
-starting, loading and hashing too, so that the hours of short rehearsals are upper bounds.
+starting, loading and hashing too, so that the hours of short rehearsals are upper bounds. Every method is trained and exported;
+of the runs of a student, one adapter and one whole checkpoint are evaluated, and the others' hours are taken from them.
 """
 
 from __future__ import annotations
@@ -16,10 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from laid.plan.gpus import Gpu
+    from laid.plan.jobs import Job
     from laid.settings import Settings
 
-STEPS, ASKED = 2, 2  # optimiser steps of a training, questions of an evaluation
-IMAGES = 240  # training images; a haystack of the test draws from twice its own number
+STEPS, ASKED = 1, 2  # optimiser steps of a training, questions of an evaluation
+IMAGES = 120  # that questions of small haystacks are drawn from
+WRITING = 1e9  # bytes a second, of checkpoints: a guess
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,10 +75,12 @@ def run(args: argparse.Namespace) -> int:
     make_checkpoints(settings, short, device)
     config = resolved_file(short, out)
     rows: list[Row] = []
-    for job, words in jobs(short, list(jobs_of(Estimator(short), gpu)), out):
-        alike = [
-            j for j in full if job and (j.rule, j.student, j.method) == (job.rule, job.student, job.method)
-        ]
+    planned = list(jobs_of(Estimator(short), gpu))
+    print(
+        f"laid rehearse: about {expected(short, planned, gpu) / 60:.0f} minutes on one {gpu.name}", flush=True
+    )
+    for job, words in jobs(short, planned, out):
+        alike = [j for j in full if job and kind_of(settings, j) == kind_of(settings, job)]
         seconds, peak, failed = watched(
             lambda words=words: _verb([*words, "--config", str(config)], args, device), device
         )
@@ -135,7 +141,10 @@ def shortened(settings: Settings, out: Path) -> Settings:
         {
             "results": str(out),
             "seeds": 1,
-            "data": {"source": "rendered", "rendered": {"train": IMAGES, "val": max(IMAGES, 2 * longest)}},
+            "data": {
+                "source": "rendered",
+                "rendered": {"train": max(IMAGES, 6 * asked.train.max_size), "val": max(IMAGES, 2 * longest)},
+            },
             "haystacks": {
                 "vocabulary": "all",
                 "train": {
@@ -153,6 +162,38 @@ def shortened(settings: Settings, out: Path) -> Settings:
             "resources": on_gpu,
         }
     )
+
+
+def kind_of(settings: Settings, job: Job) -> tuple:
+    """What jobs have in common of which one is rehearsed: evaluations of runs that are loaded in the same way are alike."""
+    from laid.settings import TrainedMethod
+
+    method = settings.methods.get(job.method)
+    if job.rule == "evaluate" and isinstance(method, TrainedMethod):
+        return job.rule, job.student, "adapter" if method.lora else "checkpoint"
+    return job.rule, job.student, job.method
+
+
+def rehearsed(short: Settings, planned: list[Job]) -> list[Job]:
+    """The first job of every kind, at the largest test size."""
+    size, found = max(short.haystacks.test.sizes), {}
+    for job in planned:
+        if not job.sizes or size in job.sizes:
+            found.setdefault(kind_of(short, job), job)
+    return list(found.values())
+
+
+def expected(short: Settings, planned: list[Job], gpu: Gpu) -> float:
+    """Seconds that the rehearsal takes on that GPU by the plan's rates, making checkpoints and exports included.
+
+    Half of a job's start is Python and its libraries, which are there.
+    """
+    from laid.plan.speed import START
+
+    found = rehearsed(short, planned)
+    made = {job.student: 2 * job.need.parameters for job in found}
+    work = sum(3600 * job.hours(gpu, None) - START / 2 + job.need.disk / WRITING for job in found)
+    return work + sum(made.values()) / WRITING
 
 
 def make_checkpoints(settings: Settings, short: Settings, device: str) -> None:
@@ -173,20 +214,17 @@ def make_checkpoints(settings: Settings, short: Settings, device: str) -> None:
         processor.save(folder)
 
 
-def jobs(short: Settings, planned: list, out: Path) -> Iterator[tuple]:
+def jobs(short: Settings, planned: list[Job], out: Path) -> Iterator[tuple]:
     """(the job as it is planned, None for what only makes inputs; the verb's words without --config)."""
+    from laid.settings import TrainedMethod
+
     root = out / short.scale
     coco, asked = root / "coco", root / "haystacks"
     yield None, ["data", "--out", str(coco)]
     yield None, ["haystacks", "--coco", str(coco), "--out", str(asked)]
     train, size = str(asked / "train.json"), max(short.haystacks.test.sizes)
     test = str(asked / f"test/visual_haystack_{size}.json")
-    seen = set()
-    for job in planned:
-        kind = (job.rule, job.student, job.method)
-        if kind in seen or (job.sizes and size not in job.sizes):
-            continue
-        seen.add(kind)
+    for job in rehearsed(short, planned):
         model, run = short.models.checkpoints[job.student], root / "runs" / job.student / job.method / "seed0"
         common = ["--coco", str(coco), "--questions"]
         if job.rule == "features":
@@ -201,7 +239,8 @@ def jobs(short: Settings, planned: list, out: Path) -> Iterator[tuple]:
             named = ["--method", job.method, "--seed", "0", "--student-name", job.student, "--student", model]
             yield job, ["train", *named, *cache, *common, train, "--out", str(run)]
         elif job.rule == "evaluate":
-            runs = ["--runs", str(run)] if ("train", job.student, job.method) in seen else []
+            trained = isinstance(short.methods[job.method], TrainedMethod)
+            runs = ["--runs", str(run)] if trained else []
             named = ["--student-name", job.student, "--method", job.method, "--model", model, *runs]
             yield (
                 job,
