@@ -9,6 +9,7 @@ import argparse
 from pathlib import Path
 
 from laid.analysis.inference_cost import measure
+from laid.cli import ended
 from laid.commands.shared import config_argument, deterministic, device_arguments, pick_device
 from laid.io import write_json
 from laid.settings import load
@@ -28,15 +29,22 @@ parser.add_argument("--repeats", type=int, default=80)
 parser.add_argument("--out", type=Path, required=True)
 device_arguments(parser)
 args = parser.parse_args()
-deterministic(args.threads)
-found = measure(
-    load(args.config), args.student_name, args.method, args.model, args.run, args.coco, args.questions, args.sizes,
-    args.repeats, pick_device(args.device),
-)  # fmt: skip
-write_json(args.out, found)
-for size, part in found["sizes"].items():
-    low, high = part["interval"]
-    print(
-        f"{args.student_name} {args.method}, {size} images: FLOPs {part['flops'][1] / part['flops'][0]:.6f} times base's,"
-        f" {found['clock']} {part['ratio']:.3f} [{low:.3f}, {high:.3f}] times"
-    )
+
+
+def run() -> int:
+    deterministic(args.threads)
+    found = measure(
+        load(args.config), args.student_name, args.method, args.model, args.run, args.coco, args.questions, args.sizes,
+        args.repeats, pick_device(args.device),
+    )  # fmt: skip
+    write_json(args.out, found)
+    for size, part in found["sizes"].items():
+        low, high = part["interval"]
+        print(
+            f"{args.student_name} {args.method}, {size} images: FLOPs {part['flops'][1] / part['flops'][0]:.6f} times base's,"
+            f" {found['clock']} {part['ratio']:.3f} [{low:.3f}, {high:.3f}] times"
+        )
+    return 0
+
+
+raise SystemExit(ended("inference_cost", run))

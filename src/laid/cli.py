@@ -6,7 +6,7 @@ import argparse
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from laid import __version__
 from laid.errors import LaidError
@@ -59,7 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")
     argv = [_expanded(word) for word in (sys.argv[1:] if argv is None else argv)]
     verb = next((word for word in argv if word in VERBS), "")
-    try:
+
+    def run() -> int:
         args = _parsed(argv, verb)
         args.words = argv
         if getattr(args, "config", ()) is None:
@@ -69,20 +70,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         if getattr(args, "out", None) is not None:  # before any work: what is made may have taken hours
             require_place(args.out, file=verb in ("analyse", "why"))
         return args.run(args) or 0
+
+    return ended(f"laid {verb}", run)
+
+
+def ended(program: str, work: Callable[[], int]) -> int:
+    """The exit status of `work`. What is wrong, and who interrupted it, is one line."""
+    try:
+        return work()
     except LaidError as error:
-        return _refused(verb, str(error))
+        return _refused(program, str(error))
     except UnicodeEncodeError as error:  # the name of a file, in a locale without its characters
         return _refused(
-            verb, f"{error.object[:200]}: no name in this locale ({error.encoding}): set LC_ALL=C.UTF-8"
+            program,
+            f"{error.object[:200]}: no name in this locale ({error.encoding}): set LC_ALL=C.UTF-8",
         )
     except KeyboardInterrupt:
-        print(f"laid {verb}: interrupted", file=sys.stderr)
+        print(f"{program}: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
         return 141
     except OSError as error:  # a folder that cannot be written, a full disk
         where = f"{error.filename}: " if error.filename else ""
-        return _refused(verb, f"{where}{error.strerror or error}")
+        return _refused(program, f"{where}{error.strerror or error}")
 
 
 def _parsed(argv: Sequence[str], verb: str) -> argparse.Namespace:
@@ -105,11 +115,11 @@ def _expanded(word: str) -> str:
     return option + equals + os.path.expanduser(value)
 
 
-def _refused(verb: str, reason: str) -> int:
+def _refused(program: str, reason: str) -> int:
     """Say, in one line that any terminal shows, what is wrong; returns the exit status."""
     line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in reason)
     line = line if len(line) < 900 else f"{line[:600]} ... {line[-200:]}"
-    print(f"laid {verb}: error: {line}", file=sys.stderr)
+    print(f"{program}: error: {line}", file=sys.stderr)
     return 2
 
 
