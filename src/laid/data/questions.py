@@ -143,7 +143,11 @@ def read_questions(path: str | Path) -> list[Question]:
     all. The official multi-needle files use an id for a two-needle and for a three-needle question: the later one of a
     file becomes "<id>.2", so that ids are unique here.
     """
-    data = read_json(path)
+    return parse_questions(read_json(path), path)
+
+
+def parse_questions(data: Any, path: str | Path) -> list[Question]:
+    """What `read_questions` makes of a file's content; `path` is named in errors."""
     if not isinstance(data, list) or not data:
         raise LaidError(f"{path}: expected a list of questions, found {_kind(data)}")
     questions: list[Question] = []
