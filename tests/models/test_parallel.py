@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,33 +16,42 @@ from laid import cli
 from laid.commands.shared import pick_devices
 from laid.errors import LaidError
 from laid.models import parallel
-from laid.models.loading import read_config
+from laid.models.loading import load_model, read_config
 
-# Both verbs in one start: importing the libraries takes longer than their work.
+# All verbs in one start: importing the libraries takes longer than their work.
 WORKER = """
 import json, sys
 from laid import cli
 from laid.models import parallel
-assert cli.main(json.loads(sys.argv[1])) == 0
-parallel.join = lambda device: device  # these processes have joined
-sys.exit(cli.main(json.loads(sys.argv[2])))
+for words in sys.argv[1:]:
+    assert cli.main(json.loads(words)) == 0
+    parallel.join = lambda device: device  # these processes have joined
 """
 
 
 @pytest.fixture(scope="module")
 def verbs(micro_file, family, coco_root, haystacks, tmp_path_factory):
-    """(words of `laid evaluate`, words of `laid teacher-cache`, without --out): the teacher's."""
+    """Words of `laid evaluate` and `laid teacher-cache` of the teacher, by the folder they write: tied has one matrix for words in
+    and out, as the 3B student."""
+    tied = shutil.copytree(family["teacher"], tmp_path_factory.mktemp("tied") / "teacher")
+    model = load_model(tied)
+    model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = True
+    model.tie_weights()
+    model.save_pretrained(tied)
     of = ["--config", str(micro_file), "--coco", str(coco_root), "--device", "cpu"]
     teacher, questions = str(family["teacher"]), str(haystacks / "test/visual_haystack_5.json")
-    named = ["--student-name", "teacher", "--method", "self_extend", "--model", teacher]
-    asked = ["evaluate", *of, *named, "--questions", questions]
-    return asked, ["teacher-cache", *of, "--teacher", teacher, "--questions", str(haystacks / "train.json")]
+    asked = ["evaluate", *of, "--questions", questions, "--student-name", "teacher"]
+    return {
+        "cells": [*asked, "--method", "self_extend", "--model", teacher],
+        "tied": [*asked, "--method", "base", "--model", str(tied)],
+        "cache": ["teacher-cache", *of, "--teacher", teacher, "--questions", str(haystacks / "train.json")],
+    }
 
 
 @pytest.fixture(scope="module")
 def shared(verbs, tmp_path_factory):
     root = tmp_path_factory.mktemp("shared")
-    words = [json.dumps([*verb, "--out", str(root / verb[0])]) for verb in verbs]
+    words = [json.dumps([*verb, "--out", str(root / name)]) for name, verb in verbs.items()]
     (root / "worker.py").write_text(WORKER)
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
@@ -53,20 +63,21 @@ def shared(verbs, tmp_path_factory):
     return root, done
 
 
-def test_two_processes_answer_as_one_does(shared, verbs, tmp_path):
+@pytest.mark.parametrize("name", ["cells", "tied"])
+def test_two_processes_answer_as_one_does(shared, verbs, name, tmp_path):
     root, done = shared
-    assert cli.main([*verbs[0], "--out", str(tmp_path)]) == 0
-    one, two = (json.loads((folder / "5.json").read_text()) for folder in (tmp_path, root / "evaluate"))
+    assert cli.main([*verbs[name], "--out", str(tmp_path)]) == 0
+    one, two = (json.loads((folder / "5.json").read_text()) for folder in (tmp_path, root / name))
     assert [a["id"] for a in one["answers"]] == [a["id"] for a in two["answers"]]
     for ours, theirs in zip(one["answers"], two["answers"], strict=True):
         assert ours["p_yes"] == pytest.approx(theirs["p_yes"], abs=2e-5)
         assert ours["answer"] == theirs["answer"] or abs(ours["p_yes"] - 0.5) < 1e-4
     assert one["provenance"] == two["provenance"]
-    assert done.stdout.count("5 images:") == 1  # the first alone speaks
+    assert done.stdout.count("5 images:") == 2  # of two cells: the first alone speaks
 
 
 def test_the_cache_has_every_head_of_both(shared, cache):
-    found, wanted = (load_file(next(f.glob("*.safetensors"))) for f in (shared[0] / "teacher-cache", cache))
+    found, wanted = (load_file(next(f.glob("*.safetensors"))) for f in (shared[0] / "cache", cache))
     assert found.keys() == wanted.keys() and {"logits", "q.2", "k.2"} <= found.keys()
     for name, tensor in wanted.items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-4)
