@@ -241,7 +241,7 @@ def test_the_benchmark_runs_at_toy_size(tmp_path, capsys, monkeypatch):
     bench = importlib.import_module("gpu")
     monkeypatch.setattr(bench, "RESULTS", tmp_path / "GPU.md")
     with warnings.catch_warnings():
-        assert bench.main(["--toy", "--write", "--json", str(tmp_path / "toy.json")]) == 0
+        assert bench.main(["--toy", "--write", "--json", str(tmp_path / "toy.json"), "--budget", "3600"]) == 0
     entry = (tmp_path / "GPU.md").read_text()
     assert re.search(r"^## Toy size, CPU$", entry, re.MULTILINE)
     assert f"Commit {bench.commit()}, torch" in entry and re.search(r"; 20\d\d-\d\d-\d\d; ", entry)
