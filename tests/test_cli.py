@@ -201,7 +201,7 @@ def test_every_verb_explains_itself(verb, capsys):
         cli.main([verb, "--help"])
     assert caught.value.code == 0
     out = capsys.readouterr().out
-    assert cli.VERBS[verb].split()[0] in out and "--config" in out
+    assert cli.VERBS[verb].split()[0] in out and ("--config" in out or verb == "push")
 
 
 @pytest.mark.parametrize("verb", ["haystacks", "pretrain", "teacher-cache", "train", "evaluate", "analyse"])

@@ -31,6 +31,7 @@ VERBS = {
     "why": "separate what distance in positions costs from what dilution by more keys costs",
     "beyond": "report what goes beyond the paper: why windows shrink, where they end",
     "distill": "distil a student from a teacher on your own conversations with images, without the workflow",
+    "push": "send a distilled student to the Hugging Face hub: files, card and records; shown first",
     "ask": "ask a checkpoint about the images of a folder, and show where it looks",
     "tables": "build Tables 1, 2 and 3 from cells and print them",
     "sweep": "compare the parts of a method on the validation questions",

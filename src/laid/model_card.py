@@ -67,6 +67,16 @@ def card(record: Mapping[str, Any], sources: Mapping[str, str], adapter: bool) -
     return "\n".join(lines)
 
 
+def for_hub(text: str, repo: str, adapter: bool) -> str:
+    """A card as it stands in the repository `repo`: it says how to load that."""
+    if not adapter:
+        before, _, rest = text.partition("## Use\n")
+        text = "\n".join(
+            [f"{before}## Use", "", *_usage(False, ""), f"## Accuracy{rest.partition('## Accuracy')[2]}"]
+        )
+    return text.replace("<this folder>", repo)
+
+
 def _usage(adapter: bool, student: str) -> list[str]:
     if adapter:
         code = [
