@@ -24,6 +24,7 @@ VERBS = {
     "teacher-cache": "run the teacher once over the training questions and store what distillation needs",
     "train": "post-train a student (sft, kd, laid and its ablations)",
     "evaluate": "ask a model the questions of each haystack size, and write one cell per size",
+    "serve": "serve a checkpoint to clients of OpenAI's chat-completions protocol, on this machine",
     "pope": "POPE's object questions about single images: build them, print their table",
     "tokens": "count prompt tokens and M-RoPE positions per haystack size (Table 2), without weights",
     "analyse": "measure a student's attention heads: which find the needle, and their spectra",

@@ -116,11 +116,6 @@ def finished(run: Run, held_out: str | Path | None) -> dict[str, Any] | None:
     return record if same else None
 
 
-def name_of(student: str | Path) -> str:
-    """The last part of a folder's or a hub checkpoint's name."""
-    return Path(student).resolve().name if Path(student).is_dir() else str(student).rsplit("/", 1)[-1]
-
-
 def image_root(data: str | Path, given: str | Path | None = None) -> Path:
     """The folder that the image paths in `data` start from: `given`, else the first above `data` that holds an image.
 

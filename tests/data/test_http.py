@@ -6,6 +6,7 @@ import hashlib
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -105,6 +106,13 @@ def test_silence_counts_as_a_broken_connection(site, tmp_path):
     site.plans[NAME] = ["stall"]
     assert get(Http(retries=2, timeout=0.2, wait=0.001), site, tmp_path) == DATA
     assert site.plans[NAME] == []
+
+
+def test_a_request_that_nobody_answers_is_given_up():
+    with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(LaidError) as caught:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        Http(retries=1, timeout=0.1, wait=0.0, key="sk-secret").post(url, {"a": 1})
+    assert "timed out" in str(caught.value) and "gave up after 2 attempts" in str(caught.value)
 
 
 def test_wrong_bytes_are_never_kept(site, client, tmp_path):

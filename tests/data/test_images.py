@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import os
 import re
 
@@ -10,8 +12,14 @@ import pytest
 from PIL import Image
 
 from laid.data.coco import CocoImage, image_problem
-from laid.data.images import image_size, open_image, require_images
+from laid.data.images import data_url, image_size, open_image, require_images
 from laid.errors import LaidError
+
+
+def as_sent(file) -> tuple[bytes, np.ndarray]:
+    """The bytes of an image's data: URL, and what a program shows that knows neither EXIF nor transparency."""
+    content = base64.b64decode(data_url(file).split(",")[1])
+    return content, np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L", "RGB"])
@@ -29,6 +37,7 @@ def test_transparent_pixels_are_white(tmp_path, mode):
         image.save(file, transparency=image.getpixel((0, 0)))
     seen = np.asarray(open_image(file))
     assert (seen[:, :4] == 255).all() and (abs(seen[:, 4:].astype(int) - 90) < 3).all()
+    assert (as_sent(file)[1] == seen).all()
 
 
 def test_half_transparent_is_half_white(tmp_path):
@@ -51,6 +60,9 @@ def test_an_image_is_turned_as_viewers_turn_it(tmp_path, turn):
     kept.save(tmp_path / "a.png", exif=exif)
     assert image_size(tmp_path / "a.png") == (24, 16)
     assert np.array_equal(open_image(tmp_path / "a.png"), scene)
+    content, sent = as_sent(tmp_path / "a.png")
+    assert np.array_equal(sent, scene)
+    assert (content == (tmp_path / "a.png").read_bytes()) == (turn == 1)
     assert image_problem(tmp_path / "a.png", CocoImage(1, "a.png", 24, 16)) is None
     said = image_problem(tmp_path / "a.png", CocoImage(1, "a.png", 16, 24))
     assert ("EXIF turns it by a quarter" if turn >= 5 else "replace it") in said

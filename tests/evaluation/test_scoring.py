@@ -4,7 +4,14 @@ import pytest
 import torch
 
 from laid.errors import LaidError
-from laid.evaluation.scoring import answer_tokens, official_bootstrap, probability_yes, spoken_answer, words
+from laid.evaluation.scoring import (
+    answer_tokens,
+    official_bootstrap,
+    probability_listed,
+    probability_yes,
+    spoken_answer,
+    words,
+)  # fmt: skip
 from laid.models.processing import Processor
 
 # Worked by hand after the official scorer (vhs_benchmark, utils.py: `label in nltk.word_tokenize(response.lower())`),
@@ -79,6 +86,20 @@ def test_share_of_yes_by_hand():
     softmax = logits[:, [0, 2, 3]].softmax(-1)[:, :2].sum(-1)
     torch.testing.assert_close(found, softmax)
     assert probability_yes(torch.tensor([[900.0, -900.0]], dtype=torch.bfloat16), [0], [1]).tolist() == [1.0]
+
+
+def test_share_of_yes_among_listed_tokens_by_hand():
+    listed = [
+        ("Yes", 0.3),
+        ("The", 0.25),
+        (" no", 0.1),
+        ("\u0120yes", 0.1),
+        ("\u2581No", 0.1),
+        ("nope", 0.05),
+    ]
+    assert probability_listed((token, math.log(p)) for token, p in listed) == pytest.approx(0.4 / 0.6)
+    assert probability_listed([("no", -9999.0), ("yes", -0.1)]) == 1.0
+    assert probability_listed([("The", -0.1)]) is probability_listed([]) is None
 
 
 def test_answer_tokens_are_whole_words(family):

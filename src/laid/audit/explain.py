@@ -23,8 +23,8 @@ def chain_of_cell(lineage: Lineage, step: Step) -> Tree:
     head = (
         f"{step.record}: {100 * cell['accuracy']:.2f} % [{low:.1f}, {high:.1f}] ({cell['interval_method']})\n"
         f"{right} of {cell['n']} answers right: {cell['questions']} questions of {cell['size']} images,"
-        f" seed{'s' if len(cell['seeds']) > 1 else ''} {', '.join(map(str, cell['seeds']))},"
-        f" {cell['tokens_mean']:.0f} tokens a prompt"
+        f" seed{'s' if len(cell['seeds']) > 1 else ''} {', '.join(map(str, cell['seeds']))}"
+        + ("" if cell["tokens_mean"] is None else f", {cell['tokens_mean']:.0f} tokens a prompt")
     )
     return _step_tree(lineage, step, head)
 
@@ -36,6 +36,9 @@ def _step_tree(lineage: Lineage, step: Step, head: str) -> Tree:
         return (f"{head}\n{error}", [])
     body = f"{head}\nmade by `laid {step.name.replace('_', '-')}`, {_software(record)}"
     branches = []
+    if served := record.get("endpoint"):
+        unknown = ", ".join(served["unknown"])
+        branches.append((f"model: {served['model']} at {served['url']}; not known: {unknown}", []))
     for name, recorded in record["data"].items():
         value, maker = lineage.inputs_of(step, name)
         text = f"{name}: {_describe(lineage, name, value)}, sha256 {recorded[:12]}"

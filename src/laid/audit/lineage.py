@@ -194,7 +194,10 @@ class Lineage:
             yield str(error)
             return
         wildcards = dict(step.wildcards)
-        now = slice_for(step.name, self.config, **wildcards)
+        served = record.get("endpoint")
+        if served:
+            yield f"answered by {served['model']} at {served['url']}: what weights that was, nobody can check"
+        now = slice_for("served" if served else step.name, self.config, **wildcards)
         other = OTHER_PARTS.get(wildcards.get("part"), ())
         yield from (
             change

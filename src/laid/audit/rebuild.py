@@ -21,6 +21,10 @@ def rebuild(lineage: Lineage, step: Step, device: str = "cpu") -> tuple[bool, li
     """
     wildcards = dict(step.wildcards)
     record = lineage.record(step)
+    if served := record.get("endpoint"):
+        raise LaidError(
+            f"{step.record}: answered by a server: ask {served['url']} again with laid evaluate --endpoint"
+        )
     names = [name for name in record["data"] if name.startswith("run_seed")]
     runs = [lineage.inputs_of(step, name)[0].parent for name in sorted(names, key=lambda n: int(n[8:]))]
     model, _ = lineage.inputs_of(step, "model")

@@ -151,7 +151,7 @@ def renamed(lineage: Lineage, step: Step, cell: dict[str, Any]) -> Iterator[str]
         "role": "teacher" if student == models.teacher else "student",
         "label": cell["label"],
     }
-    if cell["label"] != models.labels.get(student):
+    if cell["label"] != models.labels.get(student) and "endpoint" not in cell["provenance"]:
         expected["label"] = lineage.label(student) or models.labels.get(student) or cell["label"]
     for what, now in expected.items():
         if cell[what] != now:

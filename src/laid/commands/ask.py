@@ -28,8 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from laid.analysis.ask import ask, images_in
-    from laid.commands.shared import deterministic, pick_device
-    from laid.errors import LaidError
+    from laid.commands.shared import checkpoint_argument, deterministic, pick_device
     from laid.io import require_place
     from laid.methods.registry import load_with_method
     from laid.settings import load
@@ -37,10 +36,7 @@ def run(args: argparse.Namespace) -> int:
     images = images_in(args.images)
     if args.show:
         require_place(args.show, file=True)
-    if (Path(args.model) / "adapter_config.json").is_file():
-        raise LaidError(
-            f"{args.model}: an adapter, not a checkpoint: merge it into its base first (merge_and_unload of peft)"
-        )
+    checkpoint_argument(args.model)
     deterministic(args.threads)
     loaded = load_with_method(load(args.config), "base", args.model, None, pick_device(args.device))
     answer = ask(loaded, images, args.question)

@@ -43,8 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from laid.commands.shared import deterministic, pick_device
     from laid.io import alone, require_place
+    from laid.models.loading import name_of
     from laid.settings import load
-    from laid.standalone import distill, finished, image_root, known_needles, name_of, summary
+    from laid.standalone import distill, finished, image_root, known_needles, summary
     from laid.training.recipe import FILES, Run
 
     settings = load(args.config)

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from laid.evaluation.sets import QuestionSet
+    from laid.settings import Settings
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,40 +29,73 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--sizes", type=count, nargs="+", default=[], help="haystack sizes to read from a folder"
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for <size>.json cells")
+    parser.add_argument(
+        "--endpoint",
+        metavar="URL",
+        help="ask a server of OpenAI's protocol (http://localhost:8000/v1), where --model is the model's name; a key is read from"
+        " OPENAI_API_KEY",
+    )
+    parser.add_argument(
+        "--concurrent", type=count, default=8, help="questions under way at a time at an endpoint (default 8)"
+    )
     parser.add_argument("--cost", type=Path, help="file for time and memory (default: cost.json in --out)")
 
 
 def run(args: argparse.Namespace) -> int:
-    from contextlib import nullcontext
-
-    from laid.commands.shared import deterministic, features_folder, pick_devices
-    from laid.evaluation.evaluate import evaluate_cells
     from laid.evaluation.sets import question_sets
-    from laid.io import alone, require_place
-    from laid.models import parallel
+    from laid.io import require_place
     from laid.settings import load
 
     settings = load(args.config)
-    deterministic(args.threads)
     sets = question_sets(args.questions, args.sizes, args.coco)
     if args.cost is not None:
         require_place(args.cost, file=True)
-    device = pick_devices(args, args.model, settings.evaluation.dtype)
-    # Jobs that share a folder of cells have a file each for what they cost.
-    with alone(args.cost or args.out) if parallel.first() else nullcontext():
-        cells = evaluate_cells(
-            settings, args.student_name, args.method, args.model, args.runs, args.coco, sets, args.out,
-            device, features_folder(args, settings), args.cost,
-        )  # fmt: skip
+    cells = (_served if args.endpoint else _local)(args, settings, sets)
     for part, cell in zip(sets, cells):  # of several processes, the first has cells
         low, high = (100 * bound for bound in cell["interval"])
         print(
             f"{args.student_name} {args.method}: {cell['size']} images:"
             f" {100 * cell['accuracy']:.1f} % ({low:.1f} to {high:.1f}),"
-            f" {cell['n']} answers, {cell['tokens_mean']:.0f} tokens, {cell['positions_mean']:.0f} positions;"
+            f" {cell['n']} answers, {_number(cell['tokens_mean'])} tokens, {_number(cell['positions_mean'])} positions;"
             f" {benchmark(part, cell)}"
         )
     return 0
+
+
+# Jobs that share a folder of cells have a file each for what they cost: that is what they wait for.
+def _local(args: argparse.Namespace, settings: Settings, sets: list[QuestionSet]) -> list[dict]:
+    from contextlib import nullcontext
+
+    from laid.commands.shared import deterministic, features_folder, pick_devices
+    from laid.evaluation.evaluate import evaluate_cells
+    from laid.io import alone
+    from laid.models import parallel
+
+    deterministic(args.threads)
+    device = pick_devices(args, args.model, settings.evaluation.dtype)
+    with alone(args.cost or args.out) if parallel.first() else nullcontext():
+        return evaluate_cells(
+            settings, args.student_name, args.method, args.model, args.runs, args.coco, sets, args.out,
+            device, features_folder(args, settings), args.cost,
+        )  # fmt: skip
+
+
+def _served(args: argparse.Namespace, settings: Settings, sets: list[QuestionSet]) -> list[dict]:
+    from laid.errors import LaidError
+    from laid.evaluation.endpoint import evaluate_endpoint
+    from laid.io import alone
+
+    if args.runs or args.features:
+        raise LaidError("--endpoint takes neither --runs nor --features: the server has its model")
+    with alone(args.cost or args.out):
+        return evaluate_endpoint(
+            settings, args.student_name, args.method, args.endpoint, args.model, args.coco, sets, args.out,
+            args.concurrent, args.cost,
+        )  # fmt: skip
+
+
+def _number(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.0f}"
 
 
 def benchmark(part, cell: dict) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 
 from laid.commands.shared import read_results, results_arguments
@@ -39,6 +40,7 @@ def run(args: argparse.Namespace) -> None:
     trained = [size for size in results.sizes if size <= settings.haystacks.train.max_size]
     if trained:
         span = results.cell(results.teacher, "base", trained[-1]).positions_mean
+    if trained and not math.isnan(span):  # a served teacher's positions are not known
         shown = [settings.methods[method] for method in LAID if method in settings.methods]
         drawings.append(training_figures.distance_schedule(shown, span))
     drawings = [drawing for drawing in drawings if drawing]

@@ -93,6 +93,16 @@ def model_arguments(parser: argparse.ArgumentParser) -> None:
     device_arguments(parser)
 
 
+def checkpoint_argument(model: str) -> None:
+    """Raise LaidError where --model is an adapter alone."""
+    from laid.errors import LaidError
+
+    if (Path(model) / "adapter_config.json").is_file():
+        raise LaidError(
+            f"{model}: an adapter, not a checkpoint: merge it into its base first (merge_and_unload of peft)"
+        )
+
+
 def device_arguments(parser: argparse.ArgumentParser) -> None:
     """Add `--device` and `--threads`."""
     parser.add_argument(

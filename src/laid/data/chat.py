@@ -90,6 +90,14 @@ def read_chats(path: str | Path, order_seed: int = 0) -> list[Chat]:
     return chats
 
 
+def waiting(messages: Sequence[Any]) -> Chat:
+    """Messages as an API takes them, as a conversation whose last answer is to come: one letter stands for it. Raises LaidError."""
+    try:
+        return _parse({"messages": [*messages, {"role": "assistant", "content": "-"}]}, 0)
+    except _Wrong as problem:
+        raise LaidError(f"messages: {problem}") from None
+
+
 def are_questions(path: str | Path) -> bool:
     """Whether a file holds Visual Haystacks questions (or nothing that can be told from them)."""
     path = Path(path)

@@ -1,4 +1,4 @@
-"""Downloads that end whole or with a clear error: resumed, retried, checked, then renamed into place."""
+"""Downloads that end whole or with a clear error: resumed, retried, checked, then renamed into place. Requests to APIs."""
 
 from __future__ import annotations
 
@@ -39,14 +39,32 @@ class _Unfit(_Transient):
         super().__init__("the part at hand does not fit the file any more")
 
 
-class Http:
-    """HTTP GET with retries, over kept connections. A failure that passes (dropped connection, time-out, 429, 5xx) is
-    tried again up to `retries` times in a row without a byte gained, after waits of `wait`, 2 `wait`, 4 `wait` ...
-    seconds (at most 60). Threads may share it; `connections` of them without waiting for one another."""
+class Refused(LaidError):
+    """What a server says of a request that no further try changes. status: by HTTP's numbers."""
 
-    def __init__(self, retries: int = 5, timeout: float = 60.0, wait: float = 1.0, connections: int = 1):
-        self.retries, self.timeout, self.wait = retries, timeout, wait
+    def __init__(self, url: str, status: int, said: str):
+        super().__init__(f"{url}: {said}")
+        self.status, self.said = status, said
+
+
+class Http:
+    """HTTP with retries, over kept connections. A failure that passes (dropped connection, time-out, 429, 5xx) is
+    tried again up to `retries` times in a row without a byte gained, after waits of `wait`, 2 `wait`, 4 `wait` ...
+    seconds (at most 60). Threads may share it; `connections` of them without waiting for one another. key: goes with every
+    request, and into no message."""
+
+    def __init__(
+        self,
+        retries: int = 5,
+        timeout: float = 60.0,
+        wait: float = 1.0,
+        connections: int = 1,
+        key: str | None = None,
+    ):
+        self.retries, self.timeout, self.wait, self.key = retries, timeout, wait, key
         self.session = requests.Session()
+        if key is not None:
+            self.session.auth = self._sign  # a header alone would lose against ~/.netrc
         self.session.headers = {"User-Agent": f"laid/{__version__}", "Accept-Encoding": "identity"}
         for scheme in ("http://", "https://"):
             self.session.mount(scheme, requests.adapters.HTTPAdapter(pool_maxsize=connections))
@@ -75,6 +93,49 @@ class Http:
                 return data[:length]
 
         return self._persist(url, ask)
+
+    def post(self, url: str, body: Any) -> Any:
+        """What a server answers to `body`, both JSON. Raises Refused where no further try would help."""
+        data = json.dumps(body).encode()
+
+        def ask() -> Any:
+            try:
+                answer = self.session.post(
+                    url,
+                    data=data,
+                    headers={"Content-Type": "application/json"},
+                    timeout=self.timeout,
+                    allow_redirects=False,
+                )
+            except requests.RequestException as error:
+                raise _Transient(f"no answer ({_reason(error)})") from None
+            if answer.status_code != 200:
+                said = f"the server answers {answer.status_code} {answer.reason}: {self._words(answer)}"
+                if answer.status_code not in TRY_AGAIN:
+                    raise Refused(url, answer.status_code, said)
+                raise _Transient(said, after=_retry_after(answer))
+            try:
+                return answer.json()
+            except ValueError:
+                raise _Transient(f"the answer is not JSON: {self._words(answer)}") from None
+
+        return self._persist(url, ask)
+
+    def _sign(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
+        request.headers["Authorization"] = f"Bearer {self.key}"
+        return request
+
+    def _words(self, answer: requests.Response) -> str:
+        """What the body of an answer says, in a line; servers differ in where they say it."""
+        text = answer.text
+        with contextlib.suppress(ValueError, AttributeError, TypeError):
+            found = answer.json()
+            error = found.get("error") or found
+            text = str(
+                error if isinstance(error, str) else error.get("message") or error.get("detail") or error
+            )
+        text = " ".join(text.split())[:300] or "nothing more"
+        return text.replace(self.key, "***") if self.key else text
 
     def download(
         self,

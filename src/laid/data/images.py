@@ -6,6 +6,9 @@ transformers' image loading do; Pillow alone shows transparency black and cuts o
 
 from __future__ import annotations
 
+import base64
+import functools
+import io
 import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -39,6 +42,30 @@ def open_image(file: str | Path) -> Image.Image:
         white = Image.new("RGB", image.size, "white")
         white.paste(image, mask=image.getchannel("A"))
         return white
+
+
+def data_url(file: str | Path) -> str:
+    """An image as models see it, as a `data:` URL: a JPEG or PNG file byte for byte where nothing needs to be done to it, else a
+    PNG. Raises LaidError where it is missing or broken."""
+    kind = _as_it_is(str(file))
+    if kind is not None:
+        content = Path(file).read_bytes()
+    else:
+        kind, made = "PNG", io.BytesIO()
+        open_image(file).save(made, kind)
+        content = made.getvalue()
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(content).decode()}"
+
+
+@functools.cache
+def _as_it_is(file: str) -> str | None:
+    """The format of an image file that any program shows as laid does, else None."""
+    with _opened(file) as image:
+        image.load()
+        plain = (
+            image.mode in ("L", "RGB", "P") and not image.has_transparency_data and _orientation(image) == 1
+        )
+        return image.format if plain and image.format in ("JPEG", "PNG") else None
 
 
 def image_size(file: str | Path) -> tuple[int, int]:

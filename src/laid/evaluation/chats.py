@@ -85,11 +85,9 @@ class ChatEvaluator:
         return total, len(labels)
 
     def _said(self, chat: Chat, made: EncodedChat) -> str:
-        p, end = made.prompt, made.answer_at + 1
-        asked = EncodedPrompt(p.ids[:end], p.positions[:, :end], p.block_starts, p.image_mask[:end])
         tokenizer = self.processor.tokenizer
         stops = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(TURN_END)} - {None}
         most = 2 * int((made.at >= made.answer_at).sum()) + ROOM
-        inputs = self._batch(chat, asked)
+        inputs = self._batch(chat, made.asked)
         (ids,) = generate(self.model, inputs, most, sorted(stops), self.settings.chunk_tokens)
         return tokenizer.decode(ids, skip_special_tokens=True).strip()

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from laid import provenance
-from laid.data.coco import SPLITS, annotation_file
 from laid.data.images import require_images
 from laid.data.questions import Question, ordered_images
 from laid.errors import LaidError
@@ -217,20 +216,13 @@ def evaluate_cells(
             for _batch in ask_here(seed, sets[at], done):
                 pass
         return []
-    labelled = {
-        f"annotations_{split}": annotation_file(coco_root, split)
-        for split in SPLITS
-        if annotation_file(coco_root, split).is_file()  # official questions do without
-    }
     records = [
         provenance.collect(
             "evaluate",
             config,
             {
-                "questions": part.file,
-                "images": (coco_root, part.images),
+                **part.inputs(coco_root),
                 "model": source_of(model),
-                **labelled,
                 **{f"run_seed{seed_of(run)}": Path(run) / "model" for run in runs},
             },
             student=student,

@@ -34,12 +34,14 @@ def measure(
     records: Sequence[dict[str, Any]],
     by: Any,
     seeds: Sequence[int] = (0,),
+    found: Callable[[Sequence[dict[str, Any]]], dict[str, Any]] = lambda _: {},
     cost: str | Path | None = None,
 ) -> list[dict[str, Any]]:
     """Ask every question once a seed, smallest sets first; write out/<size>.json each.
 
     records: of laid.provenance, one for each set. by: what else answers follow from (hardware). What an earlier call with the same
-    records left unfinished is gone on with. label, cost: as evaluate_cells has them.
+    records left unfinished is gone on with. found: what a set's answers add to its record. label: the student's name in tables.
+    cost: as evaluate_cells has it.
     """
     start = time.perf_counter()
     order = sorted(range(len(sets)), key=lambda at: sets[at].size)
@@ -64,7 +66,8 @@ def measure(
                     right = sum(map(is_right, mine.answers)) / len(mine.answers)
                     bar.update(len(batch), size=sets[at].size, accuracy=right)
                 if seed == seeds[-1]:
-                    cells[at] = _cell(config, student, method, label, sets[at], mine.answers, records[at])
+                    record = records[at] | found(mine.answers)
+                    cells[at] = _cell(config, student, method, label, sets[at], mine.answers, record)
                     write_cell(paths[at], cells[at])
     # Not before: a workflow takes the cells of a job that fails away.
     for part in kept:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -42,6 +43,20 @@ def probability_yes(logits: torch.Tensor, yes: list[int], no: list[int]) -> torc
     """(B,) share of yes among yes and no, summed over spellings; logits: (B, vocabulary)."""
     logits = logits.float()
     return (logits[:, yes].logsumexp(-1) - logits[:, no].logsumexp(-1)).sigmoid()
+
+
+def probability_listed(tokens: Iterable[tuple[str, float]]) -> float | None:
+    """The same from the likeliest tokens that a server lists, (text, log-probability); None where neither is among them.
+
+    What is not listed counts as nothing.
+    """
+    chances = {_YES: 0.0, _NO: 0.0}
+    for token, chance in tokens:
+        for spellings in chances:
+            if re.sub("[\u0120\u2581]", " ", token) in spellings:  # how some tokenizers write a blank
+                chances[spellings] += math.exp(chance)
+    total = sum(chances.values())
+    return chances[_YES] / total if total else None
 
 
 def words(text: str) -> list[str]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from laid.data.coco import SPLITS, annotation_file
 from laid.data.pope import is_pope, read_pope
 from laid.data.questions import OFFICIAL_PROMPT, Question, haystack_file, read_questions
 from laid.errors import LaidError
@@ -32,6 +34,12 @@ class QuestionSet:
     def images(self) -> list[str]:
         """The images that the questions name, sorted."""
         return sorted({p for q in self.questions for p in (*q.needles, *q.distractors)})
+
+    def inputs(self, coco_root: str | Path) -> dict[str, Any]:
+        """What answers follow from beside the model, as laid.provenance takes it; official questions do without annotations."""
+        files = {f"annotations_{split}": annotation_file(coco_root, split) for split in SPLITS}
+        labelled = {name: file for name, file in files.items() if file.is_file()}
+        return {"questions": self.file, "images": (coco_root, self.images), **labelled}
 
 
 def read_set(file: Path, coco_root: str | Path, size: int | None = None) -> QuestionSet:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -254,9 +254,16 @@ def last_logits(model, batch: Batch, chunk: int = 0, cache=None) -> torch.Tensor
 
 
 def generate(
-    model, batch: Batch, max_new_tokens: int, stop_ids: Sequence[int], chunk: int = 0
+    model,
+    batch: Batch,
+    max_new_tokens: int,
+    stop_ids: Sequence[int],
+    chunk: int = 0,
+    seen: Callable[[torch.Tensor], Any] = id,
 ) -> list[list[int]]:
     """Greedy answers, token ids without the stop token. All prompts of the batch must have one length.
+
+    seen: is given the logits (B, vocabulary) of every token, the stop token's as well.
 
     Written out because `generate` of the library would run the vision tower again for every question.
     """
@@ -264,7 +271,9 @@ def generate(
         raise ValueError("generation takes prompts of one length at a time")
     cache = cache_for(batch.ids.shape[1] + max_new_tokens - 1)
     text = text_model(model)
-    token = last_logits(model, batch, chunk, cache).argmax(-1)
+    logits = last_logits(model, batch, chunk, cache)
+    seen(logits)
+    token = logits.argmax(-1)
     position = batch.positions.amax(dim=(0, 2)) + 1
     answers: list[list[int]] = [[] for _ in token]
     going = torch.ones(len(token), dtype=torch.bool, device=token.device)
@@ -283,6 +292,8 @@ def generate(
             past_key_values=cache,
             use_cache=True,
         ).last_hidden_state
-        token = model.get_output_embeddings()(hidden[:, -1]).argmax(-1)
+        logits = model.get_output_embeddings()(hidden[:, -1])
+        seen(logits)
+        token = logits.argmax(-1)
         position = position + 1
     return answers

@@ -57,6 +57,11 @@ def source_of(model: str | Path) -> str | Path:
     return Path(model) if Path(model).is_dir() else f"hub:{model}"
 
 
+def name_of(model: str | Path) -> str:
+    """The last part of a folder's or a hub checkpoint's name."""
+    return Path(model).resolve().name if Path(model).is_dir() else str(model).rsplit("/", 1)[-1]
+
+
 @contextmanager
 def source_errors(source: str) -> Iterator[None]:
     """Turn what the loading libraries raise for a bad checkpoint into one line that names it; their tables and retries

@@ -51,6 +51,14 @@ class EncodedChat:
     labels: np.ndarray
     answer_at: int
 
+    @property
+    def asked(self) -> EncodedPrompt:
+        """What stands before the last answer."""
+        whole, end = self.prompt, self.answer_at + 1
+        return EncodedPrompt(
+            whole.ids[:end], whole.positions[:, :end], whole.block_starts, whole.image_mask[:end]
+        )
+
 
 @dataclass
 class PromptEncoder:

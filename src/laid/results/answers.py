@@ -5,6 +5,7 @@ Every table, figure and claim is a query of these two: `Results.answers` and `Re
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -42,7 +43,7 @@ def answers_frame(cells: Cells, suite: str = "test") -> pd.DataFrame:
         found = ordered(cell["answers"])
         part = pd.DataFrame(found).rename(columns={"id": "question"})
         part["correct"] = [is_right(answer) for answer in found]
-        parts.append(part.assign(params=cell["label"], **{key: cell[key] for key in _OF_CELL}))
+        parts.append(part.assign(params=cell["label"], **_of(cell, _OF_CELL)))
     columns = [*_OF_CELL[:2], "params", *_OF_CELL[2:], "seed", "question", "label", "answer", "correct"]
     frame = pd.concat(parts, ignore_index=True)[[*columns, "p_yes", "needles"]]
     frame.insert(0, "suite", suite)
@@ -53,10 +54,15 @@ def cells_frame(cells: Cells) -> pd.DataFrame:
     """One row per cell, by (student, method, size): accuracy, both ends of its interval, and what it rests on."""
     rows = [
         {"params": cell["label"], "low": cell["interval"][0], "high": cell["interval"][1]}
-        | {key: cell[key] for key in (*_OF_CELL, *_FACTS)}
+        | _of(cell, (*_OF_CELL, *_FACTS))
         for cell in cells.values()
     ]
     return pd.DataFrame(rows).set_index(["student", "method", "size"], drop=False)
+
+
+def _of(cell: dict[str, Any], keys: Sequence[str]) -> dict[str, Any]:
+    """Values of a cell; what a server did not tell is no number."""
+    return {key: math.nan if cell[key] is None else cell[key] for key in keys}
 
 
 def save_answers(frame: pd.DataFrame, path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -217,7 +218,9 @@ def _facts(cell: Any, answers: pd.DataFrame) -> list[tuple[str, str]]:
     }
     interval = f"[{100 * cell.low:.2f}, {100 * cell.high:.2f}], {cell.interval_method}"
     seeds = ", ".join(map(str, cell.seeds))
-    prompt = f"{cell.tokens_mean:.1f} tokens, {cell.positions_mean:.1f} M-RoPE positions on average"
+    told = ((cell.tokens_mean, "tokens"), (cell.positions_mean, "M-RoPE positions"))
+    known = [f"{mean:.1f} {what}" for mean, what in told if not math.isnan(mean)]
+    prompt = f"{', '.join(known)} on average" if known else "its length is not known"
     return [
         ("Accuracy", f"{100 * cell.accuracy:.2f} % {interval}"),
         ("Right where yes is right", shares["yes"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -70,13 +71,13 @@ def table2(results: Results) -> Table:
     data = pd.DataFrame(
         {
             "images": sizes,
-            "avg_tokens": cells["tokens_mean"].map("{:.2f}".format).to_list(),
-            "avg_positions": cells["positions_mean"].map("{:.2f}".format).to_list(),
+            "avg_tokens": cells["tokens_mean"].map(_or_unknown).to_list(),
+            "avg_positions": cells["positions_mean"].map(_or_unknown).to_list(),
         }
     )
     notes = [results.questions_note()]
     images = sizes[-1] - sizes[0]
-    if images:
+    if images and cells[["tokens_mean", "positions_mean"]].notna().all(axis=None):
         ends = cells[["tokens_mean", "positions_mean"]].iloc[[0, -1]]
         tokens, positions = (ends.iloc[1] - ends.iloc[0]) / images
         why = "M-RoPE advances by the longer side of its merged patches only"
@@ -90,6 +91,11 @@ def table2(results: Results) -> Table:
         names=0,
         data=data,
     )
+
+
+def _or_unknown(mean: float) -> str:
+    """A mean with two digits; a served model's positions are not known."""
+    return "unknown" if math.isnan(mean) else f"{mean:.2f}"
 
 
 def _accuracy_table(

@@ -154,7 +154,10 @@ def measure(source: Curves, model: Model, threshold: float, tokens: Mapping[int,
 
 
 def _in_tokens(images: Bounds, sizes: Sequence[int], tokens: Sequence[float]) -> Bounds:
-    """Bounds in images as mean prompt tokens, linear in images between measured sizes; 0 and infinity stay."""
+    """Bounds in images as mean prompt tokens, linear in images between measured sizes; 0 and infinity stay. Unknown where one of
+    the means is: a server need not tell."""
+    if np.isnan(tokens).any():
+        return Bounds(0.0, math.inf)
     ends = (images.low, images.high)
     return Bounds(*(v if v == 0 or math.isinf(v) else float(np.interp(v, sizes, tokens)) for v in ends))
 

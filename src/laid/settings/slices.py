@@ -49,6 +49,8 @@ SLICES: dict[str, list[str]] = {
         "methods.{method}",
         *(f"-methods.{{method}}.{key}" for key in ("extends", "label")),
     ],
+    # Of a model behind a server: how it reads images and batches is the server's.
+    "served": ["evaluation.scoring", "evaluation.order_seed", "evaluation.max_new_tokens"],
     "analyse": [
         "analysis.questions",
         "analysis.spectrum_size",
