@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -138,7 +139,15 @@ def test_code_names_commit_and_dirt(monkeypatch):
     answers["status"] = ""
     assert provenance.code.__wrapped__()["dirty"] is False
     monkeypatch.setattr(provenance, "_git", lambda *words: None)
-    assert provenance.code.__wrapped__()["commit"] is None and provenance.code.__wrapped__()["dirty"] is None
+    for noted, commit in (
+        (None, None),
+        ('{"url": "file:///laid", "dir_info": {"editable": true}}', None),
+        ('{"url": "https://example.org/laid", "vcs_info": {"vcs": "git", "commit_id": "fed"}}', "fed"),
+    ):
+        installed = SimpleNamespace(read_text=lambda name, noted=noted: noted)
+        monkeypatch.setattr(provenance.metadata, "distribution", lambda name, found=installed: found)
+        assert provenance.code.__wrapped__()["commit"] == commit
+        assert provenance.code.__wrapped__()["dirty"] is None
 
 
 def test_the_checkout_is_looked_at_and_left_as_it_is(tmp_path, monkeypatch):

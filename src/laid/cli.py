@@ -100,7 +100,12 @@ def ended(program: str, work: Callable[[], int]) -> int:
 def _parsed(argv: Sequence[str], verb: str) -> argparse.Namespace:
     """The words as `verb` takes them; its module, and with it torch, is imported here."""
     parser = argparse.ArgumentParser(prog="laid", description=__doc__)
-    parser.add_argument("--version", action=_Version, nargs=0, help="version, and the commit in a checkout")
+    parser.add_argument(
+        "--version",
+        action=_Version,
+        nargs=0,
+        help="version, and the commit in a checkout or after an installation from git",
+    )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for name, text in VERBS.items():
         sub = verbs.add_parser(name, help=text, description=text)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import datetime
+import json
 import os
 import platform
 import resource
@@ -138,7 +139,7 @@ def _hash_at(path: str, *_stamp: int) -> str:
 
 @cache
 def code() -> dict[str, Any]:
-    """Version, git commit (None outside git), dirty (tracked files changed), and a hash of the package's syntax trees.
+    """Version, git commit (None where it is not known), dirty (tracked files changed), and a hash of the package's syntax trees.
 
     The hash leaves comments, docstrings and layout out: it changes when the code's meaning may have changed.
     """
@@ -146,7 +147,7 @@ def code() -> dict[str, Any]:
     changed = _git("status", "--porcelain", "--untracked-files=no") if commit else None
     return {
         "version": __version__,
-        "commit": commit,
+        "commit": commit or _installed_commit(),
         "dirty": None if changed is None else bool(changed),
         "source": source_hash(PACKAGE),
     }
@@ -216,6 +217,15 @@ def _git(*words: str) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _installed_commit() -> str | None:
+    """The commit that pip notes where it installs from a git address (PEP 610)."""
+    try:
+        noted = metadata.distribution("laid").read_text("direct_url.json")
+    except metadata.PackageNotFoundError:
+        return None
+    return json.loads(noted or "{}").get("vcs_info", {}).get("commit_id")
 
 
 @cache
