@@ -140,6 +140,13 @@ class Layout:
     def training_questions(self) -> str:
         return f"{self.root}/haystacks/train.json"
 
+    @property
+    def validation(self) -> list[str]:
+        """The question files that a training run is asked on the way (training.validation)."""
+        asked = self.settings.training.validation
+        sizes = (asked.sizes or self.settings.haystacks.validation.sizes) if asked else []
+        return [self.questions("validation", size) for size in sizes]
+
     def hears_teacher(self, method: str) -> bool:
         """Whether one of a method's losses needs what the teacher said."""
         weights = self.settings.methods[method]

@@ -117,6 +117,12 @@ def _accuracy(record: Mapping[str, Any]) -> list[str]:
         each = ", ".join(f"{title.lower()} {per_token(free[key]):.4f}" for key, title in columns)
         lines += ["", f"Mean log-likelihood of a token of the given answers: {each}."]
     lines += ["", f"SHA-256 of the held-out file: `{record['hashes']['held_out']}`."]
+    if "validation" in record:
+        chosen = record["validation"]
+        lines.append(
+            f"They were asked every {chosen['every']} steps of training (the first 100), and this model is that of step"
+            f" {chosen['step']}, which answered best: its own figures are high for that reason too."
+        )
     if record["overlap"]:
         lines.append(
             f"{record['overlap']} of its images also occur in the training questions: read the figures with care."

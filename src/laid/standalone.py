@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import shutil
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from laid import provenance
-from laid.data.chat import STORED, Chat, are_questions, named_images, read_chats
+from laid.data.chat import STORED, Chat, read_chats
 from laid.data.images import require_images
-from laid.data.questions import Question, read_questions
 from laid.errors import LaidError
-from laid.evaluation.chats import ChatEvaluator
-from laid.evaluation.evaluate import Evaluator
-from laid.evaluation.scoring import is_right
+from laid.evaluation.held_out import HeldOut, Scores
 from laid.io import dumps, read_record, safe_join, sha256_json, write_json, write_text
 from laid.methods.registry import load_with_method
 from laid.model_card import card, per_token
@@ -40,9 +36,9 @@ def distill(run: Run, held_out: str | Path | None = None, device: str = "cpu") -
     require_sensible(run)
     order = run.settings.evaluation.order_seed
     chats = read_chats(run.questions, order)
-    asked = Asked.read(held_out, order) if held_out else None
+    asked = HeldOut.read([held_out], order) if held_out else None
     if asked:
-        require_images(run.coco, named_images(asked.chats), [held_out])
+        require_images(run.coco, asked.images, [held_out])
     sizes = {}
     for role, source in (
         ("teacher", teacher),
@@ -52,10 +48,10 @@ def distill(run: Run, held_out: str | Path | None = None, device: str = "cpu") -
         require_weights(resolve(source))
         Processor.load(source).require_fits(model.config)
         sizes[role] = parameters(model)
-    answers: dict[str, Any] = {}
+    answers: dict[str, Scores] = {}
     if asked:
-        answers["teacher"] = asked.of(run, "base", teacher, None, device)
-        answers["before"] = asked.of(run, "base", run.student, None, device)
+        answers["teacher"] = scores_of(run, asked, "base", teacher, None, device)
+        answers["before"] = scores_of(run, asked, "base", run.student, None, device)
     cache = _cache(run, device) if run.from_teacher else None
     cached = replace(run, teacher=None, teacher_cache=cache)
     # A run without distill.json was killed while its held-out questions were answered.
@@ -63,7 +59,7 @@ def distill(run: Run, held_out: str | Path | None = None, device: str = "cpu") -
     trained = trained or train(cached, start(run.settings.training, device, run.logs))
     if asked:
         # Under the folder's own method: an adapter is merged, a checkpoint is loaded as it is.
-        answers["after"] = asked.of(run, run.method, run.student, out, device)
+        answers["after"] = scores_of(run, asked, run.method, run.student, out, device)
     counts = [chat.size for chat in chats]
     start_from = made_from(run, held_out)
     record = start_from | {
@@ -74,11 +70,13 @@ def distill(run: Run, held_out: str | Path | None = None, device: str = "cpu") -
         "loss": trained["final"]["loss"],
         "questions": len(chats),
         "sizes": [min(counts), max(counts)],
-        "accuracy": {role: found[0] for role, found in answers.items()},
+        "accuracy": {role: _named(found.right) for role, found in answers.items()},
         "hashes": start_from["hashes"] | {"exported": provenance.fingerprint(out / "model")},
     }
+    if "best" in trained:
+        record["validation"] = {"step": trained["exported"], "every": run.settings.training.validation.every}
     if asked and asked.free:
-        record["likelihood"] = {role: found[1] for role, found in answers.items()}
+        record["likelihood"] = {role: _named(found.likely) for role, found in answers.items()}
     sources = {"teacher": str(teacher), "student": str(run.student), "data": Path(run.questions).name}
     adapter = (out / "model/adapter_config.json").is_file()
     write_text(out / "model" / "README.md", card(record, sources, adapter))
@@ -114,6 +112,11 @@ def finished(run: Run, held_out: str | Path | None) -> dict[str, Any] | None:
     wanted = made_from(run, held_out)
     same = dumps({name: record.get(name) for name in wanted} | {"hashes": hashes}) == dumps(wanted)
     return record if same else None
+
+
+def _named(by_size: Mapping[int, Any]) -> dict[str, Any]:
+    """As JSON names it."""
+    return {str(size): value for size, value in by_size.items()}
 
 
 def image_root(data: str | Path, given: str | Path | None = None) -> Path:
@@ -159,44 +162,12 @@ def _cache(run: Run, device: str) -> Path:
     return folder
 
 
-@dataclass(frozen=True)
-class Asked:
-    """Held-out conversations. questions: what they are where all are Visual Haystacks questions, whose answers are scored as in cells."""
-
-    chats: list[Chat]
-    questions: list[Question]
-
-    @classmethod
-    def read(cls, file: str | Path, order_seed: int) -> Asked:
-        questions = read_questions(file) if are_questions(file) else []
-        return cls(read_chats(file, order_seed), questions)
-
-    @property
-    def free(self) -> bool:
-        """Whether answers may be any text."""
-        return not self.questions
-
-    def of(
-        self, run: Run, method: str, model: str | Path, made: Path | None, device: str
-    ) -> tuple[dict[str, list[int]], dict[str, list[float]]]:
-        """(size -> [right, answers], size -> [log-likelihood of the given answers, their tokens]; the latter of free answers)."""
-        loaded = load_with_method(run.settings, method, model, made, device)
-        right: dict[int, list[int]] = defaultdict(lambda: [0, 0])
-        likely: dict[int, list[float]] = defaultdict(lambda: [0.0, 0])
-        settings = run.settings.evaluation
-        if self.free:
-            for answer in ChatEvaluator(loaded, run.coco, settings, str(model)).ask(self.chats):
-                size = answer["images"]
-                right[size] = [right[size][0] + answer["right"], right[size][1] + 1]
-                likely[size][0] += answer["log_likelihood"]
-                likely[size][1] += answer["tokens"]
-        else:
-            evaluator = Evaluator(loaded, run.coco, settings, str(model))
-            found = evaluator.answer(evaluator.ask(self.questions))
-            for question, answer in zip(self.questions, found, strict=True):
-                right[question.size][0] += is_right(answer)
-                right[question.size][1] += 1
-        return tuple({str(size): by_size[size] for size in sorted(by_size)} for by_size in (right, likely))
+def scores_of(
+    run: Run, asked: HeldOut, method: str, model: str | Path, made: Path | None, device: str
+) -> Scores:
+    """What a model under a method scores on held-out conversations. made: the run folder of a trained method."""
+    loaded = load_with_method(run.settings, method, model, made, device)
+    return asked.asker(loaded, run.coco, run.settings.evaluation, str(model))()
 
 
 def known_needles(run: Run) -> Run:

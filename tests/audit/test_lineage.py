@@ -44,7 +44,8 @@ def make_results(tmp_path):
     overlay = {
         "scale": "mini",
         "models": {"students": ["small"]},
-        "haystacks": {"test": {"sizes": [2]}},
+        "haystacks": {"test": {"sizes": [2]}, "validation": {"sizes": [2]}},
+        "training": {"validation": {"questions": 1}},
         "beyond": {"table": False},
         "methods": {"sft": {}},
         "tables": {"methods": ["base", "sft"], "ablations": ["base"]},
@@ -85,6 +86,7 @@ def make_results(tmp_path):
         for k, q in enumerate(asked)
     ]
     write_questions(root / "haystacks/train.json", trained)
+    write_questions(haystack_file(root / "haystacks/validation", 2), trained)
 
     def record(step, names, **wildcards):
         where = {"train": lineage.run, "evaluate": partial(lineage.cell, "test")}
@@ -102,7 +104,12 @@ def make_results(tmp_path):
     run = root / LINK["run"]
     (run / "model").mkdir(parents=True)
     (run / "model/adapter.safetensors").write_bytes(b"adapter")
-    trained = record("train", ["questions", "images", "student"], student="small", method="sft", seed=0)
+    names = ["questions", "images", "student", "validation_0", "validation_images"]
+    trained = record("train", names, student="small", method="sft", seed=0)
+    assert lineage.inputs_of(lineage.run("small", "sft", 0), "validation_images")[0][1] == [
+        "train2017/0.png",
+        "train2017/2.png",
+    ]
     write_json(run / "run.json", {"steps": 7, "final": {"loss": 0.25}, "provenance": trained})
     for student, method in (("teacher", "base"), ("small", "base"), ("small", "sft")):
         names = ["questions", "images", "model", "annotations_val2017"] + ["run_seed0"] * (method == "sft")

@@ -135,6 +135,7 @@ def test_training_curves_from_logs(tmp_path):
         {"step": s, "loss": 1 / s, "loss_kl": 2 / s, "lr": 0.1, "gain": {"mean": s / 9}}
         for s in range(1, 301)
     ]
+    lines[99] |= {"validation_accuracy": 0.5, "validation_accuracy_20": 0.25}
     lines.insert(5, {"note": "a remark"})
     lines.append({"step": 300, "loss": 7.0})  # resumed: the later line of a step counts
     write_log(tmp_path, "small", "laid", 0, lines)
@@ -146,13 +147,19 @@ def test_training_curves_from_logs(tmp_path):
     parts = {part: list(run["value"]) for part, run in logs[logs["method"] == "laid"].groupby("part")}
     assert parts["loss"][:2] == [1.0, 0.5] and parts["loss"][-1] == 7.0
     assert len(parts["lr"]) == 299 and parts["gain.mean"][8] == 1.0
-    training, schedules = training_figures.build(logs, Names(SHIPPED))
+    training, validation, schedules = training_figures.build(logs, Names(SHIPPED))
+    (axes,) = (axes for axes in validation.figure.axes if axes.lines)
+    drawn = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines}
+    assert drawn == {"all": ([100], [0.5]), "20 images": ([100], [0.25])}
     with open(plotting.save(training, tmp_path / "out")[2]) as handle:
         rows = list(csv.DictReader(handle))
     assert {row["part"] for row in rows} == {"loss", "loss_kl"}
     assert set(schedules.data["part"]) == {"lr", "gain.mean"}
     texts = [
-        t for d in (training, schedules) for t in d.figure.findobj(Text) if t.get_text() and t.get_visible()
+        t
+        for d in (training, validation, schedules)
+        for t in d.figure.findobj(Text)
+        if t.get_text() and t.get_visible()
     ]
     assert min(t.get_fontsize() for t in texts) >= 8
 

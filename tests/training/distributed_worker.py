@@ -28,6 +28,7 @@ def train(case, paths):
         out,
         cache,
         teacher,
+        validation=tuple(paths["held_out"]) if settings.training.validation else (),
     )
     here, real, lines = engine.start(settings.training), recipe.training_step, []
 

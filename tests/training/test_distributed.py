@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(Path(__file__).parent))
 from distributed_worker import lines_of, train
 
+from laid.data.questions import haystack_file
 from laid.errors import LaidError
 from laid.models.loading import load_model
 from laid.settings import plain
@@ -50,29 +51,34 @@ def paths(family, coco_root, haystacks, cache, tmp_path_factory):
     model.tie_weights()
     model.save_pretrained(tied)
     found = {"student": family["small"], "tied": tied, "teacher": family["teacher"]}
-    found |= {"cache": cache, "coco": coco_root}
-    return {k: str(v) for k, v in (found | {"questions": haystacks / "train.json"}).items()}
+    found |= {"cache": cache, "coco": coco_root, "questions": haystacks / "train.json"}
+    held_out = [str(haystack_file(haystacks / "test", size)) for size in (2, 5)]
+    return {k: str(v) for k, v in found.items()} | {"held_out": held_out}
 
 
+VALIDATION = {"every": 2, "questions": 7, "export": "best"}
 TEACHER_ALONE = {"lambda_sft": 0.0, "lambda_kl": 0.0, "gain": False}
 CASES = {
     "ddp": {
         "pieces": ("laid", {"tokens_per_pass": 10_000, "per_device_batch": 1}),
         "lora": ("sft", {"per_device_batch": 1}),
-        "diluted": ("laid_plus", {}),
+        "diluted": ("laid_plus", {"validation": VALIDATION}),
         "vision": ("kd", {"train_vision": True}),
-        "bf16": ("laid", {"dtype": "bfloat16"}),
+        "bf16": ("laid", {"dtype": "bfloat16", "validation": VALIDATION}),
         "teacher_alone": (
             "laid",
             {"settings": TEACHER_ALONE, "gradient_checkpointing": True, "per_device_batch": 4},
         ),
     },
     "fsdp2": {
-        "diluted": ("laid_plus", {"gradient_checkpointing": True, "tokens_per_pass": 10_000}),
+        "diluted": (
+            "laid_plus",
+            {"gradient_checkpointing": True, "tokens_per_pass": 10_000, "validation": VALIDATION},
+        ),
         "tied": ("kd", {"student": "tied"}),
         "lora": ("sft", {"per_device_batch": 1}),
-        "vision": ("kd", {"train_vision": True, "gradient_checkpointing": True}),
-        "bf16": ("laid", {"dtype": "bfloat16"}),
+        "vision": ("kd", {"train_vision": True, "gradient_checkpointing": True, "validation": VALIDATION}),
+        "bf16": ("laid", {"dtype": "bfloat16", "validation": VALIDATION}),
         "teacher_alone": ("laid", {"settings": TEACHER_ALONE, "gradient_checkpointing": True}),
         "online": ("laid", {"online": True}),
         "one_to_two": ("laid", {}),

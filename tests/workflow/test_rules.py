@@ -123,6 +123,7 @@ def test_a_method_of_an_overlay_is_a_method_like_any_other(workdir):
     (workdir.path / "mine.yaml").write_text(
         "methods:\n  mine_2: {extends: laid, lambda_kl: 0.1}\n  apart: {extends: kd, lambda_kl: 0.0}\n"
         "tables: {methods: [base, mine_2, apart], ablations: [base]}\n"
+        "training: {validation: {every: 2, sizes: [5]}}\n"
     )
     overlays = ["--configfile", "micro.yaml", "mine.yaml"]
     jobs = workdir.planned(*overlays, overlay=None)
@@ -131,6 +132,7 @@ def test_a_method_of_an_overlay_is_a_method_like_any_other(workdir):
     (trained,) = re.findall(r" train .*--method mine_2 .*--student-name small .*", plan)
     assert "teacher_cache/train " in trained and "haystacks/train.json" in trained
     (trained,) = re.findall(r" train .*--method apart .*--student-name small .*", plan)
+    assert " --validation results/micro/haystacks/validation/visual_haystack_5.json " in trained
     assert "--teacher-cache" not in trained and "haystacks/train.json" in trained
 
 

@@ -141,7 +141,16 @@ def training_inputs(wildcards):
     found = {"questions": LAYOUT.training_questions}
     if LAYOUT.hears_teacher(wildcards.method):
         found["cache"] = LAYOUT.teacher_cache
+    if LAYOUT.validation:
+        found["validation"] = LAYOUT.validation
     return found
+
+
+def learned_from(input):
+    """params: the flags of the teacher's cache and of the validation questions, where there are any."""
+    cache = ["--teacher-cache", above(input.cache)] if "cache" in input.keys() else []
+    asked = ["--validation", *LAYOUT.validation] if LAYOUT.validation else []
+    return shlex.join([*cache, *asked])
 
 
 def runs_behind(suite):

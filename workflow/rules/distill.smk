@@ -26,11 +26,7 @@ rule train:
         relevant=relevant("train"),
         student=student_checkpoint,
         coco=COCO,
-        cache=lambda wildcards, input: (
-            f"--teacher-cache {shlex.quote(above(input.cache))}"
-            if "cache" in input.keys()
-            else ""
-        ),
+        cache=lambda wildcards, input: learned_from(input),
     # Several GPUs: one process each, which share the student as training.parallel says.
     shell:
         "launch=(laid); [ {resources.gpu} -lt 2 ] ||"

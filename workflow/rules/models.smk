@@ -29,7 +29,7 @@ rule pretrain:
 rule features:
     input:
         model=lambda wildcards: checkpoint_files(wildcards.member),
-        questions=[LAYOUT.training_questions, *test_questions()],
+        questions=[LAYOUT.training_questions, *LAYOUT.validation, *test_questions()],
         images=images("haystacks"),
     output:
         f"{ROOT}/features/{{member}}.json",

@@ -120,6 +120,13 @@ class Lineage:
             return (self.coco, training_paths(self.config.haystacks, train)), None
         if name == "images":
             return (self.coco, self.images(self.inputs_of(step, "questions")[0])), None
+        if name == "validation_images":
+            files = map(Path, self.layout.validation)
+            return (self.coco, sorted({image for file in files for image in self.asked_images(file)})), None
+        if name.startswith("validation_"):
+            file = dict(enumerate(self.layout.validation)).get(int(name.removeprefix("validation_")))
+            if file is not None:
+                return Path(file), self.haystacks("validation")
         if name in ("model", "student", "teacher"):
             member = self.layout.models.teacher if name == "teacher" else wildcards["student"]
             checkpoint = self.layout.checkpoint(member)
@@ -160,6 +167,12 @@ class Lineage:
     def images(self, questions: Path) -> list[str]:
         """The image paths that a question file names, sorted."""
         return sorted({p for q in self.questions(questions) for p in (*q.needles, *q.distractors)})
+
+    def asked_images(self, questions: Path) -> set[str]:
+        """Those of the first questions of a file, as many as validation asks."""
+        asked = self.config.training.validation
+        first = self.questions(questions)[: asked.questions if asked else 0]
+        return {p for q in first for p in (*q.needles, *q.distractors)}
 
     def record(self, step: Step) -> dict[str, Any]:
         """The provenance record of a step. Raises LaidError where it is missing or broken."""

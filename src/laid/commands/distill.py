@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
+
+from laid.errors import LaidError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from laid.commands.shared import config_argument, device_arguments, seed
+    from laid.commands.shared import config_argument, count, device_arguments, seed
 
     config_argument(parser)
     parser.add_argument("--teacher", required=True, help="checkpoint: a folder or a hub id")
@@ -37,6 +40,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--eval", type=Path, help="held-out conversations, answered before and after, for the model card"
     )
+    parser.add_argument(
+        "--validate-every",
+        type=count,
+        metavar="N",
+        help="ask the first 100 conversations of --eval every N steps, and export the best student by them",
+    )
+    parser.add_argument(
+        "--patience",
+        type=count,
+        metavar="K",
+        help="with --validate-every: stop after K validations in a row without a better one",
+    )
     device_arguments(parser)
 
 
@@ -51,9 +66,18 @@ def run(args: argparse.Namespace) -> int:
     settings = load(args.config)
     out = args.out or Path(f"{name_of(args.student)}-{args.method}")
     deterministic(args.threads)
+    if (args.validate_every and not args.eval) or (args.patience and not args.validate_every):
+        raise LaidError(
+            "--validate-every asks the conversations of --eval, and --patience counts validations: give those too"
+        )
+    validation: dict[str, Any] | None = None
+    if args.validate_every:
+        validation = {"every": args.validate_every, "patience": args.patience, "export": "best"}
+    # The configuration's own is the workflow's: it names haystacks.
+    settings = settings.changed({"training": {"validation": validation}})
     run = Run(
         settings, args.method, args.seed, name_of(args.student), args.student, image_root(args.data, args.coco), args.data,
-        out, teacher=args.teacher,
+        out, teacher=args.teacher, validation=(args.eval,) if validation else (),
     )  # fmt: skip
     require_place(out, *FILES)
     run = known_needles(run)

@@ -156,7 +156,7 @@ def shortened(settings: Settings, out: Path) -> Settings:
             },
             "models": {"checkpoints": {name: str(out / "models" / name) for name in members}},
             "methods": {name: {"epochs": 1.0} for name in trained},
-            "training": {"checkpoint_minutes": 0},
+            "training": {"checkpoint_minutes": 0, "validation": None},
             "beyond": {"table": False},
             "plan": {"images": {"tokens": lengths_of(settings).visual, "spread": 0}},
             "resources": on_gpu,

@@ -48,6 +48,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--questions", type=Path, required=True, help="training questions or any conversations with images"
     )
+    parser.add_argument(
+        "--validation",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="held-out questions or conversations, asked as training goes (training.validation says how often)",
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder for model/, log.jsonl and run.json")
     features_argument(parser)
     device_arguments(parser)
@@ -86,6 +94,7 @@ def run(args: argparse.Namespace) -> int:
         training = Run(
             settings, args.method, args.seed, args.student_name, args.student, args.coco, args.questions, args.out,
             args.teacher_cache, args.teacher, own_device(args.teacher_device), features_folder(args, settings),
+            tuple(args.validation),
         )  # fmt: skip
         engine = start(settings.training, pick_device(args.device), training.logs)
         with alone(args.out) if engine.main else nullcontext() as waited:
@@ -100,5 +109,7 @@ def run(args: argparse.Namespace) -> int:
         if os.environ.get("RANK", "0") != "0":
             time.sleep(2)  # what stops all processes is the main one's to say
         raise
-    engine.accelerator.print(f"{training}: {record['steps']} steps, loss {record['final']['loss']:.4f}")
+    found = record.get("best")
+    told = f"; best validation {found['validation_accuracy']:.1%} at step {found['step']}" if found else ""
+    engine.accelerator.print(f"{training}: {record['steps']} steps, loss {record['final']['loss']:.4f}{told}")
     return 0

@@ -44,7 +44,7 @@ class ChatEvaluator:
         self.features = ImageFeatures(self.model, self.processor, image_file(coco_root), limit_bytes=limit)
         self.device = next(self.model.parameters()).device
 
-    @torch.inference_mode()
+    @torch.no_grad()  # inference mode's tensors would not serve a training that goes on
     def ask(self, chats: Sequence[Chat]) -> list[dict[str, Any]]:
         """For every answer: {"id", "images", "given", "said", "right", "log_likelihood", "tokens"}.
 

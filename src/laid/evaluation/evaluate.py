@@ -116,7 +116,7 @@ class Evaluator:
         label = None if self.features.computed else f"{self.label}: images"
         self.features.prepare((path for item in asked for path in item.paths), label)
 
-    @torch.inference_mode()
+    @torch.no_grad()  # inference mode's tensors would not serve a training that goes on
     def _answered(self, batch: Sequence[Asked], spoken: Callable[[str], str]) -> list[dict[str, Any]]:
         features = [f for item in batch for f in self.features.get(item.paths)]
         pad = self.processor.tokenizer.pad_token_id or 0

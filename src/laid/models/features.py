@@ -114,7 +114,8 @@ class ImageFeatures:
         tokens = [height * width for height, width in self.grids(paths)]
         filled = [*paths, *[paths[0]] * -(-(LEAST - sum(tokens)) // tokens[0])]
         pixels, grid = self._pixels(filled, next_ones)
-        features = self.family.image_features(self.model, pixels.to(device), grid.to(device))
+        with torch.autocast(device.type, enabled=False):  # nor on who asks: validation does within a pass
+            features = self.family.image_features(self.model, pixels.to(device), grid.to(device))
         for path, feature in zip(paths, features):
             self._keep(path, feature.clone())  # not a view: dropping it is to free its memory
         self.computed += len(paths)

@@ -215,11 +215,32 @@ class Estimator:
             self._images(need, member, "train", seen, min(BATCH, batch * asked.max_size))
         if sharded:
             shard(need, member, m.lora is not None, settings.train_vision)
+        self._validation(need, student, max(1, steps), sharded)
         written = need.trained if m.lora else member.parameters
-        # Weights and the optimiser's two moments.
-        kept = 3 * need.trained if settings.checkpoint_minutes else 0
+        # Weights and the optimiser's two moments, and the best weights so far.
+        best = settings.validation is not None and settings.validation.export == "best"
+        kept = (3 + best) * need.trained if settings.checkpoint_minutes else 0
         need.disk = written * size_of(settings.dtype) + kept * 4
         return need
+
+    def _validation(self, need: Need, student: str, steps: int, sharded: bool) -> None:
+        """Add what training.validation asks on the way: no process alone holds a student in pieces, so all ask the same then."""
+        c, e, asked = self.config, self.config.evaluation, self.config.training.validation
+        if asked is None:
+            return
+        times = -(-steps // asked.every) * (need.devices if sharded else 1)
+        for images in asked.sizes or c.haystacks.validation.sizes:
+            longest, visual = self.lengths.longest(images)
+            batch = max(1, min(asked.questions, e.batch_tokens // longest))
+            cost = self._once(
+                student, reading, self.members[student].config, need.dtype, batch, longest, visual, e.chunk_tokens, False,
+                self.attention,
+            )  # fmt: skip
+            self._prompts(need, cost, batch, longest, [(images, times * asked.questions)])
+            asking = Counter({part: need.memory[part] for part in (*STANDING, "features")})
+            asking["activations"] += cost.peak["activations"]
+            asking["cache"] += cost.peak["cache"]
+            need.memory = max(need.memory, asking, key=_total)
 
     def evaluate(self, student: str, method: str, sizes: Iterable[int]) -> Need:
         """One evaluation job: a student under a method at these sizes, of the test or beyond, one seed."""

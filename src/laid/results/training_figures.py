@@ -1,17 +1,18 @@
-"""Figures of training: loss parts and schedules from the logs of runs, what was learned, the distance schedule."""
+"""Figures of training: loss parts, validation and schedules from the logs of runs, what was learned, the distance schedule."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from matplotlib.ticker import MaxNLocator
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from laid.distill.schedule import DistanceSchedule, reach
 from laid.errors import LaidError
@@ -41,6 +42,7 @@ PARTS = {
 }
 DASHES = ["-", (0, (4, 1.5)), (0, (1, 1)), (0, (6, 1, 1, 1)), (0, (3, 1, 1, 1, 1, 1))]
 RUN = ["student", "method", "seed"]
+ACCURACY = "validation_accuracy"
 
 
 # ------------------------------------------------------------------ logs
@@ -101,30 +103,69 @@ def stretches(curve: pd.DataFrame, points: int = POINTS) -> pd.DataFrame:
 
 
 def build(logs: pd.DataFrame, names: Names) -> list[Drawing]:
-    """The figures "training" (loss parts) and "schedules", as far as the logs hold them."""
+    """The figures "training" (loss parts), "validation" and "schedules", as far as the logs hold them."""
     with style():
-        return [d for d in (training(logs, names), schedules(logs, names)) if d is not None]
+        found = (training(logs, names), validation(logs, names), schedules(logs, names))
+        return [d for d in found if d is not None]
 
 
 def training(logs: pd.DataFrame, names: Names) -> Drawing | None:
-    """Loss parts over steps, a row a student, a column a method; every seed is a line."""
+    """Loss parts over steps."""
     losses = logs[logs["part"].str.startswith("loss")]
     if losses.empty:
         return None
-    keys = sorted(losses["part"].unique(), key=lambda key: (len(key), key))
-    students, shown = sorted(losses["student"].unique()), names.ordered(losses["method"].unique())
+    figure, panels, drawn = _curves(losses, names, PARTS)
+    for axes in panels[:, 0]:
+        axes.set_ylabel(f"{axes.get_ylabel()}\nloss")
+        axes.set_yscale("symlog", linthresh=0.01)
+        axes.yaxis.set_major_formatter("{x:g}")
+    return Drawing(
+        "training",
+        "Loss parts over training",
+        "Loss parts over training steps, as they enter the log (the loss of that step's batch), before their lambdas, and"
+        " the whole; every seed is a line, averaged over stretches of steps. Linear below 0.01, logarithmic above.",
+        figure,
+        drawn,
+    )
+
+
+def validation(logs: pd.DataFrame, names: Names) -> Drawing | None:
+    """Accuracy on the held-out questions that were asked while training, over steps, a line a size."""
+    asked = logs[logs["part"].str.startswith(ACCURACY)]
+    if asked.empty:
+        return None
+    sizes = {part: part.removeprefix(f"{ACCURACY}_") for part in asked["part"].unique()}
+    figure, panels, drawn = _curves(
+        asked, names, {part: "all" if part == ACCURACY else f"{size} images" for part, size in sizes.items()}
+    )
+    for axes in panels[:, 0]:
+        axes.set_ylabel(f"{axes.get_ylabel()}\naccuracy")
+        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    return Drawing(
+        "validation",
+        "Accuracy on validation questions over training",
+        "Accuracy on held-out questions, asked while training (training.validation), by number of images; every seed is a line.",
+        figure,
+        drawn,
+    )
+
+
+def _curves(
+    logs: pd.DataFrame, names: Names, labels: Mapping[str, str]
+) -> tuple[Figure, np.ndarray, pd.DataFrame]:
+    """Parts of the log over steps, a row a student, a column a method, a line a part and seed: the figure, its panels, what was drawn."""
+    keys = sorted(logs["part"].unique(), key=lambda key: (len(key), key))
+    students, shown = sorted(logs["student"].unique()), names.ordered(logs["method"].unique())
     figure = plotting.new_figure(plotting.PAGE, 1.6 * len(students) + 0.7)
     panels = figure.subplots(len(students), len(shown), sharex="col", sharey=True, squeeze=False)
     drawn = []
-    for (student, method, _), run in losses.groupby(RUN, sort=False):
+    for (student, method, _), run in logs.groupby(RUN, sort=False):
         axes = panels[students.index(student)][shown.index(method)]
         for k, key in enumerate(keys):
             look = Look(plotting.SERIES[k % len(plotting.SERIES)], "", DASHES[k % len(DASHES)])
-            drawn.append(_line(axes, run[run["part"] == key], look, PARTS.get(key, key)))
+            drawn.append(_line(axes, run[run["part"] == key], look, labels.get(key, key)))
     for student, row in zip(students, panels, strict=True):
-        row[0].set_ylabel(f"{student}\nloss")
-        row[0].set_yscale("symlog", linthresh=0.01)
-        row[0].yaxis.set_major_formatter("{x:g}")
+        row[0].set_ylabel(student)
     for method, axes in zip(shown, panels[0], strict=True):
         axes.set_title(names[method], loc="left")
     for column in panels.T:
@@ -135,14 +176,7 @@ def training(logs: pd.DataFrame, names: Names) -> Drawing | None:
         lowest.set_xlabel("Step")
         lowest.locator_params(axis="x", nbins=3)
     plotting.legend_below(figure, panels, columns=5)
-    return Drawing(
-        "training",
-        "Loss parts over training",
-        "Loss parts over training steps, as they enter the log (the loss of that step's batch), before their lambdas, and"
-        " the whole; every seed is a line, averaged over stretches of steps. Linear below 0.01, logarithmic above.",
-        figure,
-        _printed(drawn),
-    )
+    return figure, panels, _printed(drawn)
 
 
 def schedules(logs: pd.DataFrame, names: Names) -> Drawing | None:

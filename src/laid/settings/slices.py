@@ -17,7 +17,7 @@ from laid.settings.tune import variants
 UNTRAINED = [f"methods.*.{key}" for key in ("factor", "original_positions", "axes", "group", "window")]
 
 # step -> the dotted keys its result depends on, read left to right: "a.b" adds, "-a.b" takes away again,
-# {name} is a wildcard, * any key. The results of earlier steps are not listed: they are inputs, known by their hashes.
+# "-a.b?" only where it is null; {name} is a wildcard, * any key. The results of earlier steps are not listed: they are inputs, known by their hashes.
 # Keys that change no result (results, resources, how work is sharded) stand nowhere, nor does what only chooses inputs.
 SLICES: dict[str, list[str]] = {
     "data": ["data", "-data.download"],
@@ -36,6 +36,7 @@ SLICES: dict[str, list[str]] = {
         "-training.parallel",
         "-training.tokens_per_pass",
         "-training.trackers",
+        "-training.validation?",
         "methods.{method}",
         *(f"-methods.{{method}}.{key}" for key in ("extends", "label")),
         "evaluation.order_seed",
@@ -155,4 +156,6 @@ def _drop(values: dict[str, Any], keys: list[str]) -> None:
         if key not in values:
             return
         values = values[key]
-    values.pop(last, None)
+    name = last.removesuffix("?")
+    if name == last or values.get(name) is None:
+        values.pop(name, None)

@@ -6,6 +6,25 @@ from pydantic import Field
 
 from laid.settings.base import Count, Distinct, Natural, NonNegative, Positive, Section
 
+NOT_ASKED = (
+    "a student in DeepSpeed's pieces is not asked on the way: set training.parallel to fsdp2, or this to null"
+)
+
+
+class Validation(Section):
+    """Held-out questions, answered as training goes (laid.training.validation)."""
+
+    every: Count = 100
+    """Steps from one validation to the next; one more follows the last step."""
+    sizes: Distinct[Count] | None = None
+    """In the workflow: the sizes of haystacks.validation that are asked; null: all of them. `laid train` takes files, `laid distill` its --eval."""
+    questions: Count = 100
+    """Questions of each file, its first ones. Yes and no are told by the answer's logits, whatever evaluation.scoring says."""
+    export: Literal["last", "best"] = "last"
+    """Which student a run leaves: that of the last step, or that of the validation with the highest accuracy (then likelihood, then the earliest)."""
+    patience: Count | None = None
+    """Training ends after so many validations in a row without a better one; null: never before its last step."""
+
 
 class Training(Section):
     """Post-training, shared by all trained methods."""
@@ -44,6 +63,8 @@ class Training(Section):
     """Minutes between checkpoints to resume from; one is also written on SIGTERM and SIGINT. 0: none."""
     log_every: Count = 10
     """Steps between lines of log.jsonl."""
+    validation: Validation | None = None
+    """Held-out questions, asked as training goes; null: none."""
     trackers: Distinct[Literal["tensorboard", "wandb", "mlflow", "trackio", "dvclive"]] = []
     """Experiment trackers that also get those lines, through Accelerate. Install them yourself."""
 

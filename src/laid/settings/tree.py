@@ -14,7 +14,7 @@ from laid.settings.family import Family, Models
 from laid.settings.measuring import Analysis, Beyond, Evaluation, Pope, Sweep, Tables
 from laid.settings.methods import BUILT_IN, AnyMethod, Method, MethodName, TrainedMethod
 from laid.settings.running import Plan, Resources
-from laid.settings.training import TeacherCache, Training
+from laid.settings.training import NOT_ASKED, TeacherCache, Training
 from laid.settings.tune import Tune, copies, tuned_students, variants
 
 Path = tuple[str, ...]
@@ -141,6 +141,16 @@ def contradictions(settings: Settings) -> Iterator[tuple[Path, str]]:
     sizes = settings.haystacks.train
     if sizes.min_size > sizes.max_size:
         yield ("haystacks", "train", "min_size"), f"{sizes.min_size} is above max_size {sizes.max_size}"
+    asked = settings.training.validation
+    if asked and settings.training.parallel == "zero3":
+        yield ("training", "validation"), NOT_ASKED
+    made = settings.haystacks.validation.sizes
+    for size in (asked.sizes or []) if asked else []:
+        if size not in made:
+            yield (
+                ("training", "validation", "sizes"),
+                f"{size} is not among haystacks.validation.sizes, {', '.join(map(str, made))}",
+            )
     pope = settings.pope
     if pope.wording == "haystack" and pope.objects < 2:
         yield (

@@ -95,8 +95,11 @@ class Engine:
 
     rank, world, main: its number, how many there are, whether it is the one that writes. device: where it computes.
     load_device: where its student is loaded to. dtype: of the student's passes; trained weights are kept in float32 all the
-    same, because a step of 1e-5 is lost in a bfloat16 weight. sharded: no process holds the whole student.
+    same, because a step of 1e-5 is lost in a bfloat16 weight. sharded: no process holds the whole student. asks: it can be
+    asked on the way (training.validation).
     """
+
+    asks = True
 
     def __init__(self, accelerator: Accelerator, dtype: torch.dtype = torch.float32) -> None:
         self.accelerator, self.dtype = accelerator, dtype
@@ -189,6 +192,14 @@ class Engine:
         if self.world > 1:
             for parameter in parameters:
                 parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
+
+    @torch.no_grad()
+    def within(self, student: nn.Module, work: Callable[[nn.Module], Any]) -> Any:
+        """What `work` makes of the student's model without learning from it; of a student in pieces, by every process alike."""
+        found = student(work)
+        if self.sharded:
+            student.reshard()  # what is no layer's stays gathered, and rounded, until a backward pass
+        return found
 
     # ---------------------------------------------------------------- between processes
 

@@ -26,11 +26,14 @@ from laid.data.chat import Chat, named_images, read_chats
 from laid.data.images import require_images
 from laid.distill.objective import PARTS, Objective
 from laid.errors import LaidError
+from laid.evaluation.held_out import HeldOut
 from laid.io import atomic_path, read_record, require_place, require_room, sha256_json, write_json
+from laid.methods.registry import Loaded
 from laid.models.loading import load_model, source_of
 from laid.models.processing import Processor
 from laid.progress import Progress
 from laid.settings import Settings, TrainedMethod, slice_for
+from laid.settings.training import NOT_ASKED
 from laid.training.checkpoint import Checkpoint, State
 from laid.training.data import read_data, require_same_tokens
 from laid.training.engine import Engine, start
@@ -39,6 +42,7 @@ from laid.training.step import Lesson, Training, lesson_of, training_step
 from laid.training.student import make_trainable
 from laid.training.teacher import OnlineTeacher, Teacher
 from laid.training.teacher_cache import TeacherCache
+from laid.training.validation import ACCURACY, Validation, best
 
 # What `out` holds in the end; distill.json is `laid distill`'s.
 FILES = ("run.json", "model", "log.jsonl", "learned.json", "distill.json")
@@ -50,7 +54,8 @@ class Run:
 
     name: the student's. student, teacher: checkpoint folders or hub ids; the teacher answers as training goes, on
     teacher_device, in place of teacher_cache, a folder. questions: conversations (laid.data.chat), images below coco. out: where model/,
-    log.jsonl, learned.json and run.json appear, all at once, at the end. features: keeps visual features for other runs.
+    log.jsonl, learned.json and run.json appear, all at once, at the end. features: keeps visual features for other runs. validation: files of held-out questions or conversations, for
+    training.validation.
     """
 
     settings: Settings
@@ -65,6 +70,7 @@ class Run:
     teacher: str | None = None
     teacher_device: str | None = None
     features: str | Path | None = None
+    validation: tuple[str | Path, ...] = ()
 
     def __str__(self) -> str:
         return f"{self.name} {self.method} seed {self.seed}"
@@ -93,6 +99,14 @@ class Run:
         """The images that the data names by their path, sorted."""
         return named_images(read_chats(self.questions))
 
+    @cached_property
+    def held_out(self) -> HeldOut | None:
+        """What training.validation asks."""
+        asked = self.settings.training.validation
+        if asked is None:
+            return None
+        return HeldOut.read(self.validation, self.settings.evaluation.order_seed, asked.questions)
+
     def inputs(self) -> dict[str, provenance.Input]:
         """What the run is made from, by name, for its record."""
         found: dict[str, provenance.Input] = {
@@ -104,6 +118,9 @@ class Run:
             found["teacher"] = source_of(self.teacher)
         elif self.from_teacher:
             found["teacher_cache"] = Path(self.teacher_cache or "") / "index.json"
+        if self.held_out is not None:
+            found |= {f"validation_{number}": file for number, file in enumerate(self.validation)}
+            found["validation_images"] = (self.coco, self.held_out.images)
         return found
 
 
@@ -115,18 +132,29 @@ def train(run: Run, engine: Engine | None = None) -> dict[str, Any]:
     """
     started = time.perf_counter()
     engine = engine or start(run.settings.training, log_folder=run.logs)
+    if run.settings.training.validation and not engine.asks:
+        raise LaidError(f"training.validation: {NOT_ASKED}")
     t, model = prepare(run, engine)
     s = run.settings.training
     checkpoint = Checkpoint(
         run.out.parent / f".{run.out.name}.checkpoint", engine.agree(lambda: _key(run)), s.checkpoint_minutes
     )
-    done, log = _restore(run, checkpoint.load(), t, model)
+    done, log, kept = _restore(run, checkpoint.load(), t, model)
+    validation = _validation(run, t, model)
     _require_room(run, t, model)
     model.train()
     with _stop_asked() as stop, _trackers(run, engine), Progress(t.steps, str(run), unit="steps") as bar:
         bar.update(done)
         order, per_epoch = [], len(t.data.samples) // s.batch_size
-        for step in range(done, t.steps):
+        for step in range(done, t.steps + 1):
+            if validation and validation.due(step, log):
+                log[-1] |= (found := validation.measure(t.lesson.student, model))
+                if exports_best(run) and best(log) is log[-1]:
+                    kept = {name: x.clone() for name, x in _trained(t, model).items()}
+                engine.accelerator.log(found, step=step)
+                bar.update(0, accuracy=found[ACCURACY])
+            if step == t.steps or (validation and validation.over(log)):
+                break
             epoch, at = divmod(step, per_epoch)
             if at == 0 or not order:
                 order = t.data.order(epoch, s.batch_size)
@@ -137,12 +165,13 @@ def train(run: Run, engine: Engine | None = None) -> dict[str, Any]:
                     f" ({t.peaks[0]:g})"
                 )
             logged = (step + 1) % s.log_every == 0 or step == t.steps - 1
+            logged |= validation is not None and validation.after(step + 1)
             if logged:
                 log.append(line)
             stopped, due = map(bool, engine.sum([bool(stop), checkpoint.due()]))
             # Before anything is printed: the signal may have ended whoever reads it (`| tee`).
             if stopped or (due and step + 1 < t.steps):
-                _save(checkpoint, step + 1, t, model, log)
+                _save(checkpoint, step + 1, t, model, log, kept)
             if logged:
                 engine.accelerator.log(line, step=step + 1)
                 bar.update(0, **{name: value for name, value in line.items() if name.startswith("loss")})
@@ -152,7 +181,7 @@ def train(run: Run, engine: Engine | None = None) -> dict[str, Any]:
                     f"{run}: stopped after step {step + 1}; the same command goes on from there"
                 )
                 raise SystemExit(128 + (stop[0] if stop else signal.SIGTERM))
-    record = _export(run, t, model, log)
+    record = _export(run, t, model, log, kept)
     if engine.main:
         checkpoint.remove()
         cost = provenance.cost(started) | {"processes": engine.world}
@@ -244,6 +273,14 @@ def require_sensible(run: Run) -> None:
             f' {run.questions} says so ("needles": [0]): give them, or set dilution.reach to 0'
         )
     require_images(run.coco, run.images, [run.questions])
+    if run.settings.training.validation is None and run.validation:
+        raise LaidError(
+            f"--validation {run.validation[0]}: the configuration asks nothing: set training.validation, for one {{every: 100}}"
+        )
+    if run.settings.training.validation is not None and not run.validation:
+        raise LaidError("training.validation is set: give files of held-out questions with --validation")
+    if run.held_out is not None:
+        require_images(run.coco, run.held_out.images, run.validation)
 
 
 def _teacher(run: Run, engine: Engine) -> Teacher | None:
@@ -277,8 +314,34 @@ def _require_room(run: Run, t: Training, model: nn.Module) -> None:
     trained = 4 * sum(p.numel() for p in _parameters(t, model).values())
     whole = sum(p.numel() for p in model.parameters()) * getattr(torch, run.settings.training.dtype).itemsize
     exported = trained if _exports_adapter(run, t) else whole
-    if t.engine.main:  # a checkpoint holds weights and both moments
-        require_room(run.out.parent, max(exported, 3 * trained), "a checkpoint of this run, or its student,")
+    held = 4 if exports_best(run) else 3  # weights and both moments, and the best weights so far
+    if t.engine.main:
+        require_room(
+            run.out.parent, max(exported, held * trained), "a checkpoint of this run, or its student,"
+        )
+
+
+def exports_best(run: Run) -> bool:
+    """Whether the run leaves the student of its best validation, not that of its last step."""
+    asked = run.settings.training.validation
+    return asked is not None and asked.export == "best"
+
+
+def _validation(run: Run, t: Training, model: nn.Module) -> Validation | None:
+    if run.held_out is None:
+        return None
+    loaded = Loaded(model, t.data.features.processor)
+    settings = run.settings.evaluation.changed({"scoring": "logits"})
+    train_vision = run.settings.training.train_vision
+    store = None if train_vision else run.features
+    return Validation(
+        run.settings.training.validation,
+        run.held_out,
+        lambda share: share.asker(loaded, run.coco, settings, f"{run}: validation", store),
+        t.engine,
+        t.steps,
+        train_vision,
+    )
 
 
 def _exports_adapter(run: Run, t: Training) -> bool:
@@ -345,11 +408,11 @@ def _provenance(run: Run) -> dict[str, Any]:
     )
 
 
-def _parameters(t: Training, model: nn.Module) -> dict[str, nn.Parameter]:
-    """All that is trained, by name."""
+def _parameters(t: Training, model: nn.Module | None) -> dict[str, nn.Parameter]:
+    """All that is trained, by name; without a model, what is learned beside it."""
     return {
         f"{name}/{key}": parameter
-        for name, module in {"model": model, **t.lesson.learned}.items()
+        for name, module in {**({"model": model} if model is not None else {}), **t.lesson.learned}.items()
         for key, parameter in module.named_parameters()
         if parameter.requires_grad
     }
@@ -360,40 +423,62 @@ def _trained(t: Training, model: nn.Module) -> dict[str, Tensor]:
     return {name: t.engine.whole(parameter) for name, parameter in _parameters(t, model).items()}
 
 
-def _save(checkpoint: Checkpoint, step: int, t: Training, model: nn.Module, log: list[dict]) -> None:
+def _save(
+    checkpoint: Checkpoint,
+    step: int,
+    t: Training,
+    model: nn.Module,
+    log: list[dict],
+    kept: dict[str, Tensor],
+) -> None:
     tensors = {f"weights/{name}": tensor for name, tensor in _trained(t, model).items()}
     tensors |= {f"optimizer/{name}": x for name, x in t.engine.optimizer_tensors(t.optimizer)}
+    tensors |= {f"best/{name}": tensor for name, tensor in kept.items()}
     if t.engine.main:
         checkpoint.save(State(step, tensors, log))
 
 
-def _restore(run: Run, state: State | None, t: Training, model: nn.Module) -> tuple[int, list[dict]]:
-    """(Steps already done, their log): weights and optimiser are set to a checkpoint's, if there is one."""
+def _restore(
+    run: Run, state: State | None, t: Training, model: nn.Module
+) -> tuple[int, list[dict], dict[str, Tensor]]:
+    """(Steps already done, their log, the best weights so far): weights and optimiser are set to a checkpoint's, if there is one."""
     if state is None:
-        return 0, []
+        return 0, [], {}
     t.engine.restore_optimizer(t.optimizer, _below("optimizer/", state.tensors))
     for name, parameter in _parameters(t, model).items():
         t.engine.set_(parameter, state.tensors[f"weights/{name}"])
     t.engine.accelerator.print(f"{run}: goes on after step {state.step} of {t.steps}")
-    return state.step, state.log
+    return state.step, state.log, _below("best/", state.tensors) if t.engine.main else {}
 
 
 def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
 
 
-def _export(run: Run, t: Training, model: nn.Module, log: list[dict]) -> dict[str, Any]:
-    """Export the student and write the run folder, by the main process; returns its record."""
+def _export(
+    run: Run, t: Training, model: nn.Module, log: list[dict], kept: dict[str, Tensor]
+) -> dict[str, Any]:
+    """Export the student and write the run folder, by the main process; returns its record.
+
+    kept: the weights of the best validation, which are exported where they are asked for.
+    """
     record = {
         "student": run.name,
         "method": run.method,
         "seed": run.seed,
-        "steps": t.steps,
+        "steps": log[-1]["step"],
         "final": log[-1],
         "provenance": t.engine.agree(lambda: _provenance(run)),
     }
+    if run.held_out is not None:
+        record["best"] = best(log)
+        record["exported"] = (best(log) if exports_best(run) else log[-1])["step"]
+    if exports_best(run):
+        set_here = _parameters(t, None if t.engine.sharded else model) if t.engine.main else {}
+        for name, parameter in set_here.items():
+            t.engine.set_(parameter, kept[name])
     if t.engine.sharded:
-        tensors = _trained(t, model)
+        tensors = kept if exports_best(run) else _trained(t, model)
         if t.engine.main:  # the student as it was loaded, with the weights that were trained
             model = load_student(run, "cpu")
             with torch.no_grad():

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -67,8 +68,18 @@ class Student(nn.Module):
         super().__init__()
         self.model, self.layers, self.words = model, distillation.student_layers, distillation.words
 
-    def forward(self, inputs: Batch, labels: Tensor, teacher: TeacherOutputs) -> StudentOutputs:
-        """labels: (N,) what is predicted at `inputs.answer_places`. teacher: its logits there."""
+    def forward(
+        self,
+        inputs: Batch | Callable[[nn.Module], Any],
+        labels: Tensor | None = None,
+        teacher: TeacherOutputs | None = None,
+    ) -> StudentOutputs | Any:
+        """labels: (N,) what is predicted at `inputs.answer_places`. teacher: its logits there.
+
+        Instead of a batch: any work with the model, for which the wrapper has its weights at hand as for a pass.
+        """
+        if callable(inputs):
+            return inputs(self.model)
         hidden, caught = answer_states(self.model, with_features(self.model, inputs), self.layers)
         head = self.model.get_output_embeddings()
         words = self.words(head, hidden, labels, teacher)

@@ -47,6 +47,8 @@ class Zero3(Engine):
     Trained weights are float32 and gathered as such; a pass in another format runs under autocast.
     """
 
+    asks = False
+
     def __init__(self, accelerator: Accelerator, dtype: torch.dtype) -> None:
         super().__init__(accelerator, dtype)
         # The plug-in has transformers cut up what it loads; students, and a teacher, are loaded whole.
