@@ -76,6 +76,18 @@ def test_the_tests_are_mcnemars_with_holms_correction_of_each_kind(fading):
             assert float(rows[i]["p_holm"]) == pytest.approx(running, rel=0.02)
 
 
+def test_what_a_method_is_held_against(fading):
+    settings = synthetic.config(
+        methods=["base", "sft", "kd", "laid"],
+        ablations=["base", "laid", "laid_wo_kl", "other", "other_wo_kl"],
+        sizes=SIZES,
+        more={"methods": {"other": {}, "other_wo_kl": {"extends": "other"}}},
+    )
+    results = Results(fading.given, settings, "cells", keys=list(fading.given))
+    assert comparisons.rivals("laid", results) == ["sft", "kd", "laid_wo_kl"]
+    assert comparisons.rivals("other", results) == ["other_wo_kl"]
+
+
 def test_stars_stand_where_the_corrected_tests_hold_and_only_there(fading):
     table = comparisons.tests_table(fading)
     starred = {

@@ -13,8 +13,11 @@ from laid.results.statistics import LEVEL, holm_by_kind
 
 
 def rivals(method: str, results: Results) -> list[str]:
-    """What LAid or LAid+ is held against, beside base: what the claims are about, and methods of the user's own."""
+    """What a method is held against, beside base: LAid and LAid+ against what the claims are about and methods of the user's
+    own, any other against itself without a part."""
     tables = results.settings.tables
+    if method not in LAID:
+        return ablations(method, tables.ablations)
     own = [name for name in tables.methods if name not in SHIPPED]
     return [*("sft", "kd", *LAID[: LAID.index(method)]), *ablations(method, tables.ablations), *own]
 
@@ -38,7 +41,7 @@ def tests_table(results: Results) -> Table:
     pairs = [
         (student, method, rival)
         for student in results.students
-        for method in LAID
+        for method in (*LAID, *(m for m in results.settings.tables.ablations if m not in LAID))
         for rival in rivals(method, results)
         if results.has(student, method, rival)
     ]
