@@ -19,6 +19,8 @@ SHIPPED = {
     "laid_plus": "LAid+",
     "laid_wo_kl": "LAid w/o KL",
     "laid_wo_laid": "LAid w/o alignment",
+    "laid_plus_noisy": "LAid+ (1 label in 5 wrong)",
+    "laid_plus_noisy_wo_kl": "LAid+ w/o KL (1 label in 5 wrong)",
 }
 NOT_IN_PAPER = ("kd", "laid_plus")
 # The methods that the claims are tested for. What one is without a part of it is called <method>_wo_<part>.
