@@ -51,6 +51,8 @@ METHOD_LOOKS = {
     "laid_plus": Look(BLUE, "P", (0, (5, 1)), "+++"),
     "laid_wo_kl": Look(BLUE, "X", (0, (2, 1)), "ooo"),
     "laid_wo_laid": Look(ORANGE, "h", (0, (4, 2)), "---"),
+    "laid_plus_noisy": Look(BLUE, "H", (0, (1, 2)), "**"),
+    "laid_plus_noisy_wo_kl": Look(SKY, "8", (0, (2, 3)), "OO"),
 }
 MODEL_LOOKS = [
     Look(BLACK, "o"),
@@ -100,9 +102,7 @@ def method_looks(names: Names) -> Looks:
     """The look of every method: of those that come with laid its own, of others one by their place among the others."""
     looks = Looks(METHOD_LOOKS)
     for i, method in enumerate(method for method in names if method not in SHIPPED):
-        looks[method] = Look(
-            SERIES[i % 7], "d<>*8H1"[i % 7], (0, (2 + i % 5, 1, 1, 1)), "/\\|-+xo"[i % 7] * 2
-        )
+        looks[method] = Look(SERIES[i % 7], "d<>*1"[i % 5], (0, (2 + i % 5, 1, 1, 1)), "/\\|-+xo"[i % 7] * 2)
     return looks
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ from laid.results.names import Names
 from laid.results.plotting import Drawing, Look, style
 from laid.settings.methods import Gaps, TrainedMethod
 
-POINTS = 80  # a curve is drawn as the means of at most this many equal stretches of steps
+COLUMNS = 3  # of panels
+POINTS = 25  # a curve is drawn as the means of at most this many equal stretches of steps
 # Keys of a log line that follow a plan or describe the model, rather than measure an error.
 SCHEDULES = ("lr", "lambda", "gain", "gap", "weight", "distance", "progress", "span")
 # What the keys of a log line mean; a key that is not here is printed as it is.
@@ -116,7 +118,7 @@ def training(logs: pd.DataFrame, names: Names) -> Drawing | None:
         return None
     figure, panels, drawn = _curves(losses, names, PARTS)
     for axes in panels[:, 0]:
-        axes.set_ylabel(f"{axes.get_ylabel()}\nloss")
+        axes.set_ylabel("Loss")
         axes.set_yscale("symlog", linthresh=0.01)
         axes.yaxis.set_major_formatter("{x:g}")
     return Drawing(
@@ -139,7 +141,7 @@ def validation(logs: pd.DataFrame, names: Names) -> Drawing | None:
         asked, names, {part: "all" if part == ACCURACY else f"{size} images" for part, size in sizes.items()}
     )
     for axes in panels[:, 0]:
-        axes.set_ylabel(f"{axes.get_ylabel()}\naccuracy")
+        axes.set_ylabel("Accuracy")
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     return Drawing(
         "validation",
@@ -153,28 +155,28 @@ def validation(logs: pd.DataFrame, names: Names) -> Drawing | None:
 def _curves(
     logs: pd.DataFrame, names: Names, labels: Mapping[str, str]
 ) -> tuple[Figure, np.ndarray, pd.DataFrame]:
-    """Parts of the log over steps, a row a student, a column a method, a line a part and seed: the figure, its panels, what was drawn."""
+    """Parts of the log over steps, a panel a student and method, a line a part and seed: the figure, its panels, what was drawn."""
     keys = sorted(logs["part"].unique(), key=lambda key: (len(key), key))
-    students, shown = sorted(logs["student"].unique()), names.ordered(logs["method"].unique())
-    figure = plotting.new_figure(plotting.PAGE, 1.6 * len(students) + 0.7)
-    panels = figure.subplots(len(students), len(shown), sharex="col", sharey=True, squeeze=False)
+    runs = logs[["student", "method"]].drop_duplicates().itertuples(index=False, name=None)
+    order = names.ordered(logs["method"].unique())
+    shown = sorted(runs, key=lambda run: (run[0], order.index(run[1])))
+    columns = min(COLUMNS, len(shown))
+    lines = math.ceil(len(shown) / columns)
+    figure = plotting.new_figure(plotting.PAGE, 1.3 * lines + 0.9)
+    panels = figure.subplots(lines, columns, sharey=True, squeeze=False)
+    at = dict(zip(shown, panels.flat, strict=False))
     drawn = []
     for (student, method, _), run in logs.groupby(RUN, sort=False):
-        axes = panels[students.index(student)][shown.index(method)]
         for k, key in enumerate(keys):
             look = Look(plotting.SERIES[k % len(plotting.SERIES)], "", DASHES[k % len(DASHES)])
-            drawn.append(_line(axes, run[run["part"] == key], look, labels.get(key, key)))
-    for student, row in zip(students, panels, strict=True):
-        row[0].set_ylabel(student)
-    for method, axes in zip(shown, panels[0], strict=True):
-        axes.set_title(names[method], loc="left")
-    for column in panels.T:
-        for axes in column:
-            axes.set_visible(bool(axes.lines))
-        lowest = [axes for axes in column if axes.lines][-1]
-        lowest.tick_params(labelbottom=True)
-        lowest.set_xlabel("Step")
-        lowest.locator_params(axis="x", nbins=3)
+            drawn.append(_line(at[student, method], run[run["part"] == key], look, labels.get(key, key)))
+    for (student, method), axes in at.items():
+        axes.set_title(textwrap.fill(f"{student}: {names[method]}", 30), loc="left")
+        axes.locator_params(axis="x", nbins=3)
+    for axes in list(panels.flat)[len(shown) - columns : len(shown)]:  # the lowest of each column
+        axes.set_xlabel("Step")
+    for axes in list(panels.flat)[len(shown) :]:
+        axes.set_visible(False)
     plotting.legend_below(figure, panels, columns=5)
     return figure, panels, _printed(drawn)
 
