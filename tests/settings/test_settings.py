@@ -200,7 +200,7 @@ def test_slices_name_keys_that_exist():
     for step, entries in SLICES.items():
         for entry in entries:
             found = [full]
-            for key in entry.lstrip("-").format(member="small", method="laid").split("."):
+            for key in entry.strip("-?").format(member="small", method="laid").split("."):
                 found = [v for part in found for name, v in part.items() if key in (name, "*")]
                 assert found, f"{step}: {entry}"
 
