@@ -88,8 +88,8 @@ def test_the_paper_offline_as_typed(plan):
     # 50,000 samples of 11 images on average. By hand: a forward pass, the same again for its activations, and twice
     # that backward; 2 FLOPs per weight of the decoder's layers and token. Attention and images come on top.
     layers = 36 * (2048 * (2048 + 2 * 256) + 2048 * 2048 + 3 * 2048 * 11008)
-    # Every second epoch 50 questions of 20 images and 50 of 100 are read, forward alone.
-    trained, asked = 50_000 * (51 + 11 * 347.4), 5 * 50 * (2 * 50 + 120 * 347.4)
+    # Every second epoch 50 questions each of 5, 20, 50 and 100 images are read, forward alone.
+    trained, asked = 50_000 * (51 + 11 * 347.4), 5 * 50 * (4 * 50 + 175 * 347.4)
     by_hand = 2 * layers * (4 * trained + asked)
     assert laid["tokens"] == pytest.approx(trained + asked)
     assert by_hand < laid["flop"] < 1.5 * by_hand
