@@ -58,7 +58,9 @@ def made(results: Path) -> str:
         codes.add(f"`{(code['commit'] or 'unknown')[:12]}`{changed}")
     if not codes:
         raise LaidError(f"{results}: no cells; run `make demo` first")
-    command = "make demo" if seeds == 1 else f"snakemake --cores all --config seeds={seeds}"
+    noisy = " --configfile configs/label_noise.yaml" if any(results.glob("cells/test/*/*_noisy/")) else ""
+    more = f" --config seeds={seeds}" if seeds > 1 else ""
+    command = f"snakemake --cores all{noisy}{more}" if noisy or more else "make demo"
     return (
         f"Made by `{command}` at commit {' and '.join(sorted(codes))}, on {' and '.join(sorted(machines))}; this section"
         " is written by `make readme`."
