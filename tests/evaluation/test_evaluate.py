@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from laid.cli import main
 from laid.data.questions import haystack_file, ordered_images, read_questions, write_questions
 from laid.errors import LaidError
 from laid.evaluation.cells import read_cell
@@ -159,6 +160,35 @@ def test_cells_are_written_and_read_back_and_the_same_bytes_again(
 def test_any_folder_will_do(micro, family, coco_root, haystacks, tmp_path):
     (made,) = cells(micro, family, coco_root, haystacks, tmp_path / "anything", sizes=(1,))
     assert read_json(tmp_path / "anything/1.json") == made
+
+
+def test_suites_asked_in_one_process_are_as_asked_apart(
+    micro_file, family, coco_root, haystacks, tmp_path, capsys
+):
+    """And an --out or a --cost that belongs to none of them is refused before anything is asked."""
+    words = ["evaluate", "--config", str(micro_file), "--student-name", "small", "--method", "base"]
+    words += ["--model", str(family["small"]), "--coco", str(coco_root), "--device", "cpu"]
+    asked = {
+        size: [
+            "--questions",
+            str(haystack_file(haystacks / "test", size)),
+            "--out",
+            str(tmp_path / f"both/{size}"),
+        ]
+        for size in (2, 5)
+    }
+    assert (
+        main([*words, *asked[2], *asked[5][:2]]) == 2
+        and "2 times --questions, 1 times --out" in capsys.readouterr().err
+    )
+    assert main([*words, *asked[2], *asked[5], "--cost", str(tmp_path / "cost.json")]) == 2
+    assert "--out is given 2 times" in capsys.readouterr().err and not any(tmp_path.iterdir())
+    assert main([*words, *asked[2], *asked[5]]) == 0
+    for size in (2, 5):
+        assert main([*words, *asked[size][:3], str(tmp_path / f"apart/{size}")]) == 0
+        both, apart = (tmp_path / name / str(size) for name in ("both", "apart"))
+        assert (both / f"{size}.json").read_bytes() == (apart / f"{size}.json").read_bytes()
+        assert (both / "cost.json").is_file()
 
 
 class Killed(BaseException):

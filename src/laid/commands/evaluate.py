@@ -20,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--questions",
         type=Path,
         nargs="+",
+        action="append",
         required=True,
         metavar="PATH",
         help="question files, ours or official (haystacks or POPE's), one a size; or a folder of"
@@ -28,7 +29,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sizes", type=count, nargs="+", default=[], help="haystack sizes to read from a folder"
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder for <size>.json cells")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        action="append",
+        required=True,
+        help="folder for <size>.json cells; further --questions with an --out each are asked in the same process",
+    )
     parser.add_argument(
         "--endpoint",
         metavar="URL",
@@ -42,28 +49,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from laid.errors import LaidError
     from laid.evaluation.sets import question_sets
     from laid.io import require_place
     from laid.settings import load
 
     settings = load(args.config)
-    sets = question_sets(args.questions, args.sizes, args.coco)
-    if args.cost is not None:
-        require_place(args.cost, file=True)
-    cells = (_served if args.endpoint else _local)(args, settings, sets)
-    for part, cell in zip(sets, cells):  # of several processes, the first has cells
-        low, high = (100 * bound for bound in cell["interval"])
-        print(
-            f"{args.student_name} {args.method}: {cell['size']} images:"
-            f" {100 * cell['accuracy']:.1f} % ({low:.1f} to {high:.1f}),"
-            f" {cell['n']} answers, {_number(cell['tokens_mean'])} tokens, {_number(cell['positions_mean'])} positions;"
-            f" {benchmark(part, cell)}"
+    if len(args.questions) != len(args.out):
+        raise LaidError(
+            f"{len(args.questions)} times --questions, {len(args.out)} times --out: give an --out for each"
         )
+    if args.cost is not None and len(args.out) > 1:
+        raise LaidError(
+            f"--cost is one file, --out is given {len(args.out)} times: leave it out, each has its cost.json"
+        )
+    suites = [question_sets(files, args.sizes, args.coco) for files in args.questions]
+    for place in [out / "cost.json" for out in args.out] if args.cost is None else [args.cost]:
+        require_place(place, file=True)
+    for sets, out in zip(suites, args.out, strict=True):
+        cells = (_served if args.endpoint else _local)(args, settings, sets, out)
+        for part, cell in zip(sets, cells):  # of several processes, the first has cells
+            low, high = (100 * bound for bound in cell["interval"])
+            print(
+                f"{args.student_name} {args.method}: {cell['size']} images:"
+                f" {100 * cell['accuracy']:.1f} % ({low:.1f} to {high:.1f}),"
+                f" {cell['n']} answers, {_number(cell['tokens_mean'])} tokens, {_number(cell['positions_mean'])} positions;"
+                f" {benchmark(part, cell)}"
+            )
     return 0
 
 
 # Jobs that share a folder of cells have a file each for what they cost: that is what they wait for.
-def _local(args: argparse.Namespace, settings: Settings, sets: list[QuestionSet]) -> list[dict]:
+def _local(args: argparse.Namespace, settings: Settings, sets: list[QuestionSet], out: Path) -> list[dict]:
     from contextlib import nullcontext
 
     from laid.commands.shared import deterministic, features_folder, pick_devices
@@ -73,23 +90,23 @@ def _local(args: argparse.Namespace, settings: Settings, sets: list[QuestionSet]
 
     deterministic(args.threads)
     device = pick_devices(args, args.model, settings.evaluation.dtype)
-    with alone(args.cost or args.out) if parallel.first() else nullcontext():
+    with alone(args.cost or out) if parallel.first() else nullcontext():
         return evaluate_cells(
-            settings, args.student_name, args.method, args.model, args.runs, args.coco, sets, args.out,
+            settings, args.student_name, args.method, args.model, args.runs, args.coco, sets, out,
             device, features_folder(args, settings), args.cost,
         )  # fmt: skip
 
 
-def _served(args: argparse.Namespace, settings: Settings, sets: list[QuestionSet]) -> list[dict]:
+def _served(args: argparse.Namespace, settings: Settings, sets: list[QuestionSet], out: Path) -> list[dict]:
     from laid.errors import LaidError
     from laid.evaluation.endpoint import evaluate_endpoint
     from laid.io import alone
 
     if args.runs or args.features:
         raise LaidError("--endpoint takes neither --runs nor --features: the server has its model")
-    with alone(args.cost or args.out):
+    with alone(args.cost or out):
         return evaluate_endpoint(
-            settings, args.student_name, args.method, args.endpoint, args.model, args.coco, sets, args.out,
+            settings, args.student_name, args.method, args.endpoint, args.model, args.coco, sets, out,
             args.concurrent, args.cost,
         )  # fmt: skip
 
