@@ -31,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--out",
+        dest="outs",
         type=Path,
         action="append",
         required=True,
@@ -55,18 +56,20 @@ def run(args: argparse.Namespace) -> int:
     from laid.settings import load
 
     settings = load(args.config)
-    if len(args.questions) != len(args.out):
+    if len(args.questions) != len(args.outs):
         raise LaidError(
-            f"{len(args.questions)} times --questions, {len(args.out)} times --out: give an --out for each"
+            f"{len(args.questions)} times --questions, {len(args.outs)} times --out: give an --out for each"
         )
-    if args.cost is not None and len(args.out) > 1:
+    if args.cost is not None and len(args.outs) > 1:
         raise LaidError(
-            f"--cost is one file, --out is given {len(args.out)} times: leave it out, each has its cost.json"
+            f"--cost is one file, --out is given {len(args.outs)} times: leave it out, each has its cost.json"
         )
     suites = [question_sets(files, args.sizes, args.coco) for files in args.questions]
-    for place in [out / "cost.json" for out in args.out] if args.cost is None else [args.cost]:
-        require_place(place, file=True)
-    for sets, out in zip(suites, args.out, strict=True):
+    for out in args.outs:
+        require_place(out)
+    if args.cost is not None:
+        require_place(args.cost, file=True)
+    for sets, out in zip(suites, args.outs, strict=True):
         cells = (_served if args.endpoint else _local)(args, settings, sets, out)
         for part, cell in zip(sets, cells):  # of several processes, the first has cells
             low, high = (100 * bound for bound in cell["interval"])
