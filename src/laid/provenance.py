@@ -15,7 +15,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from importlib import metadata
@@ -106,15 +106,25 @@ def _hashes(root: Path, files: Mapping[str, Path], kept: bool) -> dict[str, str]
     if missing is not None:
         raise LaidError(f"{missing}: no such file, needed as an input")
     stats = {name: file.stat() for name, file in files.items()}
-    stamps = {name: [s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino] for name, s in stats.items()}
+    stamps = {name: _stamp(found) for name, found in stats.items()}
 
     def read(name: str) -> str:
         return _hash_at(os.path.realpath(files[name]), *stamps[name])
 
     if not kept or sum(s.st_size for s in stats.values()) < LARGE:
         return {name: read(name) for name in files}
+    return _remembered(os.path.realpath(root), stamps, read)
+
+
+def _stamp(found: os.stat_result) -> list[int]:
+    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
+
+
+def _remembered(what: str, stamps: Mapping[str, Sequence[int]], read: Callable[[str], str]) -> dict[str, str]:
+    """What `read` finds for each name, kept in the user's cache folder under `what` for as long as the name's stamp
+    (size, time of writing, time of change, inode) holds."""
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    store = Path(home, "laid", "hashes", f"{sha256_json(os.path.realpath(root))[:24]}.json")
+    store = Path(home, "laid", "hashes", f"{sha256_json(what)[:24]}.json")
     try:
         known = read_json(store)
     except LaidError:
@@ -123,8 +133,8 @@ def _hashes(root: Path, files: Mapping[str, Path], kept: bool) -> dict[str, str]
     whole = {n: entry for n, entry in known.items() if isinstance(entry, list) and entry}
     held = {n: whole[n][-1] for n, stamp in stamps.items() if whole.get(n, [None])[:-1] == stamp}
     settled = time.time_ns() - SETTLED
-    found = held | {name: read(name) for name in files if name not in held}
-    fresh = {n: [*stamps[n], found[n]] for n in files if n not in held and stats[n].st_ctime_ns < settled}
+    found = held | {name: read(name) for name in stamps if name not in held}
+    fresh = {n: [*stamps[n], found[n]] for n in stamps if n not in held and stamps[n][2] < settled}
     if fresh:
         with suppress(OSError, LaidError):  # a home that cannot be written, or is full, costs time alone
             write_json(store, known | fresh, indent=None)
@@ -155,14 +165,18 @@ def code() -> dict[str, Any]:
 
 def source_hash(package: Path) -> str:
     """Hex SHA-256 over all modules below `package`, blind to comments, docstrings and layout."""
-    trees = {}
-    for file in sorted(package.rglob("*.py")):
-        tree = ast.parse(file.read_bytes())
+    files = {file.relative_to(package).as_posix(): file for file in sorted(package.rglob("*.py"))}
+
+    def read(name: str) -> str:
+        tree = ast.parse(files[name].read_bytes())
         for node in ast.walk(tree):
             if isinstance(node, _WITH_DOCSTRING) and ast.get_docstring(node, clean=False) is not None:
                 node.body[0].value.value = ""
-        trees[file.relative_to(package).as_posix()] = ast.dump(tree)
-    return sha256_json(trees)
+        return sha256_json(ast.dump(tree))
+
+    # Every job of a workflow asks, and parsing all takes a second; a tree is its Python's.
+    what = f"{os.path.realpath(package)}: trees of Python {platform.python_version()}"
+    return sha256_json(_remembered(what, {name: _stamp(file.stat()) for name, file in files.items()}, read))
 
 
 @cache
