@@ -48,7 +48,11 @@ LESS = {  # fewer cells
     "models": {"students": ["qwen3b"]},
     "tables": {"methods": ["base", "laid"], "ablations": ["base", "laid"]},
     "haystacks": {"test": {"sizes": [150]}},
-    "resources": {"evaluate": {"gpu": 1}, "train": {"gpu": 1}, "teacher_cache": {"gpu": 1}},
+    "resources": {
+        "evaluate": {"gpu": 1, "gpu_of": {"qwen32b": 1}},
+        "train": {"gpu": 1},
+        "teacher_cache": {"gpu": 1},
+    },
 }
 
 
@@ -81,7 +85,7 @@ def test_the_paper_offline_as_typed(plan):
     assert code == 1 and len(lines) == len(found["refused"]) >= 1
     assert all("needs " in line and " GiB, has " in line and "would fit" in line for line in lines)
     (line,) = [line for line in lines if "evaluate 32B base at 150 images" in line]
-    assert "resources.evaluate.gpu: 2" in line
+    assert "resources.evaluate.gpu_of: {qwen32b: 2}" in line
     assert "Beside the paper" in out and "built-in shapes" in out
     jobs = {(j["rule"], j["student"], j["method"], *j["sizes"]): j for j in found["jobs"]}
     laid = jobs["train", "qwen3b", "laid"]
@@ -188,7 +192,7 @@ def test_a_large_model_is_laid_over_the_gpus_of_its_job(tight):
     estimator, jobs = tight
     job = next(job for job in jobs if (job.rule, job.student) == ("evaluate", "qwen7b"))
     assert job.need.memory["weights"] > 0.5 * SMALL_GPU.gib * GIB
-    two = estimator.config.changed({"resources": {"evaluate": {"gpu": 2}}})
+    two = estimator.config.changed({"resources": {"evaluate": {"gpu_of": {"qwen7b": 2}}}})
     need = need_of(estimator.under(two), SMALL_GPU, "evaluate", "qwen7b", "base", job.sizes)
     assert need.memory["weights"] == pytest.approx(job.need.memory["weights"] / 2, rel=0.1)
     assert need.memory["cache"] == job.need.memory["cache"] // 2

@@ -84,7 +84,9 @@ def test_one_cell_needs_one_student_and_one_run(workdir):
 
 
 def test_one_job_per_cell_for_large_models(workdir):
-    (workdir.path / "cell.yaml").write_text("evaluation: {shard: cell, keep_features: true}\n")
+    (workdir.path / "cell.yaml").write_text(
+        "evaluation: {shard: cell, keep_features: true}\nresources: {evaluate: {gpu: 1, gpu_of: {teacher: 2}}}\n"
+    )
     jobs = workdir.planned("--configfile", "micro.yaml", "cell.yaml", overlay=None)
     config = yaml.safe_load((TOP / "config.yaml").read_text())
     expected = expected_jobs(config)
@@ -92,9 +94,13 @@ def test_one_job_per_cell_for_large_models(workdir):
     assert jobs["features"] == 3  # a pass of each vision tower before anything else needs it
     cell = "results/micro/cells/test/small/base/5"
     overlays = ["--configfile", "micro.yaml", "cell.yaml"]
-    plan = workdir.snakemake("--dry-run", "--printshellcmds", f"{cell}.json", *overlays, overlay=None)
+    cells = [f"{cell}.json", "results/micro/cells/test/teacher/base/5.json"]
+    plan = workdir.snakemake("--dry-run", "--printshellcmds", *cells, *overlays, overlay=None)
     # A cost file each: jobs of one folder do not write over each other's.
     assert f"output: {cell}.json, {cell}.cost.json" in plan and f" --cost '{cell}.cost.json'" in plan
+    # A model that one GPU cannot hold asks for two, the others for none to leave idle.
+    asked = re.findall(r"wildcards: student=(\w+), .*\n(?:.*\n)*?    resources: .*\bgpu=(\d)", plan)
+    assert sorted(asked) == [("small", "1"), ("teacher", "2")]
 
 
 def test_pope_asks_teacher_and_students_before_and_after(workdir):

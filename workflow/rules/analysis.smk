@@ -77,7 +77,7 @@ rule alignability:
         "../../envs/laid.yaml"
     threads: cores("evaluate")
     resources:
-        **ask("evaluate"),
+        **ask("evaluate", TEACHER),
     params:
         relevant=relevant("alignability"),
         teacher=lambda wildcards: LAYOUT.checkpoint(TEACHER),

@@ -63,8 +63,9 @@ def cores(rule):
     return getattr(config.resources, rule).threads
 
 
-def ask(rule):
-    """resources: the same for all of them; memory and time grow by half with every further attempt.
+def ask(rule, member=None):
+    """resources: what config.yaml grants a job of `rule` on that model (None: the one that its wildcards name); memory and
+    time grow by half with every further attempt.
 
     Snakemake lowers `threads` to --cores; a job computes with cpus_per_task, so that its bytes do not depend on --cores.
     """
@@ -77,7 +78,9 @@ def ask(rule):
         "cpus_per_task": granted.threads,
         "mem_mb": growing(granted.mem_mb),
         "runtime": growing(granted.runtime),
-        "gpu": granted.gpu,
+        "gpu": lambda wildcards: granted.gpus(
+            member or wildcards.get("student") or wildcards.get("member")
+        ),
     }
 
 

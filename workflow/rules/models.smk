@@ -67,7 +67,7 @@ rule teacher_cache:
         "../../envs/laid.yaml"
     threads: cores("teacher_cache")
     resources:
-        **ask("teacher_cache"),
+        **ask("teacher_cache", TEACHER),
     params:
         relevant=relevant("teacher_cache"),
         teacher=lambda wildcards: LAYOUT.checkpoint(TEACHER),

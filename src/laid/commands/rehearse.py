@@ -133,10 +133,11 @@ def shortened(settings: Settings, out: Path) -> Settings:
     longest = max(asked.test.sizes)
     members = [settings.models.teacher, *settings.models.students]
     trained = [name for name, method in settings.methods.items() if isinstance(method, TrainedMethod)]
-    on_gpu = {
-        rule: {"gpu": min(1, getattr(settings.resources, rule).gpu)}
-        for rule in ("features", "teacher_cache", "train", "evaluate")
-    }
+    on_gpu = {}
+    for rule in ("features", "teacher_cache", "train", "evaluate"):
+        asked = getattr(settings.resources, rule)
+        one = min(1, asked.gpu)
+        on_gpu[rule] = {"gpu": one, "gpu_of": dict.fromkeys(asked.gpu_of, one)}
     return settings.changed(
         {
             "results": str(out),

@@ -184,7 +184,7 @@ class Estimator:
         settings = settings.changed({"per_device_batch": batch})
         longest, visual = self.lengths.longest(asked.max_size)
         longest += 1
-        devices = max(1, c.resources.train.gpu)
+        devices = max(1, c.resources.train.gpus(student))
         need = Need(member.parameters, settings.dtype, longest, kind="lora" if m.lora else "train")
         sizes = range(asked.min_size, asked.max_size + 1)
         need.together = batch * self.lengths.prompt(_mean(sizes))

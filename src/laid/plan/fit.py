@@ -51,7 +51,9 @@ def _candidates(estimator: Estimator, job: Job) -> Iterator[tuple[str, dict[str,
                 break
     if job.rule in ("evaluate", "teacher_cache"):
         if job.gpu and job.reserved < 2:
-            yield f"resources.{job.rule}.gpu: 2", {"resources": {job.rule: {"gpu": 2}}}
+            more = {"gpu_of": {job.student: 2}} if job.rule == "evaluate" else {"gpu": 2}
+            text = str(more).replace("'", "")[1:-1]
+            yield f"resources.{job.rule}.{text}", {"resources": {job.rule: more}}
         for tokens in (8192, 4096):
             if tokens < e.batch_tokens and job.need.longest < e.batch_tokens:
                 yield f"evaluation.batch_tokens: {tokens}", {"evaluation": {"batch_tokens": tokens}}

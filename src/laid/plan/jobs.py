@@ -111,7 +111,7 @@ def need_of(
         runs = estimator.config.seeds if trained else 1
         for part in ("flops", "tokens", "disk", "images", "seeing"):
             setattr(need, part, getattr(need, part) * runs)
-    gpus = getattr(estimator.config.resources, rule).gpu
+    gpus = getattr(estimator.config.resources, rule).gpus(student)
     if gpus > 1 and need.memory["weights"] > SPREAD * gpu.gib * GIB:
         member = estimator.members[student]
         need.devices = processes(member.config, gpus)
@@ -131,7 +131,8 @@ def _job(
 ) -> Job:
     need = need_of(estimator, gpu, rule, student, method, sizes)
     asked = getattr(estimator.config.resources, rule)
-    on_gpu = asked.gpu > 0
+    reserved = asked.gpus(student)
+    on_gpu = reserved > 0
     if not on_gpu:
         need.memory["process"] = PROCESS
     name = estimator.config.models.labels.get(student, student)
@@ -145,7 +146,7 @@ def _job(
         need=need,
         gpu=gpu if on_gpu else None,
         has=gpu.usable if on_gpu else asked.mem_mb * 10**6,
-        reserved=asked.gpu,
+        reserved=reserved,
     )
 
 

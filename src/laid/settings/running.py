@@ -18,6 +18,12 @@ class Job(Section):
     """Time limit in minutes; a retry asks for more."""
     gpu: Natural = 0
     """GPUs of one job."""
+    gpu_of: dict[str, Natural] = {}
+    """GPUs of a job on these models, by name, where they are not `gpu`: a teacher that one GPU cannot hold takes two, its students one."""
+
+    def gpus(self, member: str | None) -> int:
+        """GPUs of a job on this model; None: on no model in particular."""
+        return self.gpu_of.get(member, self.gpu)
 
 
 class Resources(Section):
