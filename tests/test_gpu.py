@@ -3,6 +3,8 @@
 The same small models on CUDA as on the CPU, and torch's half-precision kernels against plain arithmetic in float32.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -11,7 +13,7 @@ from laid.data.questions import haystack_file, read_questions
 from laid.evaluation.evaluate import Evaluator
 from laid.methods.merged_attention import Regrouping, grouped_attention
 from laid.methods.registry import load_run, load_with_method
-from laid.models.attention import fused
+from laid.models.attention import attention, fused
 from laid.models.forward import hidden_states, last_logits
 from laid.plan.steps import meta_batch
 from laid.training import engine, recipe
@@ -70,6 +72,22 @@ def test_self_extend_fused_is_brute_force_and_never_waits(past, dtype):
     found = attend(DEVICE, dtype, fuse=True, insist=True)
     expected = attend("cpu", torch.float32)
     torch.testing.assert_close(found.float().cpu(), expected, **HALF)
+
+
+def test_packed_prompts_in_one_kernel_are_prompts_alone():
+    """Forward and backward of flash's variable-length form in bfloat16 against a call a prompt on the CPU in float32."""
+    lengths, tokens, found = (300, 41, 1000), 1341, []
+    ends = torch.tensor([0, 300, 341, 1341], dtype=torch.int32)
+    for device, dtype in ((DEVICE, torch.bfloat16), ("cpu", torch.float32)):
+        tensors = [random(1, heads, tokens, 64, seed=seed) for seed, heads in enumerate((8, 2, 2))]
+        q, k, v = (x.to(device, dtype).requires_grad_() for x in tensors)
+        packed = (lengths, ends.to(device), [])
+        layer = SimpleNamespace(num_key_value_groups=4, is_causal=True)
+        out, _ = attention(layer, q, k, v, None, laid_packed=packed, scaling=0.125)
+        (out.float() * random(*out.shape, seed=9).to(device)).sum().backward()
+        found.append([x.float().cpu() for x in (out, q.grad, k.grad, v.grad)])
+    for ours, theirs in zip(*found):
+        torch.testing.assert_close(ours, theirs, rtol=5e-2, atol=5e-2)
 
 
 @torch.no_grad()

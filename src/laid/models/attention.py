@@ -33,11 +33,14 @@ def needs_no_mask(text: nn.Module) -> None:
 def attention(module, query, key, value, attention_mask, laid_packed=None, **kwargs):
     """transformers' AttentionInterface. Without a mask the queries are the last of the keys, and causal.
 
-    laid_packed: (lengths, masks) of prompts that lie one behind the other and attend to themselves alone, each under its
-    mask if there are any. One call a prompt: the kernels, and on a CPU the bits, of a prompt that is read alone.
+    laid_packed: (lengths, their ends, masks) of prompts that lie one behind the other and attend to themselves alone, each
+    under its mask if there are any. Without masks, CUDA's flash kernel takes all of them at once; else one call a prompt:
+    the kernels, and on a CPU the bits, of a prompt that is read alone.
     """
     if laid_packed is not None:
-        lengths, masks = laid_packed
+        lengths, ends, masks = laid_packed
+        if not masks and _flash(value):
+            return _flash_packed(query, key, value, ends, max(lengths), kwargs.get("scaling")), None
         parts = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), masks or [None] * len(lengths))
         return torch.cat([sdpa_attention_forward(module, *part, **kwargs)[0] for part in parts], dim=1), None
     if attention_mask is not None or query.shape[2] == 1 or query.shape[2] == key.shape[2]:
@@ -91,6 +94,19 @@ def fused(
         query, key, value, None, True, 0.0, causal, scale=scaling
     )[:2]
     return output, lse[..., : query.shape[2]]  # the kernel pads it
+
+
+def _flash_packed(
+    query: Tensor, key: Tensor, value: Tensor, ends: Tensor, longest: int, scaling: float | None
+) -> Tensor:
+    """(1, tokens, heads, head_dim) of `attention` over packed prompts, by flash attention's variable-length form.
+
+    ends: (prompts + 1,) int32, 0 and where each prompt ends. Under autocast the rotation leaves queries and keys in float32.
+    """
+    q, k, v = (repeat_kv(x, query.shape[1])[0].transpose(0, 1).to(value.dtype) for x in (query, key, value))
+    return torch.ops.aten._flash_attention_forward(
+        q, k, v, ends, ends, longest, longest, 0.0, True, False, scale=scaling
+    )[0][None]
 
 
 def _flash(query: Tensor) -> bool:

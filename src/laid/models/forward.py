@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -186,12 +187,14 @@ def packed_states(model, text, batch: Batch) -> torch.Tensor:
             masks.append(
                 biased_mask(replace(batch, ids=alone[0], image_mask=alone[1], score_bias=alone[2]), dtype)
             )
+    ends = torch.tensor([0, *itertools.accumulate(batch.packed)], dtype=torch.int32)
+    ends = ends.to(embeds.device, non_blocking=True)
     hidden = text(
         inputs_embeds=embeds,
         position_ids=one.positions,
         attention_mask=family_of(text.config).no_mask,
         use_cache=False,
-        laid_packed=(tuple(batch.packed), masks),
+        laid_packed=(tuple(batch.packed), ends, masks),
         **deep_inputs(text, one),
     ).last_hidden_state
     return padded(hidden, batch)
