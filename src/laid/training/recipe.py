@@ -95,9 +95,14 @@ class Run:
         return [part for part in PARTS if part != "sft" and Objective.of(self.how).needs(part)]
 
     @cached_property
+    def lessons(self) -> list[Chat]:
+        """The conversations to learn from. Raises LaidError where they do not fill a batch."""
+        return read_lessons(self.questions, self.settings)
+
+    @cached_property
     def images(self) -> list[str]:
         """The images that the data names by their path, sorted."""
-        return named_images(read_chats(self.questions))
+        return named_images(self.lessons)
 
     @cached_property
     def held_out(self) -> HeldOut | None:
@@ -266,8 +271,7 @@ def require_sensible(run: Run) -> None:
             f"method {run.method} learns from the teacher ({', '.join(parts)}): give --teacher-cache, or --teacher"
         )
     require_place(run.out, *FILES)
-    chats = read_lessons(run.questions, run.settings)
-    if run.how.dilution.reach and all(chat.needles is None for chat in chats):
+    if run.how.dilution.reach and all(chat.needles is None for chat in run.lessons):
         raise LaidError(
             f"methods.{run.method}.dilution needs to know which images an answer rests on, and no conversation of"
             f' {run.questions} says so ("needles": [0]): give them, or set dilution.reach to 0'

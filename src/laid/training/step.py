@@ -110,7 +110,9 @@ def training_step(t: Training, indices: Sequence[int], step: int) -> dict[str, f
     pieces = t.engine.pieces(indices, t.settings.per_device_batch, t.data.lengths, t.settings.tokens_per_pass)
     for part in pieces:
         # Dropout follows from step and samples alone, so that resuming is exact, in however many processes.
-        torch.manual_seed(t.data.seed * 1_000_003 + step + (indices.index(part[0]) << 32))
+        # The device's generator alone: torch.manual_seed writes a stack trace for every kind of device that has not begun.
+        generator = torch.cuda if t.engine.device.type == "cuda" else torch.default_generator
+        generator.manual_seed(t.data.seed * 1_000_003 + step + (indices.index(part[0]) << 32))
         piece, share = t.data.piece(part, step, t.steps, indices), len(part) / len(indices)
         with t.engine.accumulating(t.lesson.student, last=part is pieces[-1]):
             found = forward_backward(t.lesson, piece, progress, t.engine, share)
