@@ -1,8 +1,6 @@
 """The rules, through real Snakemake: what is planned, what is made again and why, how mistakes look."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,17 +8,6 @@ import yaml
 
 TOP = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.workflow
-
-
-def test_lint(workdir):
-    assert "good condition" in workdir.snakemake("--lint", overlay=None)
-
-
-def test_format():
-    files = [TOP / "Snakefile", *sorted((TOP / "workflow/rules").glob("*.smk"))]
-    tool = Path(sys.executable).with_name("snakefmt")
-    done = subprocess.run([tool, "--check", *files], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
 
 
 def test_every_path_in_a_shell_command_is_quoted():
