@@ -143,7 +143,7 @@ def kept(path, outs):
     return any(path == out or path.startswith(f"{out}/") for out in outs)
 
 
-@pytest.mark.parametrize("overlay", [None, "ci.yaml", "paper.yaml"])
+@pytest.mark.parametrize("overlay", [None, "paper.yaml"])
 def test_stages_cover_what_the_rules_make(overlay, tmp_path):
     """An output that a stage forgets would be lost to a colleague; one that no rule makes would stop DVC."""
     work = checkout(tmp_path / "work")
@@ -187,16 +187,6 @@ def test_a_second_repro_does_nothing(origin):
     assert "4 of 4 steps" in origin.made  # data, haystacks, those beyond, and the target that names them
     again = origin.run("dvc", "repro", "data")
     assert "didn't change, skipping" in again and "steps" not in again
-
-
-def test_what_snakemake_made_is_recorded_without_building(origin, tmp_path):
-    shutil.copytree(origin.path, tmp_path / "copy", symlinks=True)
-    copy = Checkout(tmp_path / "copy")
-    (copy.path / "dvc.lock").unlink()
-    said = copy.run("dvc", "repro", "data")
-    assert "Nothing to be done" in said and (copy.path / "dvc.lock").is_file()
-    locks = [yaml.safe_load((c.path / "dvc.lock").read_text()) for c in (origin, copy)]
-    assert locks[0]["stages"]["data"]["outs"] == locks[1]["stages"]["data"]["outs"]
 
 
 def test_only_what_matters_makes_a_stage_stale(origin):
@@ -248,17 +238,6 @@ def store(s3):
     return {"AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s", "AWS_DEFAULT_REGION": "us-east-1"}
 
 
-def test_through_an_s3_store(origin, s3):
-    key = store(s3)
-    clone = colleague(origin, "s3")
-    for work in (origin, clone):
-        work.run("dvc", "remote", "add", "--local", "-f", "s3", "s3://lab/laid")
-        work.run("dvc", "remote", "modify", "--local", "s3", "endpointurl", s3)
-    origin.run("dvc", "push", "-r", "s3", "data", **key)
-    clone.run("dvc", "pull", "-r", "s3", "data", **key)
-    assert clone.outputs() == origin.outputs()
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """Everything, from an empty clone, by `dvc repro`: the ci scale cut down further, as a user would choose a scale."""
@@ -272,8 +251,11 @@ def whole(tmp_path_factory):
     return work
 
 
+# A student, and of its methods one that the change of lambda_laid reaches and one, of the same make, that it does not.
 MICRO = """\
 scale: micro
+models: {students: [small]}
+tables: {methods: [base, laid], ablations: [base, laid_wo_laid, laid]}
 data: {rendered: {train: 240, val: 160}}
 haystacks:
   train: {questions: 16}
@@ -282,7 +264,7 @@ haystacks:
 beyond: {sizes: [100], questions: 4}
 family:
   pretrain: {vision: {steps: 2}}
-  members: {teacher: {window: 5, steps: 12}, medium: {steps: 12}, small: {steps: 12}}
+  members: {teacher: {window: 5, steps: 12}, small: {steps: 12}}
 analysis: {questions: 2}
 pope: {images: 4, objects: 2, methods: [base]}
 """
@@ -320,7 +302,6 @@ def test_all_that_snakemake_made_is_recorded_without_building(whole, tmp_path):
     touched = {name for name in after if after[name][1] != before[name][1]}
     assert touched <= {"results/micro/report.html"}
     assert (copy.path / "dvc.lock").read_text() == recorded
-    nothing_to_do(copy)
 
 
 @pytest.mark.slow
@@ -361,8 +342,8 @@ def test_a_change_of_lambda_builds_what_depends_on_it_and_compares_well(whole, t
     after = work.files()
     made = {name.removeprefix("results/micro/") for name in after if after[name][1] != before[name][1]}
     ours = re.compile(
-        r"runs/\w+/(laid|laid_wo_kl)/|cells/\w+/\w+/(laid|laid_wo_kl)/|pope/pope\.|logs/"
-        r"|benchmarks/train/\w+-(laid|laid_wo_kl)\W|analysis/|inference_cost/|tables/|figures|claims/|report\.html"
+        r"runs/\w+/laid/|cells/\w+/\w+/laid/|pope/pope\.|logs/"
+        r"|benchmarks/train/\w+-laid\W|analysis/|inference_cost/|tables/|figures|claims/|report\.html"
     )
     assert {name.split("/")[0] for name in made} >= {"runs", "cells", "tables"}
     assert not [name for name in made if not ours.match(name)]
@@ -373,7 +354,7 @@ def test_a_change_of_lambda_builds_what_depends_on_it_and_compares_well(whole, t
     old = json.loads(before["results/micro/tables/metrics.json"][0])
     assert bool(changed) == (numbers != old)
     for name in changed.get("results/micro/tables/metrics.json", ()):
-        assert name.split(".")[1] in ("laid", "laid_wo_kl")
+        assert name.split(".")[1] == "laid"
     drawn = json.loads(work.run("dvc", "plots", "diff", "HEAD~1", "HEAD", "--json"))
     assert not drawn.get("errors") and all(plot for plot in drawn["data"].values())
 
