@@ -89,9 +89,14 @@ def settings(checkpointing, pieces=4, **more):
     return Training(per_device_batch=2, batch_size=2 * pieces, gradient_checkpointing=checkpointing, **more)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    ("name", "checkpointing", "dtype"),
+    [
+        *((name, *how) for name in METHODS for how in ((False, "float32"), (True, "bfloat16"))),
+        ("laid", True, "float32"),
+        ("laid", False, "bfloat16"),
+    ],
+)
 def test_training_step(student, teacher, name, checkpointing, dtype):
     """Peak memory and FLOPs of a real forward and backward pass, gradients of an earlier one in place.
 
@@ -135,8 +140,7 @@ def test_training_step(student, teacher, name, checkpointing, dtype):
     assert cost.trained == trained + learned
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("checkpointing", "dtype"), [(False, "float32"), (True, "bfloat16")])
 def test_training_step_with_the_vision_tower(student, teacher, checkpointing, dtype):
     """Six images of 8 x 8 merged tokens (in bfloat16 two of 4 x 4) in each of two samples, read in the step."""
     side, images = {"float32": (8, 6), "bfloat16": (4, 2)}[dtype]
