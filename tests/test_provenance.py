@@ -6,6 +6,7 @@ import os
 import resource
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -148,6 +149,24 @@ def test_code_names_commit_and_dirt(monkeypatch):
         monkeypatch.setattr(provenance.metadata, "distribution", lambda name, found=installed: found)
         assert provenance.code.__wrapped__()["commit"] == commit
         assert provenance.code.__wrapped__()["dirty"] is None
+
+
+def test_a_wheel_notes_the_commit_it_is_built_from(tmp_path, monkeypatch):
+    """setup.py in a checkout of one module; what it puts beside the modules is read where no checkout is."""
+    checkout = tmp_path / "checkout"
+    (checkout / "src/laid").mkdir(parents=True)
+    (checkout / "src/laid/__init__.py").write_text("")
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(TOP / name, checkout)
+    words = ["git", "-C", checkout, "-c", "user.name=t", "-c", "user.email=t@example.org"]
+    for more in (["init", "-q"], ["add", "."], ["commit", "-qm", "a"]):
+        subprocess.run([*words, *more], check=True)
+    head = subprocess.run([*words, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout
+    build = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", tmp_path / "site"]
+    subprocess.run(build, cwd=checkout, check=True)
+    monkeypatch.setattr(provenance, "PACKAGE", tmp_path / "site/laid")
+    found = provenance.code.__wrapped__()
+    assert (found["commit"], found["dirty"]) == (head.strip(), False)
 
 
 def test_the_checkout_is_looked_at_and_left_as_it_is(tmp_path, monkeypatch):

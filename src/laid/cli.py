@@ -104,7 +104,7 @@ def _parsed(argv: Sequence[str], verb: str) -> argparse.Namespace:
         "--version",
         action=_Version,
         nargs=0,
-        help="version, and the commit in a checkout or after an installation from git",
+        help="version, and the commit of the checkout or of what was installed",
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for name, text in VERBS.items():

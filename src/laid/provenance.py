@@ -155,12 +155,8 @@ def code() -> dict[str, Any]:
     """
     commit = _git("rev-parse", "HEAD")
     changed = _git("status", "--porcelain", "--untracked-files=no") if commit else None
-    return {
-        "version": __version__,
-        "commit": commit or _installed_commit(),
-        "dirty": None if changed is None else bool(changed),
-        "source": source_hash(PACKAGE),
-    }
+    found = {"commit": commit, "dirty": None if changed is None else bool(changed)}
+    return {"version": __version__, **(found if commit else _installed()), "source": source_hash(PACKAGE)}
 
 
 def source_hash(package: Path) -> str:
@@ -233,13 +229,15 @@ def _git(*words: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def _installed_commit() -> str | None:
-    """The commit that pip notes where it installs from a git address (PEP 610)."""
+def _installed() -> dict[str, Any]:
+    """commit and dirty as a wheel holds them (setup.py), or the commit that pip notes where it installs from a git address (PEP 610)."""
+    if (PACKAGE / "built_from.json").is_file():
+        return read_json(PACKAGE / "built_from.json")
     try:
         noted = metadata.distribution("laid").read_text("direct_url.json")
     except metadata.PackageNotFoundError:
-        return None
-    return json.loads(noted or "{}").get("vcs_info", {}).get("commit_id")
+        noted = None
+    return {"commit": json.loads(noted or "{}").get("vcs_info", {}).get("commit_id"), "dirty": None}
 
 
 @cache
