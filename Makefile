@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo report readme test fuzz chaos lint format clean distclean
+.PHONY: help demo report readme test fuzz chaos gpu lint format clean distclean
 
 # Any Python 3.11 or 3.12: `make demo PYTHON=/path/to/python3.12`. Left empty, it is looked for.
 PYTHON ?=
@@ -31,6 +31,7 @@ help:
 	@echo "make test    install test tools too, run the tests"
 	@echo "make fuzz    RUNS (1000) broken files of every kind, new ones each time (docs/reliability.md)"
 	@echo "make chaos   the ci configuration, killed KILLS (20) times and disturbed in other ways, gives the same bytes"
+	@echo "make gpu     what only a GPU can show, on one of 80 GB: tests, speed, rehearsal (bench/GPU.md)"
 	@echo "make lint    ruff, snakefmt, snakemake --lint, import-linter"
 	@echo "make format  let ruff and snakefmt rewrite the sources"
 	@echo "make clean   remove results; make distclean: .venv and caches too"
@@ -55,6 +56,13 @@ fuzz: $(VENV)/.dev
 
 chaos: $(VENV)/.demo
 	@OMP_NUM_THREADS=1 python tools/chaos.py --config config.yaml configs/ci.yaml --kills $(KILLS)
+
+gpu: $(VENV)/.dev
+	@failed=0; \
+	python -m pytest -m gpu tests/test_gpu.py || failed=1; \
+	python bench/gpu.py --write || failed=1; \
+	laid rehearse --config config.yaml configs/paper.yaml bench/pair.yaml --out results/rehearsal || failed=1; \
+	exit $$failed
 
 lint: $(VENV)/.dev
 	ruff check .
