@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -262,15 +263,23 @@ def parsed(value: Any, kind: Any, where: str | Path) -> Any:
 
     Raises LaidError, one line, for the first place that is not.
     """
-    from pydantic import TypeAdapter, ValidationError
+    from pydantic import ValidationError
 
     try:
-        return TypeAdapter(kind).validate_python(value, strict=True)
+        return _adapter(kind).validate_python(value, strict=True)
     except ValidationError as error:
         problems = error.errors(include_url=False, include_context=False)
         at = ".".join(str(part) for part in problems[0]["loc"])
         what = problems[0]["msg"].removeprefix("Value error, ")
         raise LaidError(f"{where}: {at or 'the file'}: {what}: changed by hand? make it again") from None
+
+
+@cache
+def _adapter(kind: Any) -> Any:
+    """pydantic's reader of a kind: making one takes longer than reading a cell with it."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(kind)
 
 
 def sha256_file(path: str | Path) -> str:
