@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -105,6 +106,17 @@ def coco_root(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("data") / "coco"
     render(root, train=160, val=100, seed=3)
     return root
+
+
+@pytest.fixture(scope="module")
+def opened():
+    """image file -> times that it was decoded and cut into patches, until cleared."""
+    from laid.models.processing import Processor
+
+    counts, real = Counter(), Processor.pixels
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Processor, "pixels", lambda self, files: counts.update(set(files)) or real(self, files))
+        yield counts
 
 
 @pytest.fixture(scope="session")

@@ -25,11 +25,15 @@ def words(family, haystacks, coco_root, micro_file):
 
 
 @pytest.fixture(scope="module")
-def done(words, haystacks, tmp_path_factory):
+def done(words, haystacks, opened, tmp_path_factory):
     """(folder, record) of one run with LAid and held-out questions."""
     out = tmp_path_factory.mktemp("distilled") / "mine"
     held_out = haystack_file(haystacks / "test", 5)
+    opened.clear()
     assert main([*words, "--out", str(out), "--eval", str(held_out)]) == 0
+    # Teacher and student are of one processor: what both learn from is opened once.
+    learned = {file: times for file, times in opened.items() if file.parent.name == "train2017"}
+    assert len(learned) > 24 and set(learned.values()) == {1}
     return out, read_json(out / "distill.json")
 
 

@@ -8,15 +8,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from laid import provenance
-from laid.data.chat import STORED, Chat, read_chats
+from laid.data.chat import STORED, Chat, image_file, read_chats
 from laid.data.images import require_images
 from laid.errors import LaidError
 from laid.evaluation.held_out import HeldOut, Scores
 from laid.io import dumps, read_record, safe_join, sha256_json, write_json, write_text
 from laid.methods.registry import load_with_method
 from laid.model_card import card, per_token
-from laid.models.loading import empty_model, parameters, require_weights, resolve, source_of
+from laid.models.decoder import vision_tower
+from laid.models.features import ImageFeatures
+from laid.models.loading import empty_model, load_model, parameters, require_weights, resolve, source_of
 from laid.models.processing import Processor
 from laid.settings import plain, slice_for
 from laid.training.engine import start
@@ -53,7 +57,8 @@ def distill(run: Run, held_out: str | Path | None = None, device: str = "cpu") -
         answers["teacher"] = scores_of(run, asked, "base", teacher, None, device)
         answers["before"] = scores_of(run, asked, "base", run.student, None, device)
     cache = _cache(run, device) if run.from_teacher else None
-    cached = replace(run, teacher=None, teacher_cache=cache)
+    seen = out.parent / f".{out.name}.features"
+    cached = replace(run, teacher=None, teacher_cache=cache, features=seen if seen.is_dir() else None)
     # A run without distill.json was killed while its held-out questions were answered.
     trained = None if earlier else made(cached)
     trained = trained or train(cached, start(run.settings.training, device, run.logs))
@@ -83,6 +88,7 @@ def distill(run: Run, held_out: str | Path | None = None, device: str = "cpu") -
     write_json(out / "distill.json", record)
     if cache is not None:
         shutil.rmtree(cache)
+    shutil.rmtree(seen, ignore_errors=True)
     return record
 
 
@@ -158,8 +164,25 @@ def _cache(run: Run, device: str) -> Path:
     )
     folder = run.out.parent / f".{run.out.name}.teacher-{key[:12]}"
     if not (folder / "index.json").is_file():
-        build_cache(settings, run.teacher, run.coco, run.questions, folder, device)
+        build_cache(
+            settings, run.teacher, run.coco, run.questions, folder, device, other=_student(run, device)
+        )
     return folder
+
+
+def _student(run: Run, device: str) -> ImageFeatures | None:
+    """The student's vision tower, which sees the images that the teacher's pass opens; what it makes of them is kept for the
+    training, beside `out`. None where the tower is trained."""
+    settings = run.settings
+    if settings.training.train_vision:
+        return None
+    # The language model, many times as large, stays where it is.
+    model = load_model(run.student, getattr(torch, settings.training.dtype), settings.evaluation.attention)
+    vision_tower(model).to(device)
+    folder = run.out.parent / f".{run.out.name}.features"
+    return ImageFeatures(
+        model, Processor.load(run.student), image_file(run.coco), limit_bytes=0, store=folder
+    )
 
 
 def scores_of(

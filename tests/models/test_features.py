@@ -82,6 +82,24 @@ def test_they_are_the_same_bits_whatever_they_were_computed_beside(loaded, famil
             assert len(a) == pixels // 28**2 and torch.equal(a, b)
 
 
+@pytest.mark.parametrize("pixels", [56 * 56, 28 * 28])
+def test_two_towers_see_what_is_opened_once(loaded, family, coco_root, paths, tmp_path, opened, pixels):
+    """The other's features are the bits it makes by itself; patches that it would cut otherwise are its own matter."""
+    processor = Processor.load(family["teacher"], min_pixels=pixels, max_pixels=pixels)
+    other = load_model(family["teacher"]), processor
+    expected = features(other, coco_root)[0].get(paths[:2])
+    ours, kept = features(loaded, coco_root, batch=4)[0], features(other, coco_root)[0]
+    stored, _ = features(other, coco_root, limit_bytes=0, store=tmp_path)
+    ours.alongside(kept)
+    ours.alongside(stored)
+    opened.clear()
+    ours.prepare(paths)
+    assert all(map(torch.equal, kept.get(paths[:2]), expected)) and not stored.kept
+    again, _ = features(other, coco_root, store=tmp_path)
+    assert all(map(torch.equal, again.get(paths[:2]), expected))
+    assert opened.most_common(1)[0][1] == (1 if pixels == 56 * 56 else 3)
+
+
 @pytest.mark.parametrize("room", [0, 2, 5])
 def test_a_small_memory_changes_nothing_but_the_work(loaded, coco_root, paths, room):
     all_, _ = features(loaded, coco_root)

@@ -37,11 +37,14 @@ def trained(micro, family, coco_root, haystacks, tmp_path):
     return run
 
 
-def test_the_same_losses_as_from_the_cache(micro, family, coco_root, haystacks, tmp_path, trained):
+def test_the_same_losses_as_from_the_cache(micro, family, coco_root, haystacks, tmp_path, trained, opened):
     exact = micro.changed({"teacher_cache": {"dtype": "float32"}})
     cache = tmp_path / "cache"
     build_cache(exact, family["teacher"], coco_root, haystacks / "train.json", cache)
-    (cached, _), (online, record) = trained("cached", cache), trained("online", teacher=family["teacher"])
+    cached, _ = trained("cached", cache)
+    opened.clear()
+    online, record = trained("online", teacher=family["teacher"])
+    assert len(opened) > 24 and set(opened.values()) == {1}  # both towers see what is opened once
     assert len(online) == len(cached) > 1
     for one, two in zip(cached, online, strict=True):
         assert one.keys() == two.keys() and one["loss_laid"] > 0 and one["loss_kl"] > 0

@@ -48,11 +48,19 @@ class ImageFeatures:
         self.computed = 0
         self.store = FeatureStore(store, model, processor) if store is not None else None
         self._grids: dict[str, tuple[int, int]] = {}
+        self._others: list[ImageFeatures] = []
         ahead = next(vision_tower(model).parameters()).device.type == "cuda"
         if ahead:  # on a CPU, where nothing is gained, features stay the same bits
             windows_at_once(model)
         self._readers = ThreadPoolExecutor() if ahead else None
         self._read: dict[str, Future[tuple[torch.Tensor, torch.Tensor]]] = {}
+
+    def alongside(self, other: ImageFeatures) -> None:
+        """Let `other`, which reads the same files, see every image that is decoded here from now on, so that it decodes none
+        again; nothing where its processor would make other patches of them."""
+        ours, theirs = (one.processor.image_processor.to_json_string() for one in (self, other))
+        if ours == theirs:
+            self._others.append(other)
 
     def grids(self, paths: Sequence[str]) -> list[tuple[int, int]]:
         """Merged grids (height, width) of `paths`, in visual tokens, from the files' headers alone."""
@@ -101,8 +109,8 @@ class ImageFeatures:
     @torch.no_grad()
     def _compute(self, paths: list[str], next_ones: Sequence[str] = ()) -> None:
         """Bring `paths` into memory; of `next_ones` images are read meanwhile, where a GPU would wait for them."""
-        device = next(vision_tower(self.model).parameters()).device
         if self.store is not None:
+            device = next(vision_tower(self.model).parameters()).device
             stored = self.store.get([self.file(path) for path in paths])
             for path in paths:
                 if self.file(path) in stored:
@@ -114,10 +122,27 @@ class ImageFeatures:
         tokens = [height * width for height, width in self.grids(paths)]
         filled = [*paths, *[paths[0]] * -(-(LEAST - sum(tokens)) // tokens[0])]
         pixels, grid = self._pixels(filled, next_ones)
+        self._see(paths, pixels, grid)
+        for other in self._others:
+            if other._lacks(paths):
+                other._see(paths, pixels, grid)
+                if other.store is not None and other.bytes > other.limit_bytes:
+                    other.kept, other.bytes = {}, 0
+
+    def _lacks(self, paths: Sequence[str]) -> bool:
+        """Whether there is one of `paths` that is neither kept nor stored, and room for it."""
+        if self.store is None:
+            return self.bytes < self.limit_bytes and not self.kept.keys() >= set(paths)
+        return any(path not in self.kept and not self.store.has(self.file(path)) for path in paths)
+
+    def _see(self, paths: Sequence[str], pixels: torch.Tensor, grid: torch.Tensor) -> None:
+        """The tower's pass over the images of `paths`, and others behind them that are not looked at."""
+        device = next(vision_tower(self.model).parameters()).device
         with torch.autocast(device.type, enabled=False):  # nor on who asks: validation does within a pass
             features = self.family.image_features(self.model, pixels.to(device), grid.to(device))
         for path, feature in zip(paths, features):
-            self._keep(path, feature.clone())  # not a view: dropping it is to free its memory
+            if path not in self.kept:
+                self._keep(path, feature.clone())  # not a view: dropping it is to free its memory
         self.computed += len(paths)
         if self.store is not None:
             self.store.put({self.file(path): self.kept[path] for path in paths})

@@ -148,11 +148,13 @@ def read_data(
     method: TrainedMethod,
     store: str | Path | None = None,
     ahead: bool = False,
+    other: ImageFeatures | None = None,
     **how: object,
 ) -> Data:
     """The file or folder `questions` as `model` reads it, images below `coco`.
 
-    store: keeps features for other runs. ahead: compute those of all images now. how: seed, device, in_step of Data.
+    store: keeps features for other runs. ahead: compute those of all images now. other: another model's, of the same images.
+    how: seed, device, in_step of Data.
     """
     features = ImageFeatures(
         model,
@@ -161,6 +163,8 @@ def read_data(
         limit_bytes=int(evaluation.feature_cache_gb * 2**30),
         store=store,
     )
+    if other is not None:
+        features.alongside(other)
     samples = build_samples(read_chats(questions, evaluation.order_seed), features, ahead)
     if method.label_noise:
         samples = mislabelled(samples, method.label_noise, [how.get("seed", 0), 8])

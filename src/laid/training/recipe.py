@@ -216,8 +216,8 @@ def prepare(run: Run, engine: Engine) -> tuple[Training, nn.Module]:
         model, processor, run.questions, run.coco, run.settings.evaluation, method,
         None if settings.train_vision else run.features,
         ahead=engine.world == 1 and not settings.train_vision,  # of several processes none needs the images of all
-        seed=run.seed, device=engine.device, in_step=settings.train_vision,
-        packed=packed,
+        other=teacher.features if isinstance(teacher, OnlineTeacher) else None,
+        seed=run.seed, device=engine.device, in_step=settings.train_vision, packed=packed,
     )  # fmt: skip
     per_epoch = len(data.samples) // settings.batch_size
     if teacher is not None:
@@ -306,7 +306,7 @@ def _teacher(run: Run, engine: Engine) -> Teacher | None:
             packed=settings.training.tokens_per_pass,
         )
         place = next(model.parameters()).device
-        return OnlineTeacher(model, lambda indices: read.inputs(indices).to(place), read.lengths)
+        return OnlineTeacher(model, lambda k: read.inputs(k).to(place), read.lengths, read.features)
     cache = TeacherCache(run.teacher_cache, run.questions)
     if engine.main:
         cache.verify()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from laid.distill.distillation import TeacherOutputs, Unsaid
 from laid.models.capture import LayerQK
 from laid.models.decoder import geometry
+from laid.models.features import ImageFeatures
 from laid.models.forward import Batch
 from laid.training.student import answer_states
 
@@ -46,14 +47,19 @@ def teacher_outputs(
 class OnlineTeacher:
     """A pass of the teacher for every batch.
 
-    batch: sample indices -> the teacher's inputs, in its own features, at ordinary positions.
+    batch: sample indices -> the teacher's inputs, in its own features, at ordinary positions. features: those, where they are
+    computed as training goes.
     """
 
     def __init__(
-        self, model: nn.Module, batch: Callable[[Sequence[int]], Batch], lengths: Sequence[int] = ()
+        self,
+        model: nn.Module,
+        batch: Callable[[Sequence[int]], Batch],
+        lengths: Sequence[int] = (),
+        features: ImageFeatures | None = None,
     ) -> None:
         shape = geometry(model)
-        self.model, self.batch, self.lengths = model, batch, lengths
+        self.model, self.batch, self.lengths, self.features = model, batch, lengths, features
         self.heads, self.kv_heads, self.head_dim = shape.heads, shape.kv_heads, shape.head_dim
         self.depth = shape.layers
 

@@ -220,11 +220,13 @@ def build_cache(
     out: str | Path,
     device: str = "cpu",
     features_folder: str | Path | None = None,
+    other: ImageFeatures | None = None,
 ) -> dict[str, Any]:
     """Run the teacher once over `questions` and write the cache to folder `out`; returns its index.
 
-    features_folder: keeps visual features for other runs (laid.models.feature_store). Finished
-    shards of a pass that was killed (same teacher, questions, settings and code) are taken up, not computed again.
+    features_folder: keeps visual features for other runs (laid.models.feature_store). other: another model's, which sees the
+    images as they are opened. Finished shards of a pass that was killed (same teacher, questions, settings and code) are
+    taken up, not computed again.
     Raises LaidError for inputs that are missing or wrong. Of processes that share the teacher (laid.models.parallel) the first
     alone writes, and returns the index.
     """
@@ -245,6 +247,8 @@ def build_cache(
         limit_bytes=int(settings.evaluation.feature_cache_gb * 2**30),
         store=features_folder,
     )
+    if other is not None:
+        features.alongside(other)
     samples = build_samples(read, features, ahead=False)
     kept = _kept(settings, model)
     print(_size_line(kept, samples), flush=True)
