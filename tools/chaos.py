@@ -2,8 +2,8 @@
 
     python tools/chaos.py --config config.yaml configs/ci.yaml --kills 20
 
-The second build is killed with signal 9 at random moments (every third time Snakemake alone, whose jobs run on), and once
-each stopped by SIGTERM and by Ctrl-C, left without room on its disk (a small tmpfs where mount is allowed, else a limit
+The second build is killed with signal 9 at random moments, spread over all of its jobs (every third time Snakemake alone, whose
+jobs run on), and once each stopped by SIGTERM and by Ctrl-C, left without room on its disk (a small tmpfs where mount is allowed, else a limit
 on the size of files), and met by a second Snakemake in the same folder, which must be refused, then by one that
 disregards the lock. After each it is started again. Left at the end may be neither a difference, nor a half-written file,
 nor anything to do, and no job may have ended in a traceback. Exit status 1: one of these.
@@ -29,6 +29,7 @@ from pathlib import Path
 import psutil
 from same_bytes import TOP, compare
 
+from laid import provenance
 from laid.errors import LaidError
 from laid.settings import load
 
@@ -81,9 +82,13 @@ class Builds:
         done = set(re.findall(r"^Finished jobid: (\d+)", said, re.MULTILINE))
         return [rule for rule, job in begun if job not in done]
 
-    def wait(self, process: subprocess.Popen, seconds: float) -> bool:
-        """Let it work for `seconds`, counted from its first job on; whether it is still at work then."""
-        while process.poll() is None and not self.running(process):
+    def finished(self, process: subprocess.Popen) -> int:
+        """How many jobs have ended well."""
+        return len(re.findall(r"^Finished jobid: ", self.said(process), re.MULTILINE))
+
+    def wait(self, process: subprocess.Popen, seconds: float, jobs: int = 0) -> bool:
+        """Let it finish so many jobs, then work for `seconds` more with one begun; whether it is still at work then."""
+        while process.poll() is None and not (self.finished(process) >= jobs and self.running(process)):
             time.sleep(0.1)
         try:
             process.wait(seconds)
@@ -99,7 +104,8 @@ class Builds:
     def kill(self) -> None:
         """End all that was started here."""
         for process in self.at_work():
-            process.kill()
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
 
     def at_work(self) -> list[psutil.Process]:
         """All processes that were started here, by Snakemake too."""
@@ -119,8 +125,8 @@ class Builds:
             time.sleep(0.5)
 
 
-def disturb(builds: Builds, fault: str, seconds: float, disk: Disk | None) -> str:
-    """One build under one fault; what it did when it came."""
+def disturb(builds: Builds, fault: str, jobs: int, seconds: float, disk: Disk | None) -> str:
+    """One build under one fault, `seconds` after that many of its jobs; what it did when it came."""
     if fault == "no room" and disk:
         process = builds.go_on(under=disk.full())
         status = process.wait()
@@ -128,13 +134,16 @@ def disturb(builds: Builds, fault: str, seconds: float, disk: Disk | None) -> st
         said = re.search(r"^laid .*: error: .*$", builds.said(process), re.MULTILINE)
         return said[0] if said else builds.said(process)[-2000:] if status else "what was left to do had room"
     process = builds.go_on()
-    if not builds.wait(process, seconds):
+    if not builds.wait(process, seconds, jobs):
         builds.finish(process)
         return "the build was over"
-    jobs = ", ".join(builds.running(process)) or "between jobs"
+    met = ", ".join(builds.running(process)) or "between jobs"
     if fault == "two at once":
         second = builds.start()
-        if not second.wait(PATIENCE) or "cannot be locked" not in builds.said(second):
+        refused = second.wait(PATIENCE) and "cannot be locked" in builds.said(second)
+        if process.poll() == 0:
+            return "the build was over"
+        if not refused:
             raise LaidError(f"a second Snakemake was not refused: {builds.said(second)[-2000:]}")
         third = builds.start("--nolock")
         builds.wait(third, seconds)
@@ -145,7 +154,7 @@ def disturb(builds: Builds, fault: str, seconds: float, disk: Disk | None) -> st
     else:
         os.killpg(process.pid, signal.SIGKILL if fault == "kill -9" else signal.Signals[fault])
     process.wait(PATIENCE)
-    return jobs
+    return met
 
 
 class Disk:
@@ -177,13 +186,20 @@ class Disk:
 
 
 def faults(
-    kills: int, others: Sequence[str], chance: random.Random, seconds: float
-) -> list[tuple[str, float]]:
-    """(fault, seconds of work before it), in an order of chance; together they take a little less than `seconds`."""
+    kills: int, others: Sequence[str], chance: random.Random, jobs: int, seconds: float
+) -> list[tuple[str, int, float]]:
+    """(fault, jobs that its build finishes before it, seconds after those), in an order of chance.
+
+    jobs: of the whole build, over which the faults are spread evenly: what a killed job did is lost, so that moments on the clock
+    would all be moments of the first long one. seconds: of one job.
+    """
     found = [("kill -9 of Snakemake alone" if k % 3 == 2 else "kill -9") for k in range(kills)] + [*others]
     chance.shuffle(found)
-    moments = sorted(chance.uniform(0, 0.95 * seconds) for _ in found)
-    return [(fault, at - before) for fault, at, before in zip(found, moments, [0.0, *moments])]
+    moments = sorted(int(chance.uniform(0, 0.95 * jobs)) for _ in found)
+    return [
+        (fault, at - before, chance.uniform(0, seconds))
+        for fault, at, before in zip(found, moments, [0, *moments])
+    ]
 
 
 def left_behind(folder: Path) -> list[str]:
@@ -205,20 +221,21 @@ def run(
 ) -> int:
     scale = load(config).scale
     undisturbed = Builds(folder / "undisturbed", config, targets, cores)
-    started = time.monotonic()
-    undisturbed.finish(undisturbed.start())
-    seconds = time.monotonic() - started
-    print(f"undisturbed: {seconds:.0f} s", flush=True)
+    code, started = provenance.code.__wrapped__(), time.monotonic()
+    process = undisturbed.start()
+    undisturbed.finish(process)
+    seconds, jobs = time.monotonic() - started, undisturbed.finished(process)
+    print(f"undisturbed: {jobs} jobs, {seconds:.0f} s", flush=True)
 
     builds = Builds(folder / "disturbed", config, targets, cores)
     disk = Disk(builds.results) if "no room" in others else None
     wrong, count = [], Counter()
     try:
-        for fault, after in faults(kills, others, random.Random(seed), seconds):
-            met = disturb(builds, fault, after, disk)
+        for fault, after, moment in faults(kills, others, random.Random(seed), jobs, seconds / jobs):
+            met = disturb(builds, fault, after, moment, disk)
             builds.at_work()
             count["over" if met == "the build was over" else fault] += 1
-            print(f"{fault} after {after:.1f} s: {met}", flush=True)
+            print(f"{fault} after {after} jobs and {moment:.1f} s: {met}", flush=True)
             logs = (builds.results / scale / "logs").rglob("*.log")
             wrong += [
                 f"{log}: Traceback, after {fault}"
@@ -231,6 +248,8 @@ def run(
         builds.finish(last)
         if "Nothing to be done" not in builds.said(last):
             wrong.append(f"something is left to do: {builds.said(last)[-500:]}")
+        if provenance.code.__wrapped__() != code:
+            raise LaidError(f"{TOP} changed meanwhile (a commit, an edit), and records name its commit")
         same, lines = compare(undisturbed.results / scale, builds.results / scale)
         wrong += lines + left_behind(builds.results)
     finally:
@@ -258,6 +277,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cores", type=int, default=2)
     args = parser.parse_args()
+    # Begun in the background of a script, this ignores Ctrl-C, and so would all that it starts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="laid-chaos-") as folder:
         try:
             return run(args.config, args.targets, args.kills, args.seed, args.cores, Path(folder))

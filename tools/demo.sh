@@ -16,7 +16,7 @@ trap 'rm -f "$mark"' EXIT
 
 here=$(pwd -P)
 for process in /proc/[0-9]*; do # which are none where there is no /proc
-  [ "$(readlink "$process/cwd" 2>/dev/null)" = "$here" ] || continue
+  [ "$process/cwd" -ef . ] || continue
   if tr '\0' '\n' 2>/dev/null <"$process/cmdline" | grep -qE '(^|/)snakemake$'; then
     echo "make demo: error: Snakemake is at work in this folder (process ${process#/proc/}): wait for its end or stop it" >&2
     exit 1
@@ -29,5 +29,7 @@ if [ -n "$(ls -A .snakemake/locks 2>/dev/null)" ]; then
   fi
   snakemake --unlock --quiet all
 fi
-snakemake --cores "$1" --rerun-incomplete
+# Where Snakemake ends without taking its lock away, the mark stays: the next demo may then do it. Jobs that outlive it hold no mark.
+trap '[ -n "$(ls -A .snakemake/locks 2>/dev/null)" ] || rm -f "$mark"' EXIT
+snakemake --cores "$1" --rerun-incomplete 9>&-
 laid tables
