@@ -1,5 +1,8 @@
 """Every verb: a wrong input is exit status 2 and one clear line, never a traceback, and nothing half-written is left."""
 
+import argparse
+import importlib
+import inspect
 import io
 import json
 import os
@@ -10,9 +13,12 @@ from pathlib import Path
 
 import pytest
 
+import synthetic
 from laid import __version__, cli, provenance
 from laid.errors import LaidError
+from laid.evaluation.cells import write_cell
 from laid.io import read_json
+from laid.results.needed import needed
 
 TOP = Path(__file__).resolve().parents[1]
 
@@ -61,6 +67,7 @@ RIGHT = {
     "alignability": "alignability --config {micro} --teacher {teacher} --student {small} --coco {coco} --questions {questions}"
     " --out {out}",
     "tables": "tables --config {micro} --cells {tmp}/cells --out {out}",
+    "claims": f"claims --config {{micro}} --cells {{tmp}}/cells --out {{out}} --ledger {TOP}/claims.yaml",
     "figures": "figures --config {micro} --cells {tmp}/cells --out {out}",
     "report": "report --config {micro} --cells {tmp}/cells --out {out}",
     "verify": "verify --config {micro}",
@@ -107,7 +114,17 @@ WRONG = [
     ("alignability", ("{teacher}", "{tmp}/none"), "none: no such checkpoint folder"),
     ("alignability", ("{questions}", "{tmp}/broken.json"), "broken.json: not valid JSON"),
     ("alignability", ("{coco}", "{tmp}"), "no such image"),
+    ("alignability", ("{out}", "{out} --student-name ../x"), "--student-name ../x: has a /"),
+    (
+        "evaluate",
+        ("--device cpu", "--endpoint http://x/v1 --concurrent 9999"),
+        "--concurrent 9999: at most 512",
+    ),
     ("tables", None, "no such folder of cells"),
+    ("tables", ("{out}", "{tmp}/file"), "file: is a file, expected a folder"),
+    ("alignability", ("{out}", "{tmp}/file"), "file: is a file, expected a folder"),
+    ("report", ("{out}", "{tmp}"), "is a folder, expected a file"),
+    ("config", ("{micro}", "{micro} --out {tmp}"), "is a folder, expected a file"),
 ]
 
 
@@ -219,14 +236,33 @@ def test_a_limit_on_the_size_of_files_is_one_line_and_leaves_nothing(places, cap
     assert not [p for p in (tmp_path / "made").rglob("[!.]*") if p.is_file()]
 
 
-@pytest.mark.parametrize("verb", ["data", "haystacks", "pretrain", "teacher-cache", "train", "evaluate"])
-def test_two_of_a_verb_on_one_output_wait_for_each_other(places, capsys, monkeypatch, verb):
+@pytest.mark.parametrize(
+    "verb",
+    ["data", "haystacks", "pretrain", "teacher-cache", "train", "evaluate", "tokens", "tables", "claims"],
+)  # fmt: skip
+def test_two_of_a_verb_on_one_output_wait_for_each_other(places, capsys, monkeypatch, micro, verb):
     def held(target):
         raise LaidError(f"waits for {target}")
 
+    for student, method, size in needed(micro):
+        made = synthetic.cell(student, method, size, [[1, 0]], scale=micro.scale)
+        write_cell(places["tmp"] / f"cells/test/{student}/{method}/{size}.json", made)
     monkeypatch.setattr("laid.io.alone", held)
     assert cli.main(command(places, verb)) == 2
     one_line(capsys, verb, f"waits for {places['out']}")
+
+
+def test_every_verb_that_writes_keeps_others_of_it_away():
+    """But for those that write one file, which is renamed into its place."""
+    found = {}
+    for verb in cli.VERBS:
+        parser = argparse.ArgumentParser()
+        module = importlib.import_module(f"laid.commands.{verb.replace('-', '_')}")
+        module.add_arguments(parser)
+        text = inspect.getsource(module)
+        if "--out" in parser._option_string_actions or "--out" in text:
+            found[verb] = "alone(" in text or "output(" in text
+    assert len(found) > 20 and {verb for verb, waits in found.items() if not waits} == {"features", "config"}
 
 
 def test_home_is_meant_by_a_tilde_wherever_it_stands(tmp_path, monkeypatch, capsys):

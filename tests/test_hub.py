@@ -127,6 +127,17 @@ def test_what_cannot_be_sent_is_one_line(made, hub, family, tmp_path, capsys, mo
     refused("not a result of `laid distill`", family["small"], "me/mine")
     refused("not the student that", made, "me/mine", "--merge", family["teacher"])
     other = shutil.copytree(made, tmp_path / "other")
+    record = json.loads((other / "distill.json").read_text())
+    for broken, says in (
+        ({}, "distill.json: name: Field required"),
+        (record | {"hashes": {"student": "0"}}, "distill.json: hashes.exported: Field required"),
+        (record | {"settings": {"training": {"dtype": "load"}}}, "distill.json: settings.training.dtype: "),
+    ):
+        (other / "distill.json").write_text(json.dumps(broken))
+        refused(says, other, "me/mine")
+    (other / "distill.json").write_text(json.dumps(record))
+    (other / "model/README.md").write_bytes(b"\xff")
+    refused("README.md: not UTF-8", other, "me/mine")
     (other / "model/pytorch_model.bin").touch()
     refused("changed since", other, "me/mine")
     hub.status = 401

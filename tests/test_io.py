@@ -20,21 +20,21 @@ from laid import io
 from laid.errors import LaidError
 
 HOLD = """
-import sys, time
-from pathlib import Path
+import sys
 from laid.io import alone
 with alone(sys.argv[1]):
     with open(sys.argv[2], "a") as log:
         log.write("in ")
         log.flush()
-        time.sleep(float(sys.argv[3]))
+        sys.stdin.read()
         log.write("out ")
 """
 
 
-def start(target, log, seconds):
-    words = [sys.executable, "-c", HOLD, str(target), str(log), str(seconds)]
-    return subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+def start(target, log):
+    """A process that holds `target` until its input ends."""
+    words = [sys.executable, "-c", HOLD, str(target), str(log)]
+    return subprocess.Popen(words, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def wait_for(log):
@@ -46,23 +46,24 @@ def wait_for(log):
 
 def test_two_processes_never_make_the_same_thing_at_once(tmp_path):
     log = tmp_path / "log"
-    first = start(tmp_path / "run", log, 1.0)
+    first = start(tmp_path / "run", log)
     wait_for(log)
-    second = start(tmp_path / "run", log, 0)
-    assert (
-        second.communicate()[1].strip().endswith("another process is making it; waiting for that one to end")
-    )
-    assert first.wait() == second.returncode == 0
+    second = start(tmp_path / "run", log)
+    said = second.stderr.readline()
+    assert said.endswith("another process is making it; waiting for that one to end\n")
+    first.communicate()
+    second.communicate()
+    assert first.returncode == second.returncode == 0
     assert log.read_text() == "in out in out "
 
 
 def test_the_lock_of_a_killed_process_is_free(tmp_path):
     log = tmp_path / "log"
-    first = start(tmp_path / "run", log, 60)
+    first = start(tmp_path / "run", log)
     wait_for(log)
     first.kill()
     first.communicate()
-    assert start(tmp_path / "run", log, 0).communicate()[1] == ""
+    assert start(tmp_path / "run", log).communicate()[1] == ""
 
 
 @pytest.mark.parametrize("folder", [False, True])
@@ -194,6 +195,26 @@ def test_no_room_is_one_line_and_leaves_what_was_there(tmp_path, monkeypatch, ki
     assert [p.name for p in tmp_path.iterdir()] == ["thing"]
 
 
+def test_a_full_disk(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    words = ["mount", "-t", "tmpfs", "-o", "size=64k", "laid-test", disk]
+    if not shutil.which("mount") or subprocess.run(words, stderr=subprocess.DEVNULL, check=False).returncode:
+        pytest.skip("mount is not allowed here")
+    try:
+        io.write_text(disk / "thing", "before")
+        for fill in (
+            lambda file: save_file({"x": torch.zeros(50_000)}, file),
+            lambda file: file.write_bytes(bytes(200_000)),
+        ):
+            said = "thing: No space left on device: .*same command again"
+            with pytest.raises(LaidError, match=said), io.atomic_path(disk / "thing") as beside:
+                fill(beside)
+        assert [(p.name, p.read_text()) for p in disk.iterdir()] == [("thing", "before")]
+    finally:
+        subprocess.run(["umount", "--lazy", disk], check=True)
+
+
 def test_what_is_known_not_to_fit_is_not_begun(tmp_path, monkeypatch):
     room = shutil.disk_usage(tmp_path)._replace(free=10)
     monkeypatch.setattr(io.shutil, "disk_usage", lambda _: room)
@@ -211,6 +232,16 @@ def test_a_link_to_a_folder_is_written_through(tmp_path):
         (folder / "file").write_text("made")
     assert (tmp_path / "out").is_symlink() and (tmp_path / "disk/out/file").read_text() == "made"
     assert [p.name for p in (tmp_path / "disk").iterdir()] == ["out"]
+
+
+def test_a_folder_is_not_replaced_by_a_file(tmp_path):
+    io.write_text(tmp_path / "mine/precious", "x")
+    with pytest.raises(LaidError, match="mine: is a folder, expected a file"):
+        io.update(tmp_path / "mine", "a page")
+    assert [p.relative_to(tmp_path).as_posix() for p in sorted(tmp_path.rglob("*"))] == [
+        "mine",
+        "mine/precious",
+    ]
 
 
 def foreign(root):
@@ -248,8 +279,9 @@ def test_an_earlier_result_and_a_fresh_place_are_taken(tmp_path):
 
 
 def test_what_a_killed_process_left_half_written_is_removed(tmp_path):
-    (tmp_path / ".run.tmp-abcd").mkdir()
-    (tmp_path / ".other.tmp-abcd").mkdir()
+    """The thing itself, its record of costs, the checkpoint of a training; nothing of another's."""
+    for name in (".run.tmp-abcd", ".run.cost.json.tmp-abcd", "..run.checkpoint.tmp-abcd", ".other.tmp-abcd"):
+        (tmp_path / name).mkdir()
     with io.alone(tmp_path / "run"):
         pass
     assert [p.name for p in tmp_path.iterdir()] == [".other.tmp-abcd"]

@@ -44,6 +44,13 @@ VERBS = {
     "explain": "print the chain from the image files to one cell",
     "config": "print the resolved, validated configuration",
 }
+ONE_FILE = (
+    "analyse",
+    "why",
+    "features",
+    "report",
+    "config",
+)  # what --out is of these; of all others, a folder
 
 
 class _Version(argparse.Action):
@@ -70,7 +77,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             args.config = configuration()
         if getattr(args, "out", None) is not None:  # before any work: what is made may have taken hours
-            require_place(args.out, file=verb in ("analyse", "why"))
+            require_place(args.out, file=verb in ONE_FILE)
+            if verb not in ONE_FILE and args.out.is_file():
+                raise LaidError(f"{args.out}: is a file, expected a folder: choose another place")
         return args.run(args) or 0
 
     return ended(f"laid {verb}", run)

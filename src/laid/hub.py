@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from typing_extensions import TypedDict
 
 from laid import provenance
 from laid.errors import LaidError
-from laid.io import read_record, write_text
+from laid.io import parsed, read_record, read_text, write_text
 from laid.methods.registry import load_run
 from laid.model_card import for_hub
 from laid.models.loading import source_of
@@ -18,6 +19,27 @@ from laid.models.processing import Processor
 
 RECORDS = ("distill.json", "run.json", "learned.json", "log.jsonl")  # below laid/ of the repository
 KINDS = (".safetensors", ".json", ".jinja", ".txt", ".model", ".md")  # of a model's files; none is a pickle
+
+
+class _Hashes(TypedDict):
+    student: str
+    exported: str
+
+
+class _Training(TypedDict):
+    dtype: Literal["float32", "bfloat16"]
+
+
+class _Settings(TypedDict):
+    training: _Training
+
+
+class _Record(TypedDict):
+    """What is used here of distill.json."""
+
+    name: str
+    hashes: _Hashes
+    settings: _Settings
 
 
 def files_of(folder: Path, repo: str, beside: Path, base: str | None = None) -> dict[str, Path]:
@@ -28,7 +50,7 @@ def files_of(folder: Path, repo: str, beside: Path, base: str | None = None) -> 
     that the adapter was not trained on, and a pickle.
     """
     record, model = _record(folder), folder / "model"
-    card = (model / "README.md").read_text(encoding="utf-8")
+    card = read_text(model / "README.md")
     adapter = (model / "adapter_config.json").is_file()
     if base is not None:
         if not adapter:
@@ -57,7 +79,9 @@ def _record(folder: Path) -> Mapping[str, Any]:
         raise LaidError(
             f"{folder}: not a result of `laid distill`: give the folder with distill.json and model/README.md"
         )
-    record, model = read_record(folder / "distill.json"), folder / "model"
+    file, model = folder / "distill.json", folder / "model"
+    record = read_record(file)
+    parsed(record, _Record, file)
     names = [p.relative_to(model).as_posix() for p in model.rglob("*") if p.is_file()]
     names = [name for name in names if name != "README.md"]  # written after the hash
     if provenance.fingerprint((model, names)) != record["hashes"]["exported"]:

@@ -31,7 +31,7 @@ NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # full disk, quota, limit o
 def atomic_path(target: str | Path, size: int = 0) -> Iterator[Path]:
     """Yield a fresh path beside `target`; on success it becomes `target`, on an error it is removed.
 
-    Serves files and folders alike. A folder that exists is replaced whole, and where `target` is a link to a folder, that
+    Serves files and folders alike. A folder that exists is replaced whole, by a folder alone, and where `target` is a link to a folder, that
     folder is. Files can be read by whom the umask says. size: bytes that will be written, where the caller knows. Raises
     LaidError, naming `target`, where there is no room for them.
     """
@@ -47,6 +47,8 @@ def atomic_path(target: str | Path, size: int = 0) -> Iterator[Path]:
             raise RuntimeError(f"nothing was written for {target}")
         _as_umask_has_it(beside)
         if target.is_dir() and not target.is_symlink():
+            if not beside.is_dir():
+                raise LaidError(f"{target}: is a folder, expected a file: name one in it")
             os.rename(target, scratch / "replaced")
         os.replace(beside, target)
     except (OSError, SafetensorError) as error:
@@ -181,8 +183,8 @@ def alone(target: str | Path) -> Iterator[bool]:
             break
         handle.close()  # whoever held it took the file away
     try:
-        for left in target.parent.glob(f".{glob.escape(target.name)}.tmp-*"):
-            shutil.rmtree(left, ignore_errors=True)
+        for name in (target.name, f"{target.name}.cost.json", f".{target.name}.checkpoint"):
+            remove_half_written(target.parent, glob.escape(name))
         yield waited
     finally:
         lock.unlink(missing_ok=True)
@@ -190,6 +192,12 @@ def alone(target: str | Path) -> Iterator[bool]:
         with suppress(OSError):  # of nothing made, nothing stays
             for folder in made:
                 folder.rmdir()
+
+
+def remove_half_written(folder: Path, names: str = "*") -> None:
+    """Remove what killed processes were writing in a folder. names: of what, as a pattern; whoever else may write that keeps away."""
+    for left in folder.glob(f".{names}.tmp-*"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -309,6 +317,11 @@ _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 def unprintable(text: str) -> bool:
     """Whether a text has control characters, line separators or halves of characters: nothing that a name has."""
     return _UNPRINTABLE.search(text) is not None
+
+
+def half_character(text: str) -> bool:
+    """Whether a text holds a surrogate, which no encoding of Unicode writes."""
+    return re.search("[\ud800-\udfff]", text) is not None
 
 
 def path_problem(name: str) -> str | None:

@@ -8,10 +8,11 @@ import torch
 from laid.analysis.ask import ask, images_in
 from laid.errors import LaidError
 from laid.methods.registry import load_with_method
+from laid.results.looking import show
 
 
 @torch.no_grad()
-def test_answer_probability_and_attention_are_the_models_own(micro, family, coco_root):
+def test_answer_probability_and_attention_are_the_models_own(micro, family, coco_root, tmp_path):
     loaded = load_with_method(micro, "base", family["small"], None)
     images = images_in(coco_root / "val2017")[:4]
     answer = ask(loaded, images, "For the image with a star, is there a circle?", most=3)
@@ -45,6 +46,10 @@ def test_answer_probability_and_attention_are_the_models_own(micro, family, coco
         torch.testing.assert_close(
             torch.from_numpy(answer.shares[:, :, k]).float(), share, rtol=1e-3, atol=1e-5
         )
+    show(
+        answer, images, "Which costs $_{ and which $^?", tmp_path / "look.png"
+    )  # no formula, whatever it holds
+    assert (tmp_path / "look.png").read_bytes().startswith(b"\x89PNG")
     layer, head, share, word = answer.head_of(3)
     assert share == answer.shares[:, :, 3].max() == answer.shares[layer, head, 3]
     assert word == processor.tokenizer.decode([prompt.ids[asked + row[layer, head]]]).strip()
@@ -59,7 +64,12 @@ def test_a_folder_without_images_is_told(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("question", "said"), [(" ", "is blank"), ("Is <|image_pad|> there?", "holds <.image_pad.>")]
+    ("question", "said"),
+    [
+        (" ", "is blank"),
+        ("Is <|image_pad|> there?", "holds <.image_pad.>"),
+        ("Is \udcff there?", "half a character"),
+    ],
 )
 def test_what_is_no_question_is_told(micro, family, coco_root, question, said):
     loaded = load_with_method(micro, "base", family["small"], None)

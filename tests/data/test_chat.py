@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+import os
 
 import pytest
 
@@ -76,6 +77,18 @@ def test_tables_and_images_as_bytes(tmp_path, monkeypatch):
     url = "data:image/png;base64," + base64.b64encode(BYTES).decode()
     (tmp_path / "url.json").write_text(json.dumps([{"question": "?", "answer": "!", "image": url}]))
     assert read_chats(tmp_path / "url.json")[0].images == chats[0].images
+    # What `datasets` keeps of a filter beside its data is no data.
+    with pa.ipc.new_stream(tmp_path / "set/data/cache-0a1b.arrow", table.schema) as stream:
+        stream.write_table(table)
+    assert read_chats(tmp_path / "set") == chats
+    os.mkfifo(tmp_path / "pipe.parquet")
+    half = (
+        pa.array([b"\xff\xfe"]).cast(pa.binary()).view(pa.string())
+    )  # texts are not looked at as they are written
+    pq.write_table(pa.table({"question": half, "answer": half}), tmp_path / "latin.parquet")
+    for name, says in (("pipe", "no such file"), ("latin", "cannot be read: .*utf-8")):
+        with pytest.raises(LaidError, match=f"{name}.parquet: {says}"):
+            read_chats(tmp_path / f"{name}.parquet")
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 not")
     with pytest.raises(LaidError, match=r"bad.parquet: cannot be read: "):
         read_chats(tmp_path / "bad.parquet")
@@ -108,6 +121,7 @@ def test_questions_are_conversations(haystacks):
         ({"question": "?", "answer": "x", "id": "a\ud800"}, "id is .*, which is not printable"),
         ({"question": "?", "answer": "x", "pos_image": []}, "is a Visual Haystacks question"),
         ({"messages": [{"role": "user", "content": [{"type": "video"}]}, SAID]}, "of type 'video'"),
+        ({"messages": [ASKED, {"role": "assistant", "content": "<image> This."}], "images": ["a", "b", "c"]}, "shows an image in an answer"),
     ],
 )  # fmt: skip
 def test_mistakes_are_told_with_their_place(entry, said, tmp_path):

@@ -115,6 +115,12 @@ def test_a_request_that_nobody_answers_is_given_up():
     assert "timed out" in str(caught.value) and "gave up after 2 attempts" in str(caught.value)
 
 
+@pytest.mark.parametrize("host", ["a..b", "x" * 70])
+def test_no_address_is_not_tried_again(host):
+    with pytest.raises(LaidError, match="cannot be asked: "):
+        Http(retries=0).post(f"http://{host}/v1", {})
+
+
 def test_wrong_bytes_are_never_kept(site, client, tmp_path):
     for trick in ("wrong", "flip"):
         site.plans[NAME] = [trick]

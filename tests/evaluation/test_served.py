@@ -3,6 +3,7 @@
 (Time-outs: tests/data/test_http.py.)
 """
 
+import http.client
 import json
 import os
 import re
@@ -13,15 +14,18 @@ import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 import requests
 import torch
 
 from laid.cli import main
+from laid.data.questions import haystack_file, read_questions
 from laid.errors import LaidError
 from laid.evaluation import endpoint
 from laid.evaluation.cells import read_cell
+from laid.evaluation.scoring import spoken_answer
 from laid.io import read_json
 
 TOP = Path(__file__).resolve().parents[2]
@@ -261,6 +265,11 @@ def test_servers_that_want_to_be_asked_otherwise(proxy, local, tmp_path, capsys)
         ({"logprobs": True, "top_logprobs": 50}, 400, "at most 20"),
         ({"max_tokens": "many"}, 400, "max_tokens is 'many'"),
         ({"messages": "hello"}, 400, "a list of messages"),
+        ({"messages": []}, 400, "messages is empty"),
+        ({"max_tokens": 10**6}, 400, "max_tokens is 1000000: at most 8,192"),
+        ({"stop": ["no"]}, 400, "stop is ['no']"),
+        ({"response_format": {"type": "json_object"}}, 400, "response_format is {'type': 'json_object'}"),
+        ({"messages": [{"role": "user", "content": "a\ud800"}]}, 400, "half a character"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}]}]}, 400, "data: URL"),
         ({"messages": [{"role": "user", "content": [{"type": "image", "image": "/etc/passwd"}]}]}, 400, "data: URL"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "data:image/png;base64,AAAA"}]}]}, 400, "not a whole image"),
@@ -271,6 +280,59 @@ def test_what_laid_serve_refuses(server, change, status, says):
     asked = {"model": "teacher", "messages": [{"role": "user", "content": "Is there a dog?"}], **change}
     answer = requests.post(f"{server}/chat/completions", json=asked, timeout=60)
     assert answer.status_code == status and says in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("head", "body", "says"),
+    [
+        ({"Content-Length": "many"}, b"", "Content-Length is 'many'"),
+        ({"Content-Length": "-1"}, b"", "Content-Length is '-1'"),
+        ({"Content-Length": str(10**12)}, b"", "expected at most 1,073,741,824 bytes"),
+        ({"Transfer-Encoding": "chunked"}, b"0\r\n\r\n", "Content-Length is ''"),
+        ({"Content-Length": "5000"}, b"9" * 5000, "the request is not JSON"),
+        ({"Content-Length": "5000"}, b"[" * 5000, "the request is not JSON"),
+    ],
+)
+def test_what_is_no_request(server, head, body, says):
+    address = urlsplit(server)
+    connection = http.client.HTTPConnection(address.hostname, address.port, timeout=60)
+    connection.putrequest("POST", "/v1/chat/completions")
+    for name, value in head.items():
+        connection.putheader(name, value)
+    connection.endheaders(body)
+    answer = connection.getresponse()
+    assert answer.status == 400 and says in json.loads(answer.read())["error"]["message"]
+    connection.close()
+
+
+GOOD = {"choices": [{"message": {"content": "Yes"}, "logprobs": {"content": [{"top_logprobs": [{"token": "Yes", "logprob": -0.1}]}]}}]}  # fmt: skip
+
+
+def listed(value):
+    entry = {"token": "yes", "logprob": value}
+    return GOOD | {"choices": [GOOD["choices"][0] | {"logprobs": {"content": [{"top_logprobs": [entry]}]}}]}
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        None, [], "yes", {}, {"choices": []}, {"choices": [{}]}, {"choices": [{"message": {"content": ["Yes"]}}]},
+        listed("many"), listed(float("nan")), listed(float("inf")), listed(5.0), GOOD | {"model": ["x"]},
+        GOOD | {"system_fingerprint": "a\ud800"}, GOOD | {"usage": "x"},
+    ],
+)  # fmt: skip
+def test_an_answer_that_is_none_is_one_line(micro, coco_root, haystacks, monkeypatch, reply):
+    question = read_questions(haystack_file(haystacks / "test", 1))[0]
+    asker = endpoint.Endpoint("http://x/v1", "x", coco_root, micro.evaluation, 1)
+    monkeypatch.setattr(asker.http, "post", lambda *_: reply)
+    with pytest.raises(
+        LaidError, match="x/v1/chat/completions: the answer is no chat completion: "
+    ) as caught:
+        asker._ask(question, spoken_answer)
+    assert str(caught.value).isprintable()
+    monkeypatch.setattr(asker.http, "post", lambda *_: GOOD | {"usage": {"prompt_tokens": -5}})
+    found = asker._ask(question, spoken_answer)
+    assert (found["answer"], found["p_yes"], found["tokens"]) == ("yes", 1.0, None)
 
 
 def test_what_laid_serve_answers(server):
@@ -296,8 +358,12 @@ def test_what_laid_serve_answers(server):
 
 
 @pytest.mark.parametrize(
-    "url", ["localhost:8000", "ftp://x/v1", "http://u:p@x/v1", "https://x/v1?key=abc", "https:///v1"]
-)
+    "url",
+    [
+        "localhost:8000", "ftp://x/v1", "http://u:p@x/v1", "https://x/v1?key=abc", "https:///v1", "http://[::1/v1",
+        "http://u:p@x:port/v1", "http://x:99999/v1", "http://a b/v1",
+    ],
+)  # fmt: skip
 def test_addresses_that_are_none(url):
     with pytest.raises(LaidError, match="--endpoint") as caught:
         endpoint.address(url)

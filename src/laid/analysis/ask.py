@@ -19,6 +19,7 @@ from laid.analysis.attention_rows import attention_rows
 from laid.data.questions import OFFICIAL_PROMPT, special_token
 from laid.errors import LaidError
 from laid.evaluation.scoring import answer_tokens, probability_yes, spoken_answer
+from laid.io import half_character
 from laid.methods.registry import Loaded
 from laid.models.capture import LayerQK
 from laid.models.decoder import geometry
@@ -72,6 +73,10 @@ def ask(loaded: Loaded, images: Sequence[Path], question: str, most: int = 64) -
     """most: tokens of an answer. Raises LaidError for an image that is missing or broken, and for what is no question."""
     if not question.strip():
         raise LaidError("the question is blank")
+    if half_character(question):
+        raise LaidError(
+            "the question holds half a character: is the terminal's encoding another than the locale's?"
+        )
     if token := special_token(question):
         raise LaidError(f"the question holds {token}, which a model would not read as text: take it out")
     model, processor = loaded.model, loaded.processor

@@ -30,7 +30,8 @@ def run(args: argparse.Namespace) -> int:
     from laid import provenance
     from laid.analysis.alignability import measure
     from laid.commands.shared import deterministic, pick_device
-    from laid.io import update, write_json
+    from laid.errors import LaidError
+    from laid.io import alone, path_problem, update, write_json
     from laid.results import alignability, plotting
     from laid.results.render import markdown, show
     from laid.settings import load
@@ -39,13 +40,16 @@ def run(args: argparse.Namespace) -> int:
     settings = load(args.config)
     deterministic(args.threads)
     name = args.student_name or Path(args.student).resolve().name
+    if problem := "has a /" if "/" in name else path_problem(f"{name}.json"):
+        raise LaidError(f"--student-name {name}: {problem}: files in --out are named by it")
     found = measure(
         settings, name, args.student, args.teacher, args.coco, args.questions, pick_device(args.device)
     )
-    write_json(args.out / f"{name}.json", found, indent=None)
-    write_json(args.out / f"{name}.cost.json", provenance.cost(start))
-    table = alignability.table(found)
-    update(args.out / f"{name}.md", markdown(table))
-    plotting.save(alignability.figure({name: found}, name), args.out)
+    table, figure = alignability.table(found), alignability.figure({name: found}, name)
+    with alone(args.out / f"{name}.json"):
+        write_json(args.out / f"{name}.json", found, indent=None)
+        write_json(args.out / f"{name}.cost.json", provenance.cost(start))
+        update(args.out / f"{name}.md", markdown(table))
+        plotting.save(figure, args.out)
     show([table])
     return 0

@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     from laid import provenance
     from laid.analysis.attention import analyse
     from laid.commands.shared import deterministic, pick_device, runs_by_method
-    from laid.io import write_json
+    from laid.io import alone, write_json
     from laid.settings import load
 
     start = time.perf_counter()
@@ -51,8 +51,9 @@ def run(args: argparse.Namespace) -> int:
         settings, args.student_name, args.model, runs_by_method(settings, args.methods, args.runs), args.coco,
         args.questions, pick_device(args.device),
     )  # fmt: skip
-    write_json(args.out, found, indent=None)
-    write_json(args.out.with_name(f"{args.out.stem}.cost.json"), provenance.cost(start))
+    with alone(args.out):
+        write_json(args.out, found, indent=None)
+        write_json(args.out.with_name(f"{args.out.stem}.cost.json"), provenance.cost(start))
     for method, entry in found["methods"].items():
         part = entry["spectrum"]
         low, high = part["interval"]

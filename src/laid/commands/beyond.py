@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from laid.commands.shared import results_arguments, root_of
+from laid.commands.shared import output, results_arguments, root_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,10 +37,11 @@ def run(args: argparse.Namespace) -> None:
         )
     teacher, students = settings.models.teacher, settings.models.students
     drawings = beyond.build(records, near, far, teacher, students, names)
-    for drawing in drawings:
-        plotting.save(drawing, out / "figures")
-    plotting.write_captions(drawings, out / "figures")
     text = beyond.report(records, far, teacher, students, settings.tables.short_max, names)
-    for path in [out / "why.md", *([args.docs] if args.docs else [])]:
-        update(path, text)
+    with output(out / "figures") as figures:
+        for drawing in drawings:
+            plotting.save(drawing, figures)
+        plotting.write_captions(drawings, figures)
+        for path in [out / "why.md", *([args.docs] if args.docs else [])]:
+            update(path, text)
     print(text)

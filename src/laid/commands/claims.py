@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from laid.commands.shared import read_results, results_arguments
+from laid.commands.shared import output, read_results, results_arguments
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,8 +22,8 @@ def run(args: argparse.Namespace) -> None:
     from laid.results.render import show
 
     results, beside, root = read_results(args)
-    out = args.out or root / "claims"
     found = claims.assess(claims.read_ledger(args.ledger), [Published(), results], beside)
-    update(out / "claims.json", dumps(found) + "\n")
-    update(out / "claims.md", claims.markdown(found))
+    with output(args.out or root / "claims") as out:
+        update(out / "claims.json", dumps(found) + "\n")
+        update(out / "claims.md", claims.markdown(found))
     show([claims.summary(found)], footnote=f"Figures behind each verdict: {out / 'claims.md'}")

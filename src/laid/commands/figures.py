@@ -6,7 +6,7 @@ import argparse
 import math
 from pathlib import Path
 
-from laid.commands.shared import read_results, results_arguments
+from laid.commands.shared import output, read_results, results_arguments
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,7 +22,7 @@ def run(args: argparse.Namespace) -> None:
     from laid.results.names import LAID
 
     results, beside, root = read_results(args)
-    names, students, out = results.names, results.students, args.out or root / "figures"
+    names, students = results.names, results.students
     if args.runs is not None and not args.runs.is_dir():
         raise LaidError(f"{args.runs}: no such folder of runs; leave --runs out, or train first")
     runs = args.runs or beside / "runs"
@@ -44,8 +44,9 @@ def run(args: argparse.Namespace) -> None:
         shown = [settings.methods[method] for method in LAID if method in settings.methods]
         drawings.append(training_figures.distance_schedule(shown, span))
     drawings = [drawing for drawing in drawings if drawing]
-    for drawing in drawings:
-        plotting.save(drawing, out)
-    plotting.write_captions(drawings, out)
+    with output(args.out or root / "figures") as out:
+        for drawing in drawings:
+            plotting.save(drawing, out)
+        plotting.write_captions(drawings, out)
     written = ", ".join(drawing.name for drawing in drawings)
     print(f"{out}: {written} (each .svg, .png, .csv)")

@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
     import warnings
 
     from laid.errors import LaidError
-    from laid.io import dumps, write_text
+    from laid.io import alone, dumps, write_text
     from laid.plan import table
     from laid.plan.estimate import Estimator
     from laid.plan.fit import refusal
@@ -58,8 +58,9 @@ def run(args: argparse.Namespace) -> int:
         text = "\n".join(markdown(t) for t in tables)
         if refused:
             text += "\n## What does not fit\n\n" + "".join(f"- {line}\n" for line in refused)
-        write_text(args.out / "plan.md", text)
-        write_text(args.out / "plan.json", dumps(table.record(jobs, gpus, utilisation, refused)) + "\n")
+        with alone(args.out / "plan"):
+            write_text(args.out / "plan.md", text)
+            write_text(args.out / "plan.json", dumps(table.record(jobs, gpus, utilisation, refused)) + "\n")
     for line in refused:
         print(f"laid plan: does not fit: {line}", file=sys.stderr)
     return 1 if refused else 0

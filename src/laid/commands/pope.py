@@ -45,7 +45,7 @@ def _questions(args: argparse.Namespace, settings: Settings) -> None:
 
 
 def _table(args: argparse.Namespace, settings: Settings) -> None:
-    from laid.commands.shared import root_of
+    from laid.commands.shared import output, root_of
     from laid.results import pope
     from laid.results.names import method_names
     from laid.results.render import show, write
@@ -54,5 +54,6 @@ def _table(args: argparse.Namespace, settings: Settings) -> None:
     found = pope.read_pope_answers(args.cells or root / "cells")
     models = settings.models
     built = pope.table(found, models.teacher, models.students, method_names(settings))
-    write([built], args.out or root / "pope")
+    with output(args.out or root / "pope") as out:
+        write([built], out)
     show([built])

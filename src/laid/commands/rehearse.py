@@ -54,20 +54,29 @@ class Row:
 
 
 def run(args: argparse.Namespace) -> int:
+    from laid.commands.shared import root_of
+    from laid.io import alone
+    from laid.settings import load
+
+    settings = load(args.config)
+    out = args.out or root_of(settings) / "rehearsal"
+    with alone(out):
+        return _rehearse(args, settings, out)
+
+
+def _rehearse(args: argparse.Namespace, settings: Settings, out: Path) -> int:
     import sys
     import warnings
 
-    from laid.commands.shared import pick_device, root_of
+    from laid.commands.shared import pick_device
     from laid.io import write_json
     from laid.plan.estimate import Estimator
     from laid.plan.gpus import GIB, gpu_named
     from laid.plan.jobs import jobs_of
     from laid.results.render import Entry, Table, show
-    from laid.settings import load
     from laid.settings.loading import resolved_file
 
-    settings, device = load(args.config), pick_device(args.device)
-    out = args.out or root_of(settings) / "rehearsal"
+    device = pick_device(args.device)
     gpu = gpu_named(settings.plan.gpu)
     warnings.simplefilter("ignore")
     full = list(jobs_of(Estimator(settings), gpu))

@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from laid.commands.tables import shortcuts_line
-    from laid.io import update
+    from laid.io import alone, update
     from laid.results import report
 
     results, beside, root = read_results(args)
@@ -37,5 +37,6 @@ def run(args: argparse.Namespace) -> None:
         results, figures, claims, beside, shortcuts_line(beside / "haystacks" / "shortcuts.json")
     )
     out = args.out or root / "report.html"
-    update(out, page)
+    with alone(out):
+        update(out, page)
     print(f"{out}: {len(page.encode()) / 1e6:.1f} MB, opens in any browser, needs no network")

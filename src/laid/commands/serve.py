@@ -23,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    import signal
     import tempfile
 
     from laid import provenance
@@ -32,6 +33,7 @@ def run(args: argparse.Namespace) -> int:
     from laid.models.loading import name_of, source_of
     from laid.settings import load
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # no folder of images stays behind
     settings = load(args.config)
     checkpoint_argument(args.model)
     deterministic(args.threads)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,6 +53,16 @@ def results_arguments(parser: argparse.ArgumentParser, out: str) -> None:
 def root_of(settings: Settings) -> Path:
     """<results>/<scale> of a configuration."""
     return Path(settings.results) / settings.scale
+
+
+@contextmanager
+def output(folder: Path) -> Iterator[Path]:
+    """The folder that a verb about results writes, which no other process does meanwhile: files of two do not mix."""
+    from laid.io import alone, remove_half_written
+
+    with alone(folder):
+        remove_half_written(folder)
+        yield folder
 
 
 def read_results(args: argparse.Namespace) -> tuple[Results, Path, Path]:

@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from laid.commands.shared import root_of
+    from laid.commands.shared import output, root_of
     from laid.evaluation.cells import load_cells
     from laid.results import sweep
     from laid.results.render import show, write
@@ -25,5 +25,6 @@ def run(args: argparse.Namespace) -> None:
     root = root_of(settings)
     cells = (args.cells or root / "cells") / "validation"
     table = sweep.sweep_table(sweep.read(load_cells(cells), settings, cells))
-    write([table], args.out or root / "sweep")
+    with output(args.out or root / "sweep") as out:
+        write([table], out)
     show([table])

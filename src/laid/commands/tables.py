@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from laid.commands.shared import read_results, results_arguments
+from laid.commands.shared import output, read_results, results_arguments
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,9 +25,9 @@ def run(args: argparse.Namespace) -> None:
     if args.answers:
         save_answers(results.answers, args.answers)
     built, statistics = tables.build(results), tables.build_statistics(results)
-    out = args.out or root / "tables"
-    write([*built, *statistics], out)
-    tables.write_metrics(results, out)
+    with output(args.out or root / "tables") as out:
+        write([*built, *statistics], out)
+        tables.write_metrics(results, out)
     footnote = shortcuts_line(beside / "haystacks" / "shortcuts.json")
     show([*built, *statistics] if args.all else built, footnote)
 

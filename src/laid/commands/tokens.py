@@ -27,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from laid.commands.shared import output
     from laid.data.coco import load_coco
     from laid.models.processing import Processor
     from laid.results import tokens
@@ -38,6 +39,7 @@ def run(args: argparse.Namespace) -> int:
     sizes = args.sizes or haystacks.test.sizes
     built = tokens.table(tokens.lengths(Processor.load(args.model), coco, haystacks, sizes), coco)
     if args.out is not None:
-        write([built], args.out)
+        with output(args.out) as out:
+            write([built], out)
     show([built])
     return 0

@@ -12,7 +12,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from laid.commands.shared import root_of
+    from laid.commands.shared import output, root_of
     from laid.evaluation.cells import load_cells
     from laid.io import update
     from laid.results import tune
@@ -21,12 +21,13 @@ def run(args: argparse.Namespace) -> None:
 
     settings = load(args.config)
     root = root_of(settings)
-    cells, out = (args.cells or root / "cells") / "validation", args.out or root / "tune"
+    cells = (args.cells or root / "cells") / "validation"
     results = tune.read(load_cells(cells), settings, cells)
     frame = tune.scores(results)
     table, chosen = tune.tune_table(results, frame), tune.chosen_yaml(frame, settings)
-    update(out / "tune.csv", csv_text(table))
-    update(out / "tune.md", f"{markdown(table)}\nChosen:\n\n```yaml\n{chosen}```\n")
+    with output(args.out or root / "tune") as out:
+        update(out / "tune.csv", csv_text(table))
+        update(out / "tune.md", f"{markdown(table)}\nChosen:\n\n```yaml\n{chosen}```\n")
     found = tune.differences(frame, settings)
     say = (
         "The configuration differs from what is chosen:" if found else "The configuration has what is chosen."

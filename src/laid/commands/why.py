@@ -18,7 +18,7 @@ def run(args: argparse.Namespace) -> int:
     from laid import provenance
     from laid.analysis.why import measure
     from laid.commands.shared import deterministic, pick_device, runs_by_method
-    from laid.io import write_json
+    from laid.io import alone, write_json
     from laid.settings import load
 
     start = time.perf_counter()
@@ -28,8 +28,9 @@ def run(args: argparse.Namespace) -> int:
         settings, args.student_name, args.model, runs_by_method(settings, args.methods, args.runs), args.coco,
         args.questions, pick_device(args.device),
     )  # fmt: skip
-    write_json(args.out, found, indent=None)
-    write_json(Path(args.out).with_name(f"{args.out.stem}.cost.json"), provenance.cost(start))
+    with alone(args.out):
+        write_json(args.out, found, indent=None)
+        write_json(Path(args.out).with_name(f"{args.out.stem}.cost.json"), provenance.cost(start))
     for method, conditions in found["methods"].items():
         for condition, by_size in conditions.items():
             line = ", ".join(

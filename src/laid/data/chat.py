@@ -31,7 +31,7 @@ from typing import Any
 
 from laid.data.questions import OFFICIAL_PROMPT, Question, ordered_images, read_questions
 from laid.errors import LaidError
-from laid.io import atomic_path, read_json, safe_join
+from laid.io import atomic_path, half_character, read_json, safe_join
 
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 STORED = "sha256:"  # an image that came as bytes: this and the hash
@@ -173,7 +173,9 @@ def _lines(path: Path) -> Iterator[Any]:
 
 def _tables(folder: Path) -> list[Path]:
     """The Parquet or Arrow files of a dataset's folder; of several splits, those of train."""
-    files = sorted([*folder.rglob("[!.]*.parquet"), *folder.rglob("[!.]*.arrow")])
+    found = [*folder.rglob("[!.]*.parquet"), *folder.rglob("[!.]*.arrow")]
+    # What `datasets` keeps of a map or a filter lies beside the data that it was made from.
+    files = sorted(file for file in found if not file.name.startswith("cache-"))
     if not files:
         raise LaidError(f"{folder}: a folder without Parquet or Arrow files: name a file of conversations")
     train = [file for file in files if "train" in file.relative_to(folder).as_posix()]
@@ -189,6 +191,8 @@ def _rows(path: Path, files: Sequence[Path]) -> Iterator[dict[str, Any]]:
             f"{path}: reading Parquet needs pyarrow (pip install pyarrow), or use JSON Lines"
         ) from None
     for file in files:
+        if not file.is_file():  # a pipe would be waited for
+            raise LaidError(f"{file}: no such file")
         try:
             if file.suffix == ".arrow":
                 batches: Any = pa.ipc.open_stream(file)
@@ -196,7 +200,12 @@ def _rows(path: Path, files: Sequence[Path]) -> Iterator[dict[str, Any]]:
                 batches = pq.ParquetFile(file).iter_batches(batch_size=64)
             for batch in batches:
                 yield from batch.to_pylist()
-        except (pa.ArrowException, OSError) as error:
+        except (
+            pa.ArrowException,
+            OSError,
+            ValueError,
+            OverflowError,
+        ) as error:  # text that is no UTF-8, dates
             raise LaidError(f"{file}: cannot be read: {' '.join(str(error).split())[:200]}") from None
 
 
@@ -236,6 +245,8 @@ def _parse(entry: Any, at: int) -> Chat:
         raise _Wrong("has no answer (a turn of the assistant) to learn")
     if any(not turn.text.strip() for turn in made if turn.learned):
         raise _Wrong("has an empty answer")
+    if any(None in turn.content for turn in made if turn.learned):
+        raise _Wrong("shows an image in an answer: answers are text")
     shown = sum(part is None for turn in made for part in turn.content)
     name = entry.get("id")
     if isinstance(name, str) and not name.isprintable():
@@ -320,14 +331,11 @@ def _tagged(text: str) -> tuple[str | None, ...]:
     return tuple(found)
 
 
-_HALF = re.compile("[\ud800-\udfff]")
-
-
 def _plain(text: str) -> str:
     special = re.search(r"<\|\w+\|>|<video>|<audio>", text)
     if special:
         raise _Wrong(f"a text holds {special[0]}, which a model would not read as text: take it out")
-    if _HALF.search(text):
+    if half_character(text):
         raise _Wrong("a text holds half a character (a surrogate): take it out")
     return text
 

@@ -99,16 +99,8 @@ class Http:
         data = json.dumps(body).encode()
 
         def ask() -> Any:
-            try:
-                answer = self.session.post(
-                    url,
-                    data=data,
-                    headers={"Content-Type": "application/json"},
-                    timeout=self.timeout,
-                    allow_redirects=False,
-                )
-            except requests.RequestException as error:
-                raise _Transient(f"no answer ({_reason(error)})") from None
+            head = {"Content-Type": "application/json"}
+            answer = self._asked("POST", url, data=data, headers=head, allow_redirects=False)
             if answer.status_code != 200:
                 said = f"the server answers {answer.status_code} {answer.reason}: {self._words(answer)}"
                 if answer.status_code not in TRY_AGAIN:
@@ -116,7 +108,7 @@ class Http:
                 raise _Transient(said, after=_retry_after(answer))
             try:
                 return answer.json()
-            except ValueError:
+            except (ValueError, RecursionError):
                 raise _Transient(f"the answer is not JSON: {self._words(answer)}") from None
 
         return self._persist(url, ask)
@@ -128,7 +120,7 @@ class Http:
     def _words(self, answer: requests.Response) -> str:
         """What the body of an answer says, in a line; servers differ in where they say it."""
         text = answer.text
-        with contextlib.suppress(ValueError, AttributeError, TypeError):
+        with contextlib.suppress(ValueError, AttributeError, TypeError, RecursionError):
             found = answer.json()
             error = found.get("error") or found
             text = str(
@@ -227,10 +219,7 @@ class Http:
     def _open(self, url: str, headers: Mapping[str, str]) -> requests.Response:
         if not url.startswith(("http://", "https://")):
             raise LaidError(f"{url}: not an http:// or https:// address")
-        try:
-            answer = self.session.get(url, headers=headers, timeout=self.timeout, stream=True)
-        except requests.RequestException as error:
-            raise _Transient(f"no answer ({_reason(error)})") from None
+        answer = self._asked("GET", url, headers=headers, stream=True)
         if answer.ok:
             return answer
         with answer:
@@ -240,6 +229,14 @@ class Http:
             if answer.status_code not in TRY_AGAIN:
                 raise LaidError(f"{url}: {said}")
             raise _Transient(said, after=_retry_after(answer))
+
+    def _asked(self, method: str, url: str, **how: Any) -> requests.Response:
+        try:
+            return self.session.request(method, url, timeout=self.timeout, **how)
+        except ValueError as error:  # no address: however often it is asked, nobody answers
+            raise LaidError(f"{url}: cannot be asked: {' '.join(str(error).split())[:200]}") from None
+        except requests.RequestException as error:
+            raise _Transient(f"no answer ({_reason(error)})") from None
 
     def _persist(self, url: str, action: Callable[[], Any]) -> Any:
         failures = 0

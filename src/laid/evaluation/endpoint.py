@@ -7,6 +7,7 @@ the two is among them, else by the words of the answer. What nobody outside the 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Container, Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -21,7 +22,7 @@ from laid.errors import LaidError
 from laid.evaluation.measure import measure
 from laid.evaluation.scoring import probability_listed
 from laid.evaluation.sets import QuestionSet, prompt_of
-from laid.io import dumps, require_place, safe_join
+from laid.io import dumps, half_character, require_place, safe_join
 from laid.settings import Settings
 from laid.settings.measuring import Evaluation
 
@@ -34,6 +35,7 @@ PATIENCE = {
     "timeout": 600.0,
     "wait": 1.0,
 }  # of laid.data.http: a prompt of 1,000 images takes minutes
+MOST_AT_ONCE = 512  # each has a thread
 LISTED = 20  # likeliest tokens asked for: as many as OpenAI and vLLM list
 FEWER = 5  # what others list
 
@@ -44,6 +46,10 @@ class Endpoint:
     def __init__(
         self, url: str, name: str, coco_root: str | Path, settings: Evaluation, concurrent: int
     ) -> None:
+        if concurrent > MOST_AT_ONCE:
+            raise LaidError(
+                f"--concurrent {concurrent}: at most {MOST_AT_ONCE} questions are under way at a time"
+            )
         self.base, self.name, self.root, self.settings = address(url), name, coco_root, settings
         self.concurrent = concurrent
         self.http = Http(connections=concurrent, key=key(), **PATIENCE)
@@ -117,19 +123,19 @@ class Endpoint:
             raise _Unasked(question, error) from None
         try:
             choice = reply["choices"][0]
-            said = choice["message"].get("content") or ""
+            said = _text(choice["message"].get("content")) or ""
             p_yes = probability_listed(_listed(choice)) if "logprobs" in asking else None
             tokens = (reply.get("usage") or {}).get("prompt_tokens")
-        except (KeyError, IndexError, TypeError, AttributeError):
-            raise LaidError(f"{url}: the answer is no chat completion: {dumps(reply, None)[:200]}") from None
-        by = {"model": reply.get("model"), "system_fingerprint": reply.get("system_fingerprint"), **asking}
+            by = {name: _text(reply.get(name)) for name in ("model", "system_fingerprint")} | asking
+        except (KeyError, IndexError, TypeError, AttributeError, ValueError, OverflowError):
+            raise LaidError(f"{url}: the answer is no chat completion: {ascii(reply)[:200]}") from None
         return {
             "id": question.id,
             "label": question.answer,
             "answer": spoken(said) if p_yes is None else "yes" if p_yes > 0.5 else "no",
             "p_yes": None if p_yes is None else round(p_yes, 6),
             "needles": needles,
-            "tokens": tokens if isinstance(tokens, int) else None,
+            "tokens": tokens if type(tokens) is int and tokens > 0 else None,
             "positions": None,
             "by": by,
         }
@@ -156,14 +162,29 @@ def _listed(choice: dict[str, Any]) -> Iterator[tuple[str, float]]:
     """The likeliest first tokens of an answer, and their log-probabilities."""
     content = (choice.get("logprobs") or {}).get("content") or [{}]
     for entry in content[0].get("top_logprobs") or ():
-        yield entry["token"], float(entry["logprob"])
+        chance = float(entry["logprob"])
+        if not chance <= 1e-3:  # rounding may lift it above 0
+            raise ValueError
+        yield entry["token"], chance
+
+
+def _text(value: Any) -> str | None:
+    """A text of an answer; ValueError for anything else, and for halves of characters."""
+    if value is not None and (not isinstance(value, str) or half_character(value)):
+        raise ValueError
+    return value
 
 
 def address(url: str) -> str:
     """The address of a server up to /v1. Raises LaidError for one with a key or a question in it: it stands in cells."""
-    parts = urlsplit(url.removesuffix("/").removesuffix("/chat/completions"))
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise LaidError(f"--endpoint {url}: expected an address as http://localhost:8000/v1")
+    try:
+        parts = urlsplit(url.removesuffix("/").removesuffix("/chat/completions"))
+        known = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # brackets, a port that is none
+        known = False
+    if not known or re.search(r"\s", url):
+        shown = re.sub(r"[^/]*@|[?#].*", "...", url)  # without a key
+        raise LaidError(f"--endpoint {shown}: expected an address as http://localhost:8000/v1")
     if "@" in parts.netloc or parts.query or parts.fragment:
         raise LaidError(
             f"--endpoint {parts.scheme}://{parts.hostname}...: holds more than an address, which would stand in the cells: a key goes"
@@ -197,7 +218,8 @@ def evaluate_endpoint(
     student, method: under which names the cells stand in tables. Raises LaidError for a server that cannot be reached or refuses a
     question; cells of the sizes before it are written, answers are kept.
     """
-    require_place(Path(out) / f"{sets[0].size}.json", file=True)
+    for part in sets:
+        require_place(Path(out) / f"{part.size}.json", file=True)
     if method not in config.methods:
         raise LaidError(f"no method {method!r}; methods: {', '.join(config.methods)}")
     require_images(coco_root, sorted({p for part in sets for p in part.images}), [part.file for part in sets])

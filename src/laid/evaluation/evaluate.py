@@ -183,7 +183,8 @@ def evaluate_cells(
     of one seed, a broken image; nothing is written then. Of processes that share a model
     (laid.models.parallel) the first alone writes cells and returns them; the others follow what it asks.
     """
-    require_place(Path(out) / f"{sets[0].size}.json", file=True)
+    for part in sets:
+        require_place(Path(out) / f"{part.size}.json", file=True)
     seeds = [seed_of(run) for run in runs]
     if len(set(seeds)) < len(seeds):
         raise LaidError(

@@ -13,7 +13,7 @@ from laid.evaluation.cells import Answer, make_cell, write_cell
 from laid.evaluation.kept import Kept
 from laid.evaluation.scoring import is_right
 from laid.evaluation.sets import QuestionSet
-from laid.io import write_json
+from laid.io import remove_half_written, write_json
 from laid.progress import Progress
 from laid.settings import Settings
 
@@ -46,6 +46,8 @@ def measure(
     start = time.perf_counter()
     order = sorted(range(len(sets)), key=lambda at: sets[at].size)
     paths = [Path(out) / f"{part.size}.json" for part in sets]
+    for path in paths:
+        remove_half_written(path.parent, path.name)
     kept = [Kept(path, [student, method, record, by]) for path, record in zip(paths, records, strict=True)]
     had, total = (sum(map(len, parts)) for parts in ([k.answers for k in kept], [p.questions for p in sets]))
     if any(part.strange for part in kept):

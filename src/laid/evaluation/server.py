@@ -9,6 +9,8 @@ import base64
 import binascii
 import hashlib
 import json
+import re
+import sys
 import threading
 import time
 import traceback
@@ -29,7 +31,13 @@ from laid.models.prompts import TURN_END
 from laid.settings.measuring import Evaluation
 
 MOST_LISTED = 20
-ONLY = {"stream": False, "n": 1, "temperature": 0}  # what may be said of these, if anything
+MOST_TOKENS = 8192  # of an answer, which holds up all others
+MOST_BYTES = 2**30  # of a request: a thousand photographs
+# What may be said of these, if anything.
+ONLY: dict[str, Any] = {
+    "stream": False, "n": 1, "temperature": 0, "stop": [], "tools": [], "response_format": {"type": "text"}, "logit_bias": {},
+    "frequency_penalty": 0, "presence_penalty": 0,
+}  # fmt: skip
 
 
 class Completions:
@@ -64,6 +72,10 @@ class Completions:
         listed = (_count(request, "top_logprobs") or 0) if request.get("logprobs") else None
         if listed is not None and listed > MOST_LISTED:
             raise LaidError(f"top_logprobs is {listed}: at most {MOST_LISTED} are listed")
+        if (most or 0) > MOST_TOKENS:
+            raise LaidError(f"max_tokens is {most}: at most {MOST_TOKENS:,} are answered")
+        if not request["messages"]:
+            raise LaidError("messages is empty")
         with self.lock:
             try:
                 return self._answered(request["messages"], most or self.settings.max_new_tokens, listed)
@@ -153,10 +165,17 @@ class Server(ThreadingHTTPServer):
     completions: Completions
 
     def __init__(self, host: str, port: int) -> None:
+        if not host:  # which would be every address of this machine
+            raise LaidError("--host: is empty: 0.0.0.0 listens to all networks, 127.0.0.1 to this machine")
         try:
             super().__init__((host, port), _Handler)
-        except (OSError, OverflowError) as error:
+        except (OSError, OverflowError, UnicodeError) as error:
             raise LaidError(f"{host}:{port}: {getattr(error, 'strerror', None) or error}") from None
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that goes away is no error."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
     @property
     def url(self) -> str:
@@ -175,20 +194,27 @@ class _Handler(BaseHTTPRequestHandler):
         return self._send(200, {"object": "list", "data": [entry]})
 
     def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        said = self.headers.get("Content-Length") or ""
+        if not re.fullmatch("[0-9]{1,12}", said) or int(said) > MOST_BYTES:
+            self.close_connection = True  # where the next request begins nobody knows
+            return self._refuse(400, f"Content-Length is {said!r:.40}, expected at most {MOST_BYTES:,} bytes")
+        body = self.rfile.read(int(said))
         if self.path.rstrip("/") != "/v1/chat/completions":
             return self._refuse(404, f"{self.path[:80]}: there are /v1/models and /v1/chat/completions")
         completions = self.server.completions
         try:
             request = json.loads(body)
+        except (ValueError, RecursionError):
+            return self._refuse(400, "the request is not JSON")
+        try:
             wanted = request.get("model") if isinstance(request, dict) else None
             if wanted not in (None, completions.name):
                 return self._refuse(404, f"no model {wanted!r:.80} here; there is {completions.name}")
             return self._send(200, completions.answer(request))
-        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
-            return self._refuse(400, "the request is not JSON")
         except LaidError as error:
             return self._refuse(400, str(error))
+        except ConnectionError:  # gone before it was answered
+            raise
         except (
             RuntimeError,
             ValueError,

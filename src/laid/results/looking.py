@@ -23,7 +23,7 @@ def show(answer: Answer, images: Sequence[Path], question: str, out: Path) -> No
     lines = -(-len(order) // ACROSS)
     with style():
         figure = new_figure(PAGE, 2.1 * lines + 1.0 + 0.11 * layers * heads)
-        figure.suptitle(f"{question}  {answer.text}", wrap=True)
+        figure.suptitle(_plain(f"{question}  {answer.text}"), wrap=True)
         above, below = figure.subfigures(2, 1, height_ratios=[2.1 * lines, 0.8 + 0.11 * layers * heads])
         panels = np.ravel(above.subplots(lines, ACROSS, squeeze=False))
         for axes in panels:
@@ -32,7 +32,7 @@ def show(answer: Answer, images: Sequence[Path], question: str, out: Path) -> No
             axes.imshow(open_image(images[k]))
             layer, head, share, word = answer.head_of(int(k))
             where = f"layer {layer} head {head}\nat {word!r}"
-            axes.set_title(f"{k + 1}: {images[k].name}\n{100 * share:.0f} %, {where}")
+            axes.set_title(_plain(f"{k + 1}: {images[k].name}\n{100 * share:.0f} %, {where}"))
         axes = below.subplots()
         drawn = axes.imshow(100 * answer.shares.reshape(-1, count), aspect="auto", cmap="viridis", vmin=0)
         axes.grid(False)
@@ -45,3 +45,8 @@ def show(answer: Answer, images: Sequence[Path], question: str, out: Path) -> No
         content = io.BytesIO()
         figure.savefig(content, format="png", dpi=200, metadata={"Software": None})
     update(out, content.getvalue())
+
+
+def _plain(text: str) -> str:
+    """Text that matplotlib does not take for a formula."""
+    return text.replace("$", r"\$")

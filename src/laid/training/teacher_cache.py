@@ -36,6 +36,7 @@ from laid.io import (
     atomic_path,
     parsed,
     read_json,
+    remove_half_written,
     require_place,
     require_room,
     safe_join,
@@ -266,6 +267,8 @@ def build_cache(
     parent = Path(out).parent
     partial = parent / f".{Path(out).name}.partial-{key[:12]}"
     partial.mkdir(parents=True, exist_ok=True)
+    if parallel.first():
+        remove_half_written(partial)
     there = sum(file.stat().st_size for file in partial.iterdir())
     require_room(
         partial, sum(kept.sizes(samples)) - there, "the teacher's cache",
