@@ -18,6 +18,13 @@ from laid.settings import merge
 
 pytestmark = pytest.mark.slow
 TOP = Path(__file__).resolve().parents[1]
+# One start for several verbs: importing the libraries takes longer than their work.
+TOGETHER = """
+import json, sys
+from laid.cli import main
+for words in sys.argv[1:]:
+    assert main(json.loads(words)) == 0, words
+"""
 BLOCK = "import sys; sys.modules.update(dict.fromkeys({absent}))"
 ABSENT = {"snakemake", "dvc", "pytest", "hypothesis", "jsonschema"}
 
@@ -39,7 +46,7 @@ def wheel(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def laid(wheel, tmp_path_factory):
-    """laid(verb, ...): run it installed, in an empty folder; returns the finished process."""
+    """laid(verb, ...): run it installed, in the folder `cwd`; returns the finished process. program: what Python runs."""
     root = tmp_path_factory.mktemp("installed")
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
     subprocess.run([*pip, "install", "--no-deps", "--target", str(root / "site"), str(wheel)], check=True)
@@ -47,8 +54,8 @@ def laid(wheel, tmp_path_factory):
     (root / "block/sitecustomize.py").write_text(BLOCK.format(absent=ABSENT))
     environment = os.environ | {"PYTHONPATH": f"{root / 'block'}{os.pathsep}{root / 'site'}"}
 
-    def run(*arguments, cwd):
-        command = [sys.executable, "-m", "laid", *map(str, arguments)]
+    def run(*arguments, cwd, program=("-m", "laid")):
+        command = [sys.executable, *program, *map(str, arguments)]
         done = subprocess.run(command, check=False, cwd=cwd, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return done
@@ -91,21 +98,23 @@ def test_configuration(laid, tmp_path):
 def test_distill_evaluate_plan_tokens(laid, family, coco_root, haystacks, tmp_path):
     question_file = tmp_path / "questions.json"
     question_file.write_text(json.dumps(json.loads((haystacks / "train.json").read_text())[:8]))
-    teacher, student = family["teacher"], family["small"]
-    laid(
-        "distill", "--teacher", teacher, "--student", student, "--data", question_file, "--coco", coco_root,
-        "--out", "mine", cwd=tmp_path,
-    )  # fmt: skip
+    few = {
+        "models": {"students": ["qwen3b"]},
+        "tables": {"methods": ["base"], "ablations": ["base"]},
+        "haystacks": {"test": {"sizes": [1]}},
+    }
+    paper = merge(yaml.safe_load((TOP / "configs/paper.yaml").read_text()), few)
+    (tmp_path / "paper.yaml").write_text(yaml.safe_dump(paper))
+    verbs = [
+        ["distill", "--teacher", family["teacher"], "--student", family["small"], "--data", question_file, "--out", "mine"],
+        ["evaluate", "--student-name", "small", "--method", "base", "--model", "mine/model", "--sizes", 2,
+         "--questions", haystacks / "test", "--out", "cells/small/base"],
+        ["tokens", "--model", family["small"], "--sizes", 1, 5],
+    ]  # fmt: skip
+    verbs = [["plan", "--config", "paper.yaml"], *([*verb, "--coco", coco_root] for verb in verbs)]
+    words = [json.dumps([str(word) for word in verb]) for verb in verbs]
+    found = laid(*words, cwd=tmp_path, program=("-c", TOGETHER))
     assert (tmp_path / "mine/model/model.safetensors").is_file()
-    laid(
-        "evaluate", "--student-name", "small", "--method", "base", "--model", tmp_path / "mine/model", "--coco",
-        coco_root, "--questions", haystacks / "test", "--sizes", "2", "--out", "cells/small/base", cwd=tmp_path,
-    )  # fmt: skip
     cell = json.loads((tmp_path / "cells/small/base/2.json").read_text())
     assert cell["n"] == 10 and len(cell["answers"]) == 10
-    found = laid("tokens", "--model", student, "--coco", coco_root, "--sizes", "1", "5", cwd=tmp_path)
-    assert "M-RoPE positions" in found.stdout
-    few = {"tables": {"methods": ["base"], "ablations": ["base"]}}
-    paper = merge(yaml.safe_load((TOP / "configs/paper.yaml").read_text()), few)
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(paper))
-    assert "Qwen2.5-VL-32B" in laid("plan", cwd=tmp_path).stdout
+    assert "M-RoPE positions" in found.stdout and "Qwen2.5-VL-32B" in found.stdout
