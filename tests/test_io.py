@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
@@ -94,6 +94,7 @@ def test_paths_do_not_leave_their_folder(tmp_path, name):
         io.safe_join(tmp_path, name)
 
 
+@settings(deadline=None)
 @given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(), lambda v: st.lists(v) | st.dictionaries(st.text(), v), max_leaves=6))  # fmt: skip
 def test_json_is_stable_and_comes_back(value):
     text = io.dumps(value)
