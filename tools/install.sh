@@ -9,4 +9,5 @@ if command -v uv >/dev/null; then
   uv pip install --quiet --python "$python" "$@" && exit
   echo "uv could not install that; pip tries" >&2
 fi
-exec "$python" -m pip install --quiet --disable-pip-version-check "$@"
+# As with uv, Python compiles what it imports, not pip all that is there.
+exec "$python" -m pip install --quiet --disable-pip-version-check --no-compile "$@"

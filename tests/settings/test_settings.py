@@ -155,6 +155,10 @@ def test_empty_overlay_changes_nothing(tmp_path):
         ("haystacks: {hard_negatives: 1.5}\n", ["haystacks.hard_negatives = 1.5: must be at most 1"]),
         ("haystacks: {test: {sizes: [1, -2]}}\n", ["haystacks.test.sizes.1 = -2: must be at least 1"]),
         ("haystacks: {test: {sizes: [5, 5]}}\n", ["haystacks.test.sizes = [5, 5]: an entry is there twice"]),
+        (
+            "methods: {sft: {label: 'a $_{'}}\n",
+            ["methods.sft.label = 'a $_{': tables and figures print a label as it is: no $"],
+        ),
         ("haystacks: {test: {sizes: []}}\n", ["needs at least 1 entry, has 0"]),
         ("haystacks: 7\n", ["haystacks = 7: expected a mapping, found a whole number"]),
         ("haystacks:\n", ["haystacks = null: expected a mapping, found null"]),

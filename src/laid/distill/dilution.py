@@ -10,7 +10,6 @@ Which image is the needle, the training questions say; at evaluation nothing of 
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Collection, Sequence
 
@@ -38,9 +37,8 @@ def score_bias(
     log(stands_for) on the blocks of the images that are no needles, 0 elsewhere. starts: token index where each image
     block begins, ascending; text_start: that of the text after the last one. needles: places among the images.
     """
-    bias = torch.zeros(tokens)
-    edges = [*starts, text_start]
-    for image, (begin, end) in enumerate(itertools.pairwise(edges)):
-        if image not in needles:
-            bias[begin:end] = math.log(stands_for)
+    bias, edges = torch.zeros(tokens), [*starts, text_start] if starts else [0]
+    bias[edges[0] : edges[-1]] = math.log(stands_for)
+    for needle in needles:
+        bias[edges[needle] : edges[needle + 1]] = 0
     return bias

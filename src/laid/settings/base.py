@@ -31,6 +31,17 @@ def _path(value: str) -> str:
 Place = Annotated[Text, AfterValidator(_path)]  # a path, ~ taken for the home folder
 
 
+def _label(value: str) -> str:
+    if unprintable(value) or "$" in value:
+        raise PydanticCustomError(
+            "label", "tables and figures print a label as it is: no $, no control characters"
+        )
+    return value
+
+
+Label = Annotated[Text, AfterValidator(_label)]  # what tables and figures call something
+
+
 def _distinct(values: list[T]) -> list[T]:
     if any(value in values[:i] for i, value in enumerate(values)):
         raise PydanticCustomError("distinct", "an entry is there twice")

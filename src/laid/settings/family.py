@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from laid.settings.base import Count, Distinct, Natural, NonNegative, Place, Positive, Section, Share, Text
+from laid.settings.base import Count, Distinct, Label, Natural, NonNegative, Place, Positive, Section, Share
 
 ModelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 
@@ -18,7 +18,7 @@ class Models(Section):
     """Names of the students."""
     checkpoints: dict[str, Place] = {}
     """Checkpoint of each model: a hub id (owner/name) or a local folder. laid trains a model without one from nothing (family)."""
-    labels: dict[str, Text] = {}
+    labels: dict[str, Label] = {}
     """What tables call a model (at paper scale 32B, 7B, 3B); without a label, its number of weights."""
 
 

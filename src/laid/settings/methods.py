@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from laid.settings.base import Count, Natural, NonNegative, Positive, Section, Share, Text
+from laid.settings.base import Count, Label, Natural, NonNegative, Positive, Section, Share
 
 
 class Lora(Section):
@@ -83,7 +83,7 @@ class Method(Section):
 
     extends: str | None = None
     """Another method: this one is of its kind, and takes its values where it sets none."""
-    label: Text | None = None
+    label: Label | None = None
     """What tables and figures call it; null: the label that laid has for it, or its name."""
 
 
