@@ -22,8 +22,14 @@ def program(path: Path, says: str, status: int = 0) -> Path:
     ("uv", "said"),
     [
         (0, ["uv pip install --quiet --python PYTHON --no-deps -e ."]),
-        (2, ["uv pip install --quiet --python PYTHON --no-deps -e .", "pip -m pip install --no-deps -e ."]),
-        (None, ["pip -m pip install --no-deps -e ."]),
+        (
+            2,
+            [
+                "uv pip install --quiet --python PYTHON --no-deps -e .",
+                "pip -m pip install --no-compile --no-deps -e .",
+            ],
+        ),
+        (None, ["pip -m pip install --no-compile --no-deps -e ."]),
     ],
 )
 def test_who_installs(tmp_path, uv, said):

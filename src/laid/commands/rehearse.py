@@ -144,9 +144,9 @@ def shortened(settings: Settings, out: Path) -> Settings:
     trained = [name for name, method in settings.methods.items() if isinstance(method, TrainedMethod)]
     on_gpu = {}
     for rule in ("features", "teacher_cache", "train", "evaluate"):
-        asked = getattr(settings.resources, rule)
-        one = min(1, asked.gpu)
-        on_gpu[rule] = {"gpu": one, "gpu_of": dict.fromkeys(asked.gpu_of, one)}
+        granted = getattr(settings.resources, rule)
+        one = min(1, granted.gpu)
+        on_gpu[rule] = {"gpu": one, "gpu_of": dict.fromkeys(granted.gpu_of, one)}
     return settings.changed(
         {
             "results": str(out),
