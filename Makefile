@@ -20,6 +20,8 @@ KILLS ?= 20
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONUNBUFFERED := 1
 unexport PYTHONPATH
+# Packages are compiled when they are first imported; jobs that may not keep that would each do it again, for five seconds.
+unexport PYTHONDONTWRITEBYTECODE
 # Snakemake keeps its cache below the home folder; where that cannot be written, in this one.
 ifneq ($(shell test -w "$$HOME" && echo yes),yes)
 export XDG_CACHE_HOME := $(CURDIR)/.snakemake/cache

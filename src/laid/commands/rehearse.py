@@ -4,7 +4,8 @@ Nothing is downloaded: checkpoints are made, images rendered and resized to as m
 the verb that the workflow calls, in this process and on one device; several GPUs for one training are not rehearsed. Beside each
 other stand memory as planned and as measured, and the hours of the whole run at the rates of these jobs. Their seconds hold
 starting, loading and hashing too, so that the hours of short rehearsals are upper bounds. Every method is trained and exported;
-of the runs of a student, one adapter and one whole checkpoint are evaluated, and the others' hours are taken from them.
+of the runs of a student, one adapter and one whole checkpoint are evaluated, the others' hours are taken from them, and their
+exports are removed at once.
 """
 
 from __future__ import annotations
@@ -67,6 +68,7 @@ def run(args: argparse.Namespace) -> int:
 def _rehearse(args: argparse.Namespace, settings: Settings, out: Path) -> int:
     import sys
     import warnings
+    from shutil import rmtree
 
     from laid.commands.shared import pick_device
     from laid.io import write_json
@@ -88,6 +90,7 @@ def _rehearse(args: argparse.Namespace, settings: Settings, out: Path) -> int:
     print(
         f"laid rehearse: about {expected(short, planned, gpu) / 60:.0f} minutes on one {gpu.name}", flush=True
     )
+    evaluated = {(j.student, j.method) for j in rehearsed(short, planned) if j.rule == "evaluate"}
     for job, words in jobs(short, planned, out):
         alike = [j for j in full if job and kind_of(settings, j) == kind_of(settings, job)]
         seconds, peak, failed = watched(
@@ -98,6 +101,8 @@ def _rehearse(args: argparse.Namespace, settings: Settings, out: Path) -> int:
                 print(f"laid rehearse: {words[0]}: {failed}", file=sys.stderr)
                 return 1
             continue
+        if job.rule == "train" and (job.student, job.method) not in evaluated:
+            rmtree(words[-1], ignore_errors=True)  # several whole models are more than a disk may hold
         flops = sum(j.count * j.need.flops for j in alike)
         hours = flops / job.need.flops * seconds / 3600
         rows.append(
