@@ -58,9 +58,7 @@ def made(results: Path) -> str:
         codes.add(f"`{(code['commit'] or 'unknown')[:12]}`{changed}")
     if not codes:
         raise LaidError(f"{results}: no cells; run `make demo` first")
-    noisy = " --configfile configs/label_noise.yaml" if any(results.glob("cells/test/*/*_noisy/")) else ""
-    more = f" --config seeds={seeds}" if seeds > 1 else ""
-    command = f"snakemake --cores all{noisy}{more}" if noisy or more else "make demo"
+    command = "snakemake --cores all --configfile configs/readme.yaml" if seeds > 1 else "make demo"
     return (
         f"Made by `{command}` at commit {' and '.join(sorted(codes))}, on {' and '.join(sorted(machines))}; this section"
         " is written by `make readme`."
@@ -87,8 +85,8 @@ def short(results: str) -> str:
         cells = dict(zip(header, row, strict=True))
         means = [mean(float(re.search(r"\d+\.\d+", cells[size])[0]) for size in part) for part in windows]
         lines.append(f"| {row[0]} | {row[1]} | {means[0]:.1f} | {means[1]:.1f} | {row[-1]} |")
-    code = re.search(r"Made by (`.+?`) at commit (`.+?`)", results)
-    return "\n".join([*lines, "", f"Made by {code[1]} at commit {code[2]}." if code else ""])
+    code = re.search(r"Made by `.+?` at commit `.+?(?=, on )", results)
+    return "\n".join([*lines, "", f"{code[0]}." if code else ""])
 
 
 def main(results: Path | None) -> int:

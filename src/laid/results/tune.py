@@ -5,7 +5,8 @@ mean accuracy over its sizes (tables.short_max parts them). The setting with the
 is the best. The one with the fewest epochs is chosen among those that are not more than one standard error behind it,
 student by student (the one-standard-error rule of Breiman et al., Classification and Regression Trees, 1984), then the
 highest score; of equal ones that which changes the student least: lower learning rate (YaRN: the lower factor; SelfExtend:
-smaller groups, then the larger window), then the first written.
+smaller groups, then the larger window), then the first written. Settings of more than tune.max_epochs stand in the table and
+are not chosen.
 """
 
 from __future__ import annotations
@@ -63,10 +64,14 @@ def scores(results: Results) -> pd.DataFrame:
     frame["chosen"] = False
     for method in results.settings.tune.methods:
         own = frame[frame["method"] == method]
-        best = own["mean"].idxmax()
-        behind = each.loc[own.index] - each.loc[best]
+        choice = own[[_affordable(name, results.settings) for name in own.index]]
+        if choice.empty:
+            most = results.settings.tune.max_epochs
+            raise LaidError(f"tune.methods.{method}: no setting has at most {most:g} epochs (tune.max_epochs)")
+        best = choice["mean"].idxmax()
+        behind = each.loc[choice.index] - each.loc[best]
         # Of one student there is no standard error: only equal settings are within it.
-        near = own[behind.mean(axis=1) >= -behind.sem(axis=1).fillna(0) - ROUNDING]
+        near = choice[behind.mean(axis=1) >= -behind.sem(axis=1).fillna(0) - ROUNDING]
         best = min(near.index, key=lambda name: _order(near.loc[name], results))
         frame.loc[best, "chosen"] = True
         behind = each.loc[own.index] - each.loc[best]
@@ -106,6 +111,7 @@ def tune_table(results: Results, frame: pd.DataFrame) -> Table:
             results.questions_note(),
             f"Of each pretrained student: short / long window, means over images ({'; '.join(parts)}).",
             RULE,
+            *([_limit(settings)] if settings.tune.max_epochs else []),
         ],
         {i for i, new in enumerate(first) if new},
         legend="\u00b1: standard error over pretrained students; that of a difference student by student.",
@@ -142,6 +148,15 @@ def _chosen(frame: pd.DataFrame, settings: Settings) -> Iterator[tuple[str, dict
     for name in frame.index[frame["chosen"]]:
         method, place = tried[name]
         yield method, settings.tune.methods[method][place]
+
+
+def _affordable(variant: str, settings: Settings) -> bool:
+    most = settings.tune.max_epochs
+    return most is None or _values(settings.methods[variant], settings).get("epochs", 0) <= most
+
+
+def _limit(settings: Settings) -> str:
+    return f"Settings of more than {settings.tune.max_epochs:g} epochs are shown and not chosen (tune.max_epochs)."
 
 
 def _windows(results: Results, model: Model) -> dict[str, float]:

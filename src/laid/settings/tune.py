@@ -28,6 +28,8 @@ class Tune(Section):
     """Method -> the settings that are tried: each a mapping of the method's keys, laid over it as a method of its own that is named by its values (sft_lr0p001_epochs5_lora_null)."""
     students: Names | None = None
     """Students that they are tried on; null: all."""
+    max_epochs: Annotated[float, Field(gt=0)] | None = None
+    """The most epochs that are chosen, where the time for training is limited; settings of more are tried and shown. null: any."""
     pretrained: Annotated[int, Field(ge=1, le=100)] = 1
     """How often each of these students is pretrained: of small the first is small itself, the others are small_1, small_2, ..., each with the next seed (family.members.<name>.seed)."""
 
