@@ -97,8 +97,7 @@ def test_the_paper_offline_as_typed(plan):
     by_hand = 2 * layers * (4 * trained + asked)
     assert laid["tokens"] == pytest.approx(trained + asked)
     assert by_hand < laid["flop"] < 1.5 * by_hand
-    # Passes of two questions, some 16,000 tokens: half way from 0.337 at 7,400 to 0.434 at 35,000, by their logarithms.
-    assert laid["share_of_peak"] == pytest.approx(0.385, abs=0.003)
+    assert laid["share_of_peak"] == pytest.approx(0.324)  # packed passes
     hours = (20 + laid["flop"] / (312e12 * laid["share_of_peak"] * laid["devices"])) / 3600
     assert laid["hours"]["A800-80GB"] == pytest.approx(hours, rel=2e-3)
     teacher = jobs["evaluate", "qwen32b", "base", 150]
@@ -110,7 +109,7 @@ def test_the_paper_offline_as_typed(plan):
     images = features["disk_bytes"] / (345.4 * 2048 * 2)
     assert 40_000 < images < 60_000 and features["flop"] > 0
     assert features["images"] == pytest.approx(images, rel=1e-4) and laid["images"] == 0
-    assert features["hours"]["A800-80GB"] == pytest.approx((20 + images / 13) / 3600, rel=1e-3)
+    assert features["hours"]["A800-80GB"] == pytest.approx((20 + images / 58) / 3600, rel=1e-3)
     cache = jobs["teacher_cache", "qwen32b", ""]
     assert cache["disk_bytes"] == pytest.approx(cache["tokens"] * 48 * 128 * 2 + 5000 * 2 * 152064 * 4)
 
@@ -200,26 +199,24 @@ def test_a_large_model_is_laid_over_the_gpus_of_its_job(tight):
 
 
 def test_shares_of_peak_are_those_measured():
-    """The table of bench/GPU.md's entry that laid.plan.speed names."""
-    text = (
-        (TOP / "bench/GPU.md")
-        .read_text(encoding="utf-8")
-        .partition("commit a2fbb0a")[2]
-        .partition("\n## ")[0]
-    )
-    rows = re.findall(r"^\| (\d+)B (.+?) \| ([\d,]+) \|.*?\| ([\d.]+) % \|", text, re.MULTILINE)
+    """The tables of bench/GPU.md, of each model and kind of pass the newest."""
     kinds = {
-        "LoRA step": "lora",
-        "reading": "read",
-        "step, all weights": "train",
-        "teacher's pass": "teacher",
-    }
+        "training, LoRA": "lora", "LoRA step": "lora", "training, LoRA, 9 packed": "packed_lora",
+        "training, all weights": "train", "step, all weights": "train", "training, all weights, 9 packed": "packed_train",
+        "reading": "read", "reading, SelfExtend": "extend", "teacher's pass": "teacher", "256 photographs": "images",
+    }  # fmt: skip
     found = {}
-    for size, what, tokens, share in rows:
-        found.setdefault((kinds[what], int(size)), {})[int(tokens.replace(",", ""))] = float(share) / 100
+    for entry in reversed((TOP / "bench/GPU.md").read_text(encoding="utf-8").split("\n## ")):
+        newer = {}
+        for size, what, tokens, share in re.findall(
+            r"^\| (\d+)B (.+?) \| ([\d,]+) \|.*?\| ([\d.]+) ?% \|", entry, re.MULTILINE
+        ):
+            newer.setdefault((kinds[what], int(size)), {})[int(tokens.replace(",", ""))] = float(share) / 100
+        found |= newer
     names = {3.75e9: 3, 8.29e9: 7, 33.5e9: 32}
     said = {(kind, names[size]): by for kind, sizes in SHARES.items() for size, by in sizes.items()}
-    assert said == {key: pytest.approx(by) for key, by in found.items()} and len(rows) == 14
+    del found["images", 3]
+    assert said == {key: pytest.approx(by, abs=6e-4) for key, by in found.items()}
     assert share_of_peak("teacher", 8_000_000_000, 100) == 0.525  # shorter than any; of the only model
 
 

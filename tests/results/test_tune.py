@@ -89,6 +89,22 @@ def test_fewer_epochs_are_chosen_within_one_standard_error_of_the_best(of_two, o
     assert list(frame.index[frame["chosen"]]) == [f"sft_epochs{chosen}"]
 
 
+def test_more_epochs_than_there_is_time_for_are_shown_and_not_chosen():
+    tried = {"sft": [{"epochs": 9}, {"epochs": 5}, {"epochs": 2}], "yarn": TRIED["yarn"]}
+    curves = {(student, "base"): (0.5, 0.5) for student in ("7B", "3B")}
+    for name, of_7b in (("sft_epochs2", 0.6), ("sft_epochs5", 0.7), ("sft_epochs9", 0.9)):
+        curves |= {("7B", name): (of_7b, of_7b), ("3B", name): (of_7b, of_7b)}
+    curves |= {(student, f"yarn_factor{f}"): (0.5, 0.5) for student in ("7B", "3B") for f in (2, 4)}
+    of_time = settings([5, 50], tried).changed({"tune": {"max_epochs": 5}})
+    found = results(of_time, [5, 50], curves)
+    frame = scores(found)
+    assert list(frame.index[frame["chosen"]]) == ["sft_epochs5", "yarn_factor2"]
+    assert frame.loc["sft_epochs9", "to_chosen"] == pytest.approx(20)
+    assert "- Settings of more than 5 epochs are shown and not chosen" in markdown(tune_table(found, frame))
+    with pytest.raises(LaidError, match="tune.methods.sft: no setting has at most 1 epochs"):
+        scores(results(of_time.changed({"tune": {"max_epochs": 1}}), [5, 50], curves))
+
+
 def test_the_table_says_what_was_tried_and_what_is_chosen():
     found = results(settings())
     table = tune_table(found, scores(found))

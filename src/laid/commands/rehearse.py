@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from laid.plan.jobs import Job
     from laid.settings import Settings
 
-STEPS, ASKED = 1, 2  # optimiser steps of a training, questions of an evaluation
+# Optimiser steps of a training: the second has the optimiser's state beside it. Questions of an evaluation.
+STEPS, ASKED = 2, 2
 IMAGES = 120  # that questions of small haystacks are drawn from
 WRITING = 1e9  # bytes a second, of checkpoints: a guess
 
@@ -213,6 +214,7 @@ def expected(short: Settings, planned: list[Job], gpu: Gpu) -> float:
 
 def make_checkpoints(settings: Settings, short: Settings, device: str) -> None:
     """Random weights of each member's shapes, with a tokenizer of the words that questions need."""
+    from laid.io import atomic_path
     from laid.plan.shapes import member_config, meta_model
     from laid.toy.family import build_processor
     from laid.toy.render import CATEGORIES
@@ -225,8 +227,9 @@ def make_checkpoints(settings: Settings, short: Settings, device: str) -> None:
         config.vision_end_token_id = encoder.end_id
         config.video_token_id = processor.tokenizer.convert_tokens_to_ids("<|video_pad|>")
         model = meta_model(config, settings.evaluation.dtype, device=device)
-        model.save_pretrained(folder)
-        processor.save(folder)
+        with atomic_path(folder, sum(p.nbytes for p in model.parameters())) as beside:
+            model.save_pretrained(beside)
+            processor.save(beside)
 
 
 def jobs(short: Settings, planned: list[Job], out: Path) -> Iterator[tuple]:

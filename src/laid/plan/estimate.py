@@ -192,7 +192,7 @@ class Estimator:
             together = -(-settings.batch_size // devices) * longest
             held = max(batch * longest, min(settings.tokens_per_pass, together)) // batch
             visual, longest = visual * held // longest, held
-            need.together = batch * held
+            need.kind, need.together = f"packed_{need.kind}", batch * held
         alike = [m.lora, m.gain, m.alignment]
         alike = [*plain(alike), m.dilution.reach > 0, [p for p in PARTS if objective.needs(p)]]
         sharded = devices > 1 and settings.parallel != "ddp"
@@ -263,6 +263,7 @@ class Estimator:
             answers += questions
         need.memory += worst
         if method == "self_extend":
+            need.kind = "extend"
             heads = geometry(member.config).heads
             need.memory["activations"] += min(SCORES, 24 * heads * batch * longest**2)
         self._images(need, member, "test", draws, BATCH)

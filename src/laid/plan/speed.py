@@ -1,4 +1,4 @@
-"""How fast jobs are: what `bench/gpu.py` and the verbs measured on one H100 (bench/GPU.md, commit a2fbb0a)."""
+"""How fast jobs are: what `bench/gpu.py` and the verbs measured on one H200, the teacher's pass on one H100 (bench/GPU.md)."""
 
 from __future__ import annotations
 
@@ -7,17 +7,21 @@ import math
 
 # Kind of pass -> weights of the model -> tokens of the pass -> share of peak FLOP/s.
 SHARES = {
-    "train": {3.75e9: {1_800: 0.135, 7_400: 0.337, 35_000: 0.434}},
-    "lora": {
-        8.29e9: {1_800: 0.245, 7_400: 0.340, 35_000: 0.407},
-        3.75e9: {1_800: 0.080, 7_400: 0.235, 35_000: 0.357},
+    "train": {
+        8.29e9: {1_800: 0.297, 7_400: 0.437},
+        3.75e9: {1_800: 0.149, 7_400: 0.359, 35_000: 0.451},
     },
+    "lora": {
+        8.29e9: {1_800: 0.257, 7_400: 0.362, 35_000: 0.428},
+        3.75e9: {1_800: 0.077, 7_400: 0.268, 35_000: 0.378},
+    },
+    "packed_train": {3.75e9: {16_200: 0.324}},
+    "packed_lora": {8.29e9: {16_200: 0.346}, 3.75e9: {16_200: 0.246}},
     "teacher": {33.5e9: {1_800: 0.525, 7_400: 0.556, 35_000: 0.576}},
-    "read": {8.29e9: {53_000: 0.360}, 3.75e9: {53_000: 0.314}},
+    "read": {8.29e9: {53_000: 0.415}, 3.75e9: {53_000: 0.371}},
+    "extend": {8.29e9: {53_000: 0.279}, 3.75e9: {53_000: 0.221}},
 }
-IMAGES = (
-    13.0  # a second where features are not kept yet: decoding, resizing and tower, one image after the other
-)
+IMAGES = 58.0  # a second where features are not kept yet: decoding, resizing and tower
 START = 20.0  # seconds until a job computes: Python, libraries, weights
 
 

@@ -117,7 +117,7 @@ def job_tables(jobs: Sequence[Job], gpu: Gpu, utilisation: float | None, estimat
 
 def _speed(utilisation: float | None) -> str:
     """What hours are made of, in words."""
-    at = f"{utilisation:.0%} of peak" if utilisation else "the shares of peak that one H100 reached"
+    at = f"{utilisation:.0%} of peak" if utilisation else "the shares of peak that bench/gpu.py measured"
     return f"at {at}, {START:g} s to start each job, {IMAGES:g} images a second where they are first read"
 
 

@@ -67,7 +67,9 @@ def scores(results: Results) -> pd.DataFrame:
         choice = own[[_affordable(name, results.settings) for name in own.index]]
         if choice.empty:
             most = results.settings.tune.max_epochs
-            raise LaidError(f"tune.methods.{method}: no setting has at most {most:g} epochs (tune.max_epochs)")
+            raise LaidError(
+                f"tune.methods.{method}: no setting has at most {most:g} epochs (tune.max_epochs)"
+            )
         best = choice["mean"].idxmax()
         behind = each.loc[choice.index] - each.loc[best]
         # Of one student there is no standard error: only equal settings are within it.

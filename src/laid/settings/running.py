@@ -62,5 +62,5 @@ class Plan(Section):
     compare: Distinct[str] = ["H100-80GB", "H200-141GB"]
     """Other GPUs whose hours are listed too."""
     utilisation: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Share of the peak FLOP/s that jobs are assumed to reach; null: what each kind of pass reached on one H100 (bench/GPU.md)."""
+    """Share of the peak FLOP/s that jobs are assumed to reach; null: what each kind of pass reached when it was measured (bench/GPU.md)."""
     images: PlanImages = PlanImages()
