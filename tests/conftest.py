@@ -119,6 +119,18 @@ def opened():
         yield counts
 
 
+@pytest.fixture
+def hub(monkeypatch):
+    """The hub, in this process (fake_hub), and a token for it."""
+    from fake_hub import hub_at
+
+    with hub_at() as (address, found):
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        monkeypatch.setenv("HF_TOKEN", "hf_secret")
+        yield found
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of real images, official questions and published files; skips where there is none."""

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from chain import build
 from laid.audit.lineage import Lineage
 from laid.cli import main
 from laid.io import read_json, sha256_json, write_json
@@ -17,40 +18,10 @@ CELL = "results/micro/cells/test/small/laid/2.json"
 
 @pytest.fixture(scope="module")
 def made(micro_file, tmp_path_factory):
-    """The chain from images to the cells small/laid/{1,2}, each step by its verb, as the rules call it."""
-    import torch
-
     top = tmp_path_factory.mktemp("chain")
-    root = "results/micro"
-    values = yaml.safe_load(micro_file.read_text()) | {"data": {"rendered": {"train": 160, "val": 100}}}
-    (top / "config.yaml").write_text(yaml.safe_dump(values))
-    student = f"--student-name small --coco {root}/coco --device cpu"
-    commands = (
-        f"data --out {root}/coco",
-        f"haystacks --coco {root}/coco --out {root}/haystacks",
-        f"pretrain --member teacher --coco {root}/coco --out {root}/models/teacher",
-        f"pretrain --member small --coco {root}/coco --out {root}/models/small",
-        (
-            f"teacher-cache --teacher {root}/models/teacher --questions {root}/haystacks/train.json --out {root}/teacher_cache/train"
-            f" --coco {root}/coco --device cpu"
-        ),
-        (
-            f"train --method laid --student {root}/models/small --teacher-cache {root}/teacher_cache/train"
-            f" --questions {root}/haystacks/train.json --out {root}/runs/small/laid/seed0 {student}"
-        ),
-        (
-            f"evaluate --method laid --model {root}/models/small --runs {root}/runs/small/laid/seed0 --sizes 1 2"
-            f" --questions {root}/haystacks/test --out {root}/cells/test/small/laid {student}"
-        ),
-    )
-    threads = torch.get_num_threads()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(top)
-        for command in commands:
-            assert main(command.split()) == 0, command
-    yield top
-    torch.use_deterministic_algorithms(False)
-    torch.set_num_threads(threads)
+    values = yaml.safe_load(micro_file.read_text())
+    build(top, values | {"data": {"rendered": {"train": 160, "val": 100}}}, {"small/laid": [1, 2]})
+    return top
 
 
 @pytest.fixture

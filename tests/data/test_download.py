@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from fake_site import Site, coco_site
 
+from fake_site import Site, coco_site
 from laid.cli import main
 from laid.data import download
 from laid.data.coco import load_coco

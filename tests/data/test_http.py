@@ -14,10 +14,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from fake_site import Site
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fake_site import Site
 from laid.data.http import Http, RemoteFile
 from laid.errors import LaidError
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from guides import ROOT, blocks, split
 from laid.cli import VERBS
 from laid.layout import Layout
 from laid.settings import load
 
-ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [
     ROOT / "README.md",
     *sorted((ROOT / "docs").rglob("*.md")),
@@ -25,17 +25,11 @@ def commands(program: str) -> list:
     """(document, words) of each command that starts with `program`, comments off and continued lines joined."""
     found = []
     for document in DOCUMENTS:
-        for block in re.findall(
-            r"^ *```\w*\n(.*?)^ *```", document.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
-        ):
-            for line in block.replace("\\\n", " ").splitlines():
-                for part in re.split(r";|&&|\|", line.split(" # ")[0].split("  #")[0]):
-                    words = shlex.split(part)
-                    printed = any(word.endswith(":") for word in words[:2])  # a message, not a command
-                    if words[:1] == [program] and not printed:
-                        found.append(
-                            pytest.param(words[1:], id=f"{document.relative_to(ROOT)}: {part.strip()}"[:100])
-                        )
+        for part in (part for _, text in blocks(document) for part in split(text)):
+            words = shlex.split(part)
+            printed = any(word.endswith(":") for word in words[:2])  # a message, not a command
+            if words[:1] == [program] and not printed:
+                found.append(pytest.param(words[1:], id=f"{document.relative_to(ROOT)}: {part}"[:100]))
     return found
 
 

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shlex
 import shutil
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import pytest
 import yaml
 from PIL import Image
 
+from guides import ROOT, blocks, walk
 from laid.cli import main
 from laid.data.coco import load_both
 from laid.data.export import lay_out
@@ -17,14 +17,7 @@ from laid.errors import LaidError
 from laid.io import read_json
 from laid.settings import load
 
-TOP = Path(__file__).resolve().parents[2]
-GUIDE = (TOP / "docs/guides/own_data.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", GUIDE, re.DOTALL | re.MULTILINE)
-
-
-def commands():
-    text = "".join(body for kind, body in BLOCKS if not kind).replace("\\\n", " ")
-    return [shlex.split(line) for line in text.splitlines() if line.startswith("laid ")]
+GUIDE = "docs/guides/own_data.md"
 
 
 @pytest.fixture(scope="module")
@@ -43,13 +36,11 @@ def export(coco_root, tmp_path_factory):
 def test_the_guide_runs_as_it_stands(export, family, micro_file, monkeypatch, capsys):
     monkeypatch.chdir(export)
     shutil.copy(micro_file, "config.yaml")
-    (overlay,) = (body for kind, body in BLOCKS if kind == "yaml")
-    Path("mine.yaml").write_text(overlay)
     Path("models").symlink_to(family["teacher"].parent)
     shown = []
-    for words in commands():
-        device = ["--device", "cpu"] if words[1] in ("distill", "evaluate", "ask") else []
-        assert main([*words[1:], *device]) == 0, words
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    for words in walk(GUIDE):
+        assert words[0] == "laid" and main(words[1:]) == 0, words
         shown.append(capsys.readouterr().out)
     train, test = load_both("coco")
     assert len(train.images) == 112 and len(test.images) == 48
@@ -63,10 +54,10 @@ def test_the_guide_runs_as_it_stands(export, family, micro_file, monkeypatch, ca
 
 
 def test_the_overlay_fits_the_configurations_that_the_guide_names(tmp_path):
-    (overlay,) = (yaml.safe_load(body) for kind, body in BLOCKS if kind == "yaml")
+    (overlay,) = (yaml.safe_load(body) for kind, body in blocks(GUIDE) if kind == "yaml")
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(overlay))
     for files in (["config.yaml"], ["config.yaml", "configs/paper.yaml"]):
-        assert load([*(TOP / file for file in files), tmp_path / "mine.yaml"]).scale == "mine"
+        assert load([*(ROOT / file for file in files), tmp_path / "mine.yaml"]).scale == "mine"
 
 
 @pytest.mark.parametrize("above", ["images\\", "C:\\work\\images\\", "/data/upload/1/", "../images/"])

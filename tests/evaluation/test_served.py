@@ -6,7 +6,6 @@
 import http.client
 import json
 import os
-import re
 import shlex
 import shutil
 import subprocess
@@ -20,6 +19,7 @@ import pytest
 import requests
 import torch
 
+from guides import ROOT, blocks, shell_commands
 from laid.cli import main
 from laid.data.questions import haystack_file, read_questions
 from laid.errors import LaidError
@@ -28,15 +28,12 @@ from laid.evaluation.cells import read_cell
 from laid.evaluation.scoring import spoken_answer
 from laid.io import read_json
 
-TOP = Path(__file__).resolve().parents[2]
-GUIDE = (TOP / "docs/guides/served_models.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", GUIDE, re.DOTALL | re.MULTILINE)
+GUIDE = "docs/guides/served_models.md"
 HERE, SECRET = "http://127.0.0.1:8000/v1", "sk-nobody-may-read-this"
 
 
 def commands():
-    text = "".join(body for kind, body in BLOCKS if not kind).replace("\\\n", " ")
-    return [shlex.split(line)[1:] for line in text.splitlines()]
+    return [shlex.split(command)[1:] for command in shell_commands(GUIDE)]
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +44,7 @@ def home(family, micro_file, coco_root, haystacks, tmp_path_factory):
     from laid.models.processing import Processor
 
     root = tmp_path_factory.mktemp("served")
-    (overlay,) = (body for kind, body in BLOCKS if kind == "yaml")
+    (overlay,) = (body for kind, body in blocks(GUIDE) if kind == "yaml")
     (root / "mine.yaml").write_text(overlay)
     shutil.copy(micro_file, root / "config.yaml")
     (root / "coco").symlink_to(coco_root)
@@ -72,7 +69,7 @@ def server(home):
     (words,) = (words for words in commands() if words[0] == "serve")
     process = subprocess.Popen(
         [sys.executable, "-m", "laid", *words, "--port", "0", "--device", "cpu"],
-        cwd=home, env={**os.environ, "PYTHONPATH": str(TOP / "src")}, stdout=subprocess.PIPE, text=True,
+        cwd=home, env={**os.environ, "PYTHONPATH": str(ROOT / "src")}, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     said = process.stdout.readline()
     assert said.startswith("teacher at http://127.0.0.1:")

@@ -17,7 +17,8 @@ from laid.evaluation.scoring import pope_answer
 from laid.results import claim_tests
 from laid.results.answers import Curves
 from laid.results.claim_tests import NOT, NOT_MEASURED, SUPPORTED, UNDECIDED
-from laid.results.pope import SCORES, read_pope_answers, scores
+from laid.results.names import Names
+from laid.results.pope import SCORES, read_pope_answers, scores, table
 from laid.results.published import Published
 
 
@@ -115,6 +116,8 @@ def test_the_claim_without_a_table(tmp_path):
 
 def test_a_missing_cell_and_other_images_are_one_line(tmp_path):
     place(tmp_path, "S", "base", of_images(0.5, 4))
+    with pytest.raises(LaidError, match="cells are of S, the configuration's models are T, R: name a config"):
+        table(read_pope_answers(tmp_path), "T", ["R"], Names())
     (tmp_path / "pope_popular/S/base/1.json").unlink()
     with pytest.raises(LaidError, match="popular/S/base/1.json: no such cell; make it with"):
         read_pope_answers(tmp_path)

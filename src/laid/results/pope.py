@@ -95,12 +95,21 @@ def read_pope_answers(folder: Path) -> PopeAnswers:
 
 
 def table(found: PopeAnswers, teacher: str, students: Sequence[str], names: Names) -> Table:
-    """Every model under every strategy, in percent, and the change of accuracy over all strategies against base."""
+    """Every model under every strategy, in percent, and the change of accuracy over all strategies against base.
+
+    Raises LaidError where the cells are of other models.
+    """
     models = [
         (student, method)
         for student in (teacher, *students)
         for method in names.ordered([method for name, method in found.models if name == student])
     ]
+    if not models:
+        there = ", ".join(sorted({student for student, _ in found.models}))
+        raise LaidError(
+            f"the POPE cells are of {there}, the configuration's models are {', '.join((teacher, *students))}:"
+            " name a configuration that has them with --config"
+        )
     rows, data = [], []
     for model in models:
         answers = found.of(model)
