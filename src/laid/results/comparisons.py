@@ -10,15 +10,16 @@ from laid.results.answers import Model, Results
 from laid.results.names import LAID, SHIPPED, ablations
 from laid.results.render import Entry, Table, listed, points
 from laid.results.statistics import LEVEL, holm_by_kind
+from laid.settings import TrainedMethod
 
 
 def rivals(method: str, results: Results) -> list[str]:
-    """What a method is held against, beside base: LAid and LAid+ against what the claims are about and methods of the user's
-    own, any other against itself without a part."""
-    tables = results.settings.tables
+    """What a method is held against, beside base: LAid and LAid+ against what the claims are about and trained methods of the
+    user's own, any other against itself without a part."""
+    tables, methods = results.settings.tables, results.settings.methods
     if method not in LAID:
         return ablations(method, tables.ablations)
-    own = [name for name in tables.methods if name not in SHIPPED]
+    own = [m for m in tables.methods if m not in SHIPPED and isinstance(methods[m], TrainedMethod)]
     return [*("sft", "kd", *LAID[: LAID.index(method)]), *ablations(method, tables.ablations), *own]
 
 
