@@ -21,6 +21,7 @@ import torch
 
 from guides import ROOT, blocks, shell_commands
 from laid.cli import main
+from laid.data.http import Refused
 from laid.data.questions import haystack_file, read_questions
 from laid.errors import LaidError
 from laid.evaluation import endpoint
@@ -330,6 +331,17 @@ def test_an_answer_that_is_none_is_one_line(micro, coco_root, haystacks, monkeyp
     monkeypatch.setattr(asker.http, "post", lambda *_: GOOD | {"usage": {"prompt_tokens": -5}})
     found = asker._ask(question, spoken_answer)
     assert (found["answer"], found["p_yes"], found["tokens"]) == ("yes", 1.0, None)
+
+
+def test_a_server_without_the_model_is_asked_for_its_name(micro, coco_root, haystacks, monkeypatch):
+    """transformers serve says with 400 what others say with 404."""
+    question = read_questions(haystack_file(haystacks / "test", 2))[0]
+    asker = endpoint.Endpoint("http://x/v1", "small", coco_root, micro.evaluation, 1)
+    said = "Server is pinned to '/models/small'; requested 'small'."
+    monkeypatch.setattr(asker.http, "post", lambda url, _: (_ for _ in ()).throw(Refused(url, 400, said)))
+    with pytest.raises(LaidError, match="requested 'small': is this .* --model a model there") as caught:
+        asker._ask(question, spoken_answer)
+    assert "--sizes" not in str(caught.value)
 
 
 def test_what_laid_serve_answers(server):

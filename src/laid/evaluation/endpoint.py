@@ -38,6 +38,7 @@ PATIENCE = {
 MOST_AT_ONCE = 512  # each has a thread
 LISTED = 20  # likeliest tokens asked for: as many as OpenAI and vLLM list
 FEWER = 5  # what others list
+NAMED = "is this the address up to /v1, and --model a model there?"
 
 
 class Endpoint:
@@ -120,7 +121,7 @@ class Endpoint:
         try:
             reply = self.http.post(url, {"model": self.name, "messages": [message], **asking})
         except Refused as error:
-            raise _Unasked(question, error) from None
+            raise _Unasked(question, self.name, error) from None
         try:
             choice = reply["choices"][0]
             said = _text(choice["message"].get("content")) or ""
@@ -144,17 +145,19 @@ class Endpoint:
 class _Unasked(LaidError):
     """A question that a server does not take."""
 
-    def __init__(self, question: Question, error: Refused) -> None:
+    def __init__(self, question: Question, name: str, error: Refused) -> None:
         what = {
             401: f"the key is read from {KEY}",
             403: f"the key is read from {KEY}",
-            404: "is this the address up to /v1, and --model a model there?",
+            404: NAMED,
         }.get(
             error.status,
             f"where it takes fewer than {question.size} images, ask smaller --sizes or let it take more"
             " (vLLM: --limit-mm-per-prompt, --max-model-len)",
         )
-        super().__init__(f"{error}: {what}")
+        if repr(name) in error.said:  # transformers serve says it with 400
+            what = NAMED
+        super().__init__(f"{str(error).rstrip('.')}: {what}")
         self.said = error.said
 
 
