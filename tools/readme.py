@@ -58,7 +58,9 @@ def made(results: Path) -> str:
         codes.add(f"`{(code['commit'] or 'unknown')[:12]}`{changed}")
     if not codes:
         raise LaidError(f"{results}: no cells; run `make demo` first")
-    command = "snakemake --cores all --configfile configs/readme.yaml" if seeds > 1 else "make demo"
+    shown = any(results.glob("cells/test/*/yarn_tuned/"))
+    more = " --configfile configs/readme.yaml" if shown else f" --config seeds={seeds}" if seeds > 1 else ""
+    command = f"snakemake --cores all{more}" if more else "make demo"
     return (
         f"Made by `{command}` at commit {' and '.join(sorted(codes))}, on {' and '.join(sorted(machines))}; this section"
         " is written by `make readme`."
