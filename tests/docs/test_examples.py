@@ -117,7 +117,7 @@ def test_laid_in_transformers_trainer_is_laid_train(beside_laid_train, family, c
 
 
 def test_laid_in_trl_is_laid_train(beside_laid_train, family, coco_root):
-    """The same where TRL is installed (docs/reference/api.md says with which version it was tried)."""
+    """The same where TRL is installed (envs/requirements-trl.lock; .ci/run does)."""
     trl = pytest.importorskip("trl")
     module = example("trl_sft.py")
 
