@@ -67,6 +67,8 @@ RIGHT = {
     "alignability": "alignability --config {micro} --teacher {teacher} --student {small} --coco {coco} --questions {questions}"
     " --out {out}",
     "tables": "tables --config {micro} --cells {tmp}/cells --out {out}",
+    "tune": "tune --config {micro} --cells {tmp}/cells --out {out}",
+    "sweep": "sweep --config {micro} --cells {tmp}/cells --out {out}",
     "claims": f"claims --config {{micro}} --cells {{tmp}}/cells --out {{out}} --ledger {TOP}/claims.yaml",
     "figures": "figures --config {micro} --cells {tmp}/cells --out {out}",
     "report": "report --config {micro} --cells {tmp}/cells --out {out}",
@@ -121,6 +123,8 @@ WRONG = [
         "--concurrent 9999: at most 512",
     ),
     ("tables", None, "no such folder of cells"),
+    ("tune", None, "`snakemake --cores all tune --configfile configs/tune.yaml` makes it"),
+    ("sweep", None, "`snakemake --cores all sweep --configfile configs/sweep.yaml` makes it"),
     ("tables", ("{out}", "{tmp}/file"), "file: is a file, expected a folder"),
     ("alignability", ("{out}", "{tmp}/file"), "file: is a file, expected a folder"),
     ("report", ("{out}", "{tmp}"), "is a folder, expected a file"),

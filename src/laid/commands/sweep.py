@@ -24,7 +24,9 @@ def run(args: argparse.Namespace) -> None:
     settings = load(args.config)
     root = root_of(settings)
     cells = (args.cells or root / "cells") / "validation"
-    table = sweep.sweep_table(sweep.read(load_cells(cells), settings, cells))
+    table = sweep.sweep_table(
+        sweep.read(load_cells(cells, " sweep --configfile configs/sweep.yaml"), settings, cells)
+    )
     with output(args.out or root / "sweep") as out:
         write([table], out)
     show([table])

@@ -22,7 +22,7 @@ def run(args: argparse.Namespace) -> None:
     settings = load(args.config)
     root = root_of(settings)
     cells = (args.cells or root / "cells") / "validation"
-    results = tune.read(load_cells(cells), settings, cells)
+    results = tune.read(load_cells(cells, " tune --configfile configs/tune.yaml"), settings, cells)
     frame = tune.scores(results)
     table, chosen = tune.tune_table(results, frame), tune.chosen_yaml(frame, settings)
     with output(args.out or root / "tune") as out:

@@ -153,15 +153,16 @@ def read_cell(path: str | Path) -> dict[str, Any]:
     return cell
 
 
-def load_cells(folder: str | Path) -> Cells:
+def load_cells(folder: str | Path, target: str = "") -> Cells:
     """All cells below `folder`/<student>/<method>/<size>.json, by (student, method, size); cost.json is no cell.
 
-    Raises LaidError for a cell that is broken, lies in another's place, is of another scale than the others, or
-    answers other questions than the others of its size: such a mixture cannot stand in one table.
+    target: what Snakemake is asked for to make them, all if empty. Raises LaidError for a cell that is broken, lies in
+    another's place, is of another scale than the others, or answers other questions than the others of its size: such a
+    mixture cannot stand in one table.
     """
     root = Path(folder)
     if not root.is_dir():
-        raise LaidError(f"{root}: no such folder of cells; `snakemake --cores all` makes it")
+        raise LaidError(f"{root}: no such folder of cells; `snakemake --cores all{target}` makes it")
     cells: Cells = {}
     first: dict[Any, tuple[Path, Any]] = {}
     for path in sorted(root.glob("*/*/*.json")):
