@@ -393,7 +393,7 @@ def extrapolated(cases: list[Case], gpu: Gpu | None) -> list[str]:
             return lines
         found = hours(case, ((n, each * EPOCHS) for n in TRAIN_SIZES), 1)
         total += found
-        what = "all weights" if case.kind == "train" else "LoRA"
+        what = "LoRA" if case.kind.endswith("lora") else "all weights"
         lines.append(
             f"- one LAid run of {member} ({what}), {EPOCHS} epochs: {found:.2f} GPU-hours; the paper: {paper} A800-hours"
         )
