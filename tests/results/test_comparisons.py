@@ -78,13 +78,21 @@ def test_the_tests_are_mcnemars_with_holms_correction_of_each_kind(fading):
 
 def test_what_a_method_is_held_against(fading):
     settings = synthetic.config(
-        methods=["base", "sft", "kd", "laid"],
+        methods=["base", "tuned", "sft", "kd", "laid", "mine"],
         ablations=["base", "laid", "laid_wo_kl", "other", "other_wo_kl"],
         sizes=SIZES,
-        more={"methods": {"other": {}, "other_wo_kl": {"extends": "other"}}},
+        more={
+            "methods": {
+                "other": {},
+                "other_wo_kl": {"extends": "other"},
+                "mine": {"extends": "sft"},
+                "tuned": {"extends": "yarn"},
+            }
+        },
     )
     results = Results(fading.given, settings, "cells", keys=list(fading.given))
-    assert comparisons.rivals("laid", results) == ["sft", "kd", "laid_wo_kl"]
+    # Of the user's own, what is trained: a second YaRN is no rival, as YaRN is none.
+    assert comparisons.rivals("laid", results) == ["sft", "kd", "laid_wo_kl", "mine"]
     assert comparisons.rivals("other", results) == ["other_wo_kl"]
 
 
